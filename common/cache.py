@@ -1,0 +1,128 @@
+"""A store of tensors by key, for what a frozen network makes of a sample: latents, text embeddings.
+
+A store is a folder of safetensors files. Each holds many records, a record is the safetensors bytes of a few named
+tensors with their checksum. Files are written under a temporary name, flushed and renamed, and never changed, so that a
+store may be shared by processes and by runs; a record that is missing or fails its check is made again.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+import zlib
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load, save, save_file
+
+FORMAT = "1"
+RECORDS_PER_FILE = 1024
+
+
+def identity(**parts) -> str:
+    """A short name for everything that shaped a store's records."""
+    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def weights_identity(model: str, subfolder: str | None, revision: str | None) -> str:
+    """Hash of a local network's weight files; name and revision of one on the hub."""
+    folder = Path(model, subfolder or "")
+    if not folder.is_dir():
+        return f"{model}/{subfolder} @ {revision}"
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("config.json")]):
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def text_key(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class TensorStore:
+    """get(key) -> tensors by name, or None; put(key, tensors) keeps them. `key in store` asks the index alone."""
+
+    def __init__(self, folder: Path, compress: bool = False):
+        self.folder, self.compress = Path(folder), compress
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.index: dict[str, Path] = {}
+        self.waiting: dict[str, dict[str, torch.Tensor]] = {}
+        self.files = {}
+        self.refresh()
+
+    def refresh(self):
+        """Take in what other processes wrote."""
+        known = set(self.index.values())
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path not in known:
+                try:
+                    with safetensors.safe_open(path, "pt") as file:
+                        self.index.update(dict.fromkeys(file.keys(), path))
+                except (OSError, safetensors.SafetensorError):
+                    print(f"cache: {path} cannot be read, its records will be made again")
+
+    def mark(self, name: str):
+        """Remember that all of something is in the store."""
+        Path(self.folder, f"{name}.done").touch()
+
+    def is_marked(self, name: str) -> bool:
+        return Path(self.folder, f"{name}.done").exists()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.index or key in self.waiting
+
+    def __getstate__(self):  # open files do not travel to workers
+        return self.__dict__ | {"files": {}, "waiting": {}}
+
+    def get(self, key: str) -> dict[str, torch.Tensor] | None:
+        if key in self.waiting:
+            return self.waiting[key]
+        if key not in self.index:
+            return None
+        path = self.index[key]
+        try:
+            if path not in self.files:
+                file = safetensors.safe_open(path, "pt")
+                metadata = file.metadata()
+                self.files[path] = file, json.loads(metadata["checksums"]), metadata["compressed"] == "True"
+            file, checksums, compressed = self.files[path]
+            data = file.get_tensor(key).numpy().tobytes()
+            if zlib.crc32(data) != checksums[key]:
+                raise ValueError("checksum")
+            return load(zlib.decompress(data) if compressed else data)
+        except (OSError, ValueError, KeyError, zlib.error, safetensors.SafetensorError):
+            print(f"cache: record {key} of {path} is damaged and will be made again")
+            del self.index[key]
+            return None
+
+    def put(self, key: str, tensors: dict[str, torch.Tensor]):
+        self.waiting[key] = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        if len(self.waiting) >= RECORDS_PER_FILE:
+            self.flush()
+
+    def flush(self):
+        """Write what waits, whole or not at all."""
+        if not self.waiting:
+            return
+        blobs = {key: save(tensors) for key, tensors in self.waiting.items()}
+        if self.compress:
+            blobs = {key: zlib.compress(data, 1) for key, data in blobs.items()}
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        part = path.with_suffix(".part")
+        save_file(
+            {key: torch.frombuffer(bytearray(data), dtype=torch.uint8) for key, data in blobs.items()},
+            part,
+            {
+                "checksums": json.dumps({key: zlib.crc32(data) for key, data in blobs.items()}),
+                "compressed": str(self.compress),
+            },
+        )
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        part.rename(path)
+        self.index.update(dict.fromkeys(self.waiting, path))
+        self.waiting.clear()

@@ -1,0 +1,112 @@
+"""Checkpoints that are whole or do not exist, and the signals that ask for one."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+
+def options(trained_only: bool) -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only, strict=False)
+
+
+def save_checkpoint(output_dir, step: int, networks: dict, optimizers: dict, state: dict, total_limit=None, main=True):
+    """Writes OUTPUT/checkpoint-STEP. Every process must call it: sharded states are gathered from all of them.
+
+    Of a network that has an optimizer of the same name only the trained weights are kept. `state` must be JSON.
+    """
+    folder = Path(output_dir, f"checkpoint-{step}")
+    part = folder.with_suffix(".part")
+    if main:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    for name, network in networks.items():
+        weights = get_model_state_dict(network, options=options(name in optimizers))
+        if main:
+            save_file({key: value.contiguous() for key, value in weights.items()}, part / f"{name}.safetensors")
+    for name, optimizer in optimizers.items():
+        moments = get_optimizer_state_dict(networks[name], optimizer, options=options(True))
+        if main:
+            torch.save(moments, part / f"{name}.optimizer.pt")
+    if main:
+        (part / "state.json").write_text(json.dumps(state | {"step": step}))
+        for path in [*part.iterdir(), part]:
+            flush_to_disk(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+        flush_to_disk(folder.parent)
+        # Only now that the new one is whole may old ones go.
+        for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
+            shutil.rmtree(old)
+    return folder
+
+
+def flush_to_disk(path: Path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def list_checkpoints(output_dir) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.suffix != ".part"]
+    found = [path for path in found if path.name.removeprefix("checkpoint-").isdigit() and (path / "state.json").exists()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def find_checkpoint(output_dir, wanted: str) -> Path | None:
+    """`latest` is the newest whole one, if there is any; else a path, or a name in the output folder."""
+    if wanted == "latest":
+        return next(reversed(list_checkpoints(output_dir)), None)
+    for path in (Path(wanted), Path(output_dir, wanted)):
+        if (path / "state.json").exists():
+            return path
+    raise FileNotFoundError(f"--resume_from_checkpoint {wanted}: no whole checkpoint there, nor in {output_dir}")
+
+
+def load_checkpoint(folder: Path, networks: dict, optimizers: dict) -> dict:
+    """Puts weights and moments back, and returns the state. Names that do not fit are fatal."""
+    for name, network in networks.items():
+        weights = load_file(folder / f"{name}.safetensors")
+        expected = get_model_state_dict(network, options=options(name in optimizers)).keys()
+        if weights.keys() != expected:
+            odd = sorted(weights.keys() ^ expected)
+            raise ValueError(f"{folder}: {len(odd)} weights of the {name} do not fit this run, the first is {odd[0]}")
+        set_model_state_dict(network, weights, options=options(name in optimizers))
+    for name, optimizer in optimizers.items():
+        moments = torch.load(folder / f"{name}.optimizer.pt", weights_only=True, map_location="cpu")
+        set_optimizer_state_dict(networks[name], optimizer, moments, options=options(True))
+    return json.loads((folder / "state.json").read_text())
+
+
+class StopSignal:
+    """Remembers a SIGTERM or a first Ctrl-C, so that the loop can end at a good place. A second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def agreed(self, accelerator) -> bool:
+        """Whether any process was asked: all must leave the loop together. Waits for the others where there are some."""
+        if accelerator.num_processes == 1:
+            return self.asked
+        return bool(accelerator.reduce(torch.tensor(float(self.asked), device=accelerator.device)).item())

@@ -1,0 +1,416 @@
+"""Deterministic, resumable streams of images and captions from WebDataset shards.
+
+The training set is one endless sequence of samples. `lanes` readers each go through their own share of the shards, in an
+order drawn anew each epoch and shuffled within blocks; sample q of the sequence comes from lane q mod lanes. Process p of
+P takes the samples q = p (mod P), and its workers split those again, so that the sequence is the same however many
+processes and workers read it. Every sample carries a cursor, the place in its lane where reading goes on after it: the
+cursors of the last samples used are all that a checkpoint needs.
+
+Nothing is decoded but images, text and JSON. A bad sample is skipped and counted by its cause.
+"""
+
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import math
+import random
+import signal
+import subprocess
+import tarfile
+import urllib.request
+import warnings
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from braceexpand import braceexpand
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, IterableDataset
+
+from common.cache import TensorStore
+
+IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp")
+CAPTION_MEMBERS = ("text", "txt", "caption")
+JSON_CAPTION_KEYS = ("caption", "text", "txt", "prompt")
+PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
+MOST_MEMBER_BYTES = 1 << 28
+LANES = 8  # streams open at a time, where processes x workers do not ask for more
+RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "nearest": Image.Resampling.NEAREST,
+    "nearest_exact": Image.Resampling.NEAREST,
+    "hamming": Image.Resampling.HAMMING,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+class BadSample(Exception):
+    """Its message is the cause that the report counts."""
+
+
+class NoGoodSamples(Exception):
+    """Every shard was read to its end without one sample that can be used."""
+
+
+@dataclass
+class Sample:
+    key: str  # hash of the image's bytes
+    caption: str
+    latents: dict[str, torch.Tensor] | None  # what the cache has of it
+    pixels: torch.Tensor | None  # uint8 [3, H, W], where the cache has nothing
+    size_ids: tuple[int, ...]  # H and W of the original, top and left of the crop, H and W of the crop
+    position: int = -1  # in the global sequence
+    cursor: tuple[int, ...] = ()  # lane, epoch, shard in the lane, members of it that were read
+    faults: Counter = field(default_factory=Counter)  # samples skipped since the one before, by cause
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def expand_shards(spec: str) -> list[str]:
+    """Paths and URLs of a brace-expanded string; `::` separates several."""
+    return [shard for part in spec.split("::") for shard in braceexpand(part)]
+
+
+def is_local(shard: str) -> bool:
+    return not shard.startswith(("pipe:", "http://", "https://"))
+
+
+def shard_fingerprint(shard: str) -> str:
+    """Changes where a local shard does."""
+    path = Path(shard).resolve()
+    status = path.stat()
+    return hashlib.blake2b(f"{path} {status.st_size} {status.st_mtime_ns}".encode(), digest_size=8).hexdigest()
+
+
+def open_shard(shard: str):
+    """A readable binary stream, and what to call once it is at its end."""
+    if shard.startswith("pipe:"):
+        process = subprocess.Popen(shard[len("pipe:") :], shell=True, stdout=subprocess.PIPE)
+        return process.stdout, process.wait
+    if shard.startswith(("http://", "https://")):
+        return urllib.request.urlopen(shard, timeout=60), lambda: 0
+    return open(shard, "rb"), lambda: 0
+
+
+def read_shard(shard: str):
+    """Yields (key, members) for each sample of a tar, or (key, cause) for one that cannot be used."""
+    seen, key, members = set(), None, {}
+
+    def finished():
+        return (key, "duplicate key") if key in seen else (key, members)
+
+    try:
+        stream, at_end = open_shard(shard)
+        with stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+            for info in tar:
+                if not info.isfile():
+                    continue
+                folder, _, name = info.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                if f"{folder}/{stem}" != key:
+                    if members:
+                        yield finished()
+                        seen.add(key)
+                    key, members = f"{folder}/{stem}", {}
+                if info.size > MOST_MEMBER_BYTES:
+                    members[extension.lower()] = b""
+                else:
+                    members[extension.lower()] = tar.extractfile(info).read()
+            # What follows the archive's end is padding: read it, or the program behind a pipe dies of SIGPIPE.
+            while stream.read(1 << 20):
+                pass
+        if members:
+            yield finished()
+        if at_end() != 0:
+            yield key, "shard's command failed"
+    except (OSError, EOFError, tarfile.TarError, zlib.error):
+        if members:  # complete but for the last one, which may be cut off
+            yield key, "truncated shard"
+        else:
+            yield key, "unreadable shard"
+
+
+def count_samples(shards: list[str]) -> int | None:
+    """Samples in local shards, from the tar headers alone; None where a shard is not local."""
+    if not all(map(is_local, shards)):
+        return None
+    total = 0
+    for shard in shards:
+        keys = set()
+        try:
+            with tarfile.open(shard) as tar:
+                for info in tar:
+                    folder, _, name = info.name.rpartition("/")
+                    keys.add((folder, name.partition(".")[0]))
+        except (OSError, EOFError, tarfile.TarError, zlib.error):
+            pass  # counted as faults when the shard is read
+        total += len(keys)
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One sample
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def member_bytes(members: dict[str, bytes], names) -> tuple[str, bytes] | None:
+    """First member with one of these extensions, gunzipped where it is name.gz."""
+    for name in names:
+        if name in members:
+            return name, members[name]
+        if name + ".gz" in members:
+            try:
+                with gzip.open(io.BytesIO(members[name + ".gz"])) as file:
+                    return name, file.read(MOST_MEMBER_BYTES)
+            except (OSError, EOFError, zlib.error):
+                raise BadSample("broken gzip member") from None
+    return None
+
+
+def read_caption(members: dict[str, bytes]) -> str:
+    try:
+        if found := member_bytes(members, CAPTION_MEMBERS):
+            text = found[1].decode("utf-8")
+        elif found := member_bytes(members, ["json"]):
+            values = json.loads(found[1])
+            text = next((values[key] for key in JSON_CAPTION_KEYS if isinstance(values.get(key), str)), "")
+        else:
+            text = ""
+    except UnicodeDecodeError:
+        raise BadSample("caption is not UTF-8") from None
+    except (ValueError, AttributeError, RecursionError):
+        raise BadSample("broken JSON") from None
+    if not text.strip():
+        raise BadSample("missing caption")
+    return text.strip()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any mode: 16 bits are scaled and not cut off, transparency lies on white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.round(np.asarray(image) / 257.0).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+@dataclass
+class ImageReader:
+    """Turns the members of a sample into pixels: the shorter side becomes `resolution`, then one square crop."""
+
+    resolution: int
+    interpolation_type: str
+    center_crop: bool
+    random_flip: bool
+    seed: int
+    cache: TensorStore | None = None  # of latents; crop and flip then follow from the image and not from the visit
+    filling: bool = False  # ask the cache's index alone
+
+    def __call__(self, members: dict[str, bytes], visit: str) -> Sample:
+        found = member_bytes(members, IMAGE_MEMBERS)
+        if found is None:
+            raise BadSample("no image")
+        data = found[1]
+        if not data:
+            raise BadSample("empty image")
+        caption = read_caption(members)
+        key = hashlib.blake2b(data, digest_size=16).hexdigest()
+        latents, pixels, size_ids = None, None, ()
+        if self.cache is not None:
+            latents = ({} if key in self.cache else None) if self.filling else self.cache.get(key)
+        if latents is None:
+            rng = random.Random(f"{self.seed} {visit if self.cache is None else key}")
+            pixels, size_ids = self.read_pixels(data, rng)
+        ignored = {"pickle member (ignored)": 1} if any(name.split(".")[0] in PICKLES for name in members) else {}
+        return Sample(key, caption, latents, pixels, size_ids, faults=Counter(ignored))
+
+    def read_pixels(self, data: bytes, rng: random.Random):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(io.BytesIO(data))
+            original = image.size
+            # JPEG decodes at a half, a quarter or an eighth for free, as long as that leaves twice what is needed.
+            image.draft("RGB", (2 * self.resolution, 2 * self.resolution))
+            image = to_rgb(ImageOps.exif_transpose(image))
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise BadSample("image bomb") from None
+        except Exception:  # PIL's decoders raise nearly anything on wrong bytes
+            raise BadSample("broken image") from None
+        if (image.width < image.height) != (original[0] < original[1]):
+            original = original[::-1]  # turned by its EXIF orientation
+        size, short = self.resolution, min(image.size)
+        image = image.resize(
+            tuple(max(size, round(side * size / short)) for side in image.size), RESAMPLING[self.interpolation_type]
+        )
+        spare_x, spare_y = image.width - size, image.height - size
+        if self.center_crop:
+            left, top = spare_x // 2, spare_y // 2
+        else:
+            left, top = rng.randint(0, spare_x), rng.randint(0, spare_y)
+        image = image.crop((left, top, left + size, top + size))
+        if self.random_flip and rng.random() < 0.5:
+            image = ImageOps.mirror(image)
+            left = spare_x - left  # where the crop lies in the mirrored picture
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # [H, W, 3] -> [3, H, W]
+        return pixels, (original[1], original[0], top, left, size, size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plan_lanes(shards: int, processes: int, workers: int) -> tuple[int, int]:
+    """Number of lanes, and of workers per process that they can feed (0 reads in the main process)."""
+    if shards < processes:
+        raise ValueError(f"{shards} shards cannot feed {processes} processes: at least one shard each is needed")
+    workers = min(workers, shards // processes)
+    readers = processes * max(workers, 1)
+    few = 1 << (min(LANES, shards).bit_length() - 1)  # a power of two, so that 1, 2, 4 and 8 readers give one order
+    lanes = math.lcm(few, readers)
+    return (lanes if lanes <= shards else shards // readers * readers), workers
+
+
+class ShardStream(IterableDataset):
+    """This process's share of the endless sequence; each item is one worker's part of one batch, a list of samples."""
+
+    def __init__(self, shards, reader, *, seed, batch_size, process, processes, lanes, shuffle_buffer=1000, state=None):
+        self.shards, self.reader, self.seed = shards, reader, seed
+        self.batch_size, self.process, self.processes, self.lanes = batch_size, process, processes, lanes
+        self.block = max(1, shuffle_buffer // lanes)
+        state = state or {"batch": 0, "cursors": {}}
+        self.batch, self.cursors = state["batch"], {int(lane): tuple(at) for lane, at in state["cursors"].items()}
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        readers = {}
+        barren, faults = set(), Counter()  # shards read to their end, and samples skipped, since the last good sample
+        for batch in itertools.count(self.batch):
+            samples = []
+            for i in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                if i % workers == worker:
+                    position = i * self.processes + self.process
+                    lane = position % self.lanes
+                    if lane not in readers:
+                        readers[lane] = self.read_lane(lane, self.cursors.get(lane, (0, 0, 0)), barren, faults)
+                    try:
+                        sample = next(readers[lane])
+                    except NoGoodSamples as error:  # raised here, it would reach the user as a worker's traceback
+                        yield error
+                        return
+                    sample.position = position
+                    samples.append(sample)
+            yield samples
+
+    def read_lane(self, lane: int, cursor: tuple[int, int, int], barren: set, faults: Counter):
+        """Good samples of one lane, from its cursor on, for ever."""
+        first_epoch, first_place, first_index = cursor
+        for epoch in itertools.count(first_epoch):
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))[lane :: self.lanes]
+            for place in range(first_place, len(order)):
+                shard = self.shards[order[place]]
+                for index, (key, members) in self.shuffled(shard, epoch, first_index):
+                    try:
+                        if isinstance(members, str):
+                            raise BadSample(members)
+                        sample = self.reader(members, f"{epoch} {shard} {key}")
+                    except BadSample as cause:
+                        faults[str(cause)] += 1
+                        continue
+                    sample.cursor = (lane, epoch, place, index + 1)
+                    sample.faults.update(faults)
+                    faults.clear()
+                    barren.clear()
+                    yield sample
+                first_index = 0
+                barren.add(shard)
+                if len(barren) == len(self.shards):
+                    causes = ", ".join(f"{count} x {cause}" for cause, count in faults.most_common())
+                    raise NoGoodSamples(f"no usable sample in any of {len(self.shards)} shards: {causes or 'all empty'}")
+            first_place = 0
+
+    def shuffled(self, shard: str, epoch: int, start: int):
+        """(index, sample) of a shard, its blocks of consecutive samples shuffled each, without the first `start`."""
+        index = 0
+        samples = read_shard(shard)
+        while block := list(itertools.islice(samples, self.block)):
+            order = np.random.default_rng((self.seed, epoch, index, zlib.crc32(shard.encode()))).permutation(len(block))
+            for i in order:
+                if index >= start:
+                    yield index, block[i]
+                index += 1
+
+
+def ignore_signals(worker: int):
+    """Ctrl-C reaches workers too: they must go on until the training process has saved its checkpoint."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Batches:
+    """Iterates over lists of samples, one per batch of this process, and knows the position for a checkpoint."""
+
+    def __init__(self, stream: ShardStream, workers: int):
+        self.stream, self.parts = stream, max(workers, 1)
+        self.batch, self.cursors, self.faults = stream.batch, dict(stream.cursors), Counter()
+        options = {"prefetch_factor": 4, "worker_init_fn": ignore_signals} if workers else {}
+        self.loader = iter(DataLoader(stream, batch_size=None, num_workers=workers, **options))
+
+    def __next__(self) -> list[Sample]:
+        parts = [next(self.loader) for _ in range(self.parts)]
+        for part in parts:
+            if isinstance(part, NoGoodSamples):
+                raise part
+        samples = sorted(itertools.chain(*parts), key=lambda sample: sample.position)
+        for sample in samples:
+            self.cursors[sample.cursor[0]] = sample.cursor[1:]
+            self.faults += sample.faults
+        self.batch += 1
+        return samples
+
+    def state(self) -> dict:
+        """Of this process; those of all processes together resume the stream."""
+        return {"batch": self.batch, "cursors": self.cursors, "faults": dict(self.faults), "lanes": self.stream.lanes}
+
+
+class ShardPass(IterableDataset):
+    """Every good sample of this process's share of the shards, once, and each shard's name after its last: fills a cache."""
+
+    def __init__(self, shards, reader, *, process, processes):
+        self.shards, self.reader, self.process, self.processes = shards, reader, process, processes
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        for shard in self.shards[self.process + self.processes * worker :: self.processes * workers]:
+            for key, members in read_shard(shard):
+                if not isinstance(members, str):
+                    try:
+                        yield self.reader(members, f"{shard} {key}")
+                    except BadSample:
+                        pass  # counted when training meets it
+            yield shard
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random draws of one sample
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sample_generator(seed: int, position: int) -> torch.Generator:
+    """Random numbers that follow from the seed and the sample's place in the global sequence alone."""
+    digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

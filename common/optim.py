@@ -1,0 +1,49 @@
+"""Optimizers by name, and the moving average of weights."""
+
+import importlib.util
+
+import torch
+
+
+class Lion(torch.optim.Optimizer):
+    """x -= lr * (sign(b1 m + (1 - b1) g) + decay x), then m = b2 m + (1 - b2) g (Chen et al. 2023)."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                    p.mul_(1.0 - group["lr"] * group["weight_decay"])
+                    p.add_(torch.lerp(p.grad, m, beta1).sign_(), alpha=-group["lr"])
+                    m.lerp_(p.grad, 1.0 - beta2)
+
+
+def make_optimizer(args, params, lr: float, device: torch.device) -> torch.optim.Optimizer:
+    betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
+    if args.optimizer == "lion":
+        return Lion(params, lr, betas, decay)
+    if args.optimizer == "adamw8bit":
+        if device.type != "cuda":
+            print("8-bit AdamW needs a CUDA GPU: AdamW with fp32 moments is in use")
+        elif importlib.util.find_spec("torchao"):
+            from torchao.optim import AdamW8bit
+
+            return AdamW8bit(params, lr, betas, args.adam_epsilon, decay)
+        elif importlib.util.find_spec("bitsandbytes"):
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(params, lr, betas, args.adam_epsilon, decay)
+        else:
+            raise SystemExit("8-bit AdamW: install torchao (or bitsandbytes), or use --optimizer adamw")
+    return torch.optim.AdamW(params, lr, betas, args.adam_epsilon, decay, fused=True)
+
+
+@torch.no_grad()
+def update_ema(target: list[torch.Tensor], source: list[torch.Tensor], decay: float):
+    """target = decay * target + (1 - decay) * source, all tensors in one call."""
+    torch._foreach_lerp_(target, [p.detach() for p in source], 1.0 - decay)
