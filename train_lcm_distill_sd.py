@@ -53,12 +53,12 @@ from transformers import AutoTokenizer, CLIPTextModel
 from common.cache import identity, weights_identity
 from common.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
 from common.config import add_shared_flags, check_shared_flags, parse_with_config
-from common.data import Batches, ImageReader, NoGoodSamples, ShardStream
-from common.data import count_samples, expand_shards, is_local, plan_lanes, sample_generator
+from common.data import ImageReader, NoGoodSamples, count_samples, expand_shards, is_local
 from common.diffusion import DDIMSolver, boundary_scalings, consistency_loss, expand_to, guidance_embedding, to_x0_eps
 from common.encoding import SampleEncoder, open_stores
 from common.export import create_hub_repository, push_to_hub, write_model_card
 from common.optim import make_optimizer, update_ema
+from common.stream import Batches, ShardStream, plan_lanes, sample_generator
 from common.validation import labelled_grid, show_picture, side_by_side
 
 LORA_TARGETS = (
@@ -77,6 +77,7 @@ LOG_EVERY = 10  # optimizer steps; the only place where the loop waits for the d
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # fmt: off
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_teacher_model", type=str, help="folder or hub name of the pipeline; default: the toy teacher, by its own recipe")
     add("--teacher_revision", type=str, help="the teacher's branch, tag or commit on the hub")
@@ -102,6 +103,7 @@ def parse_args(argv=None):
     add("--huber_c", type=float, default=0.001, help="c of sqrt(d^2 + c^2) - c; smaller is nearer to |d|")
     add("--timestep_scaling_factor", type=float, default=10.0, help="s of c_skip and c_out; larger makes c_skip fall faster")
     add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, default=True, help="keep the teacher in --mixed_precision; --no-cast_teacher_unet: in fp32, under autocast")
+    # fmt: on
     add_shared_flags(parser)
 
     args = parse_with_config(parser, argv, family="sd", method="lcm", recipe=toy_recipe)
@@ -135,8 +137,12 @@ def parse_args(argv=None):
     args.caches = "ondemand" if args.vae_cache_ondemand else "off" if args.vae_cache_disable or remote else "fill"
     args.num_samples = args.max_train_samples or count_samples(args.shards)
     if args.max_train_steps is None and args.num_samples is None:
-        parser.error("--max_train_steps or --max_train_samples: one is needed, shards that are not local are not counted")
-    args.notes = [f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type})."] * args.toy
+        parser.error(
+            "--max_train_steps or --max_train_samples: one is needed, shards that are not local are not counted"
+        )
+    args.notes = [
+        f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type})."
+    ] * args.toy
     if remote and args.caches == "off" and not args.vae_cache_disable:
         args.notes.append("The shards are not local: nothing is cached. --vae_cache_ondemand keeps what is encoded.")
     if args.allow_tf32 and not torch.cuda.is_available():
@@ -154,7 +160,10 @@ def wants(args) -> str:
 
 def toy_recipe(args) -> dict:
     recipe = json.loads((TOY / "sd_recipe.json").read_text())
-    paths = {"pretrained_teacher_model": str(TOY / "sd"), "train_shards_path_or_url": str(TOY / "shards/{00000..00003}.tar")}
+    paths = {
+        "pretrained_teacher_model": str(TOY / "sd"),
+        "train_shards_path_or_url": str(TOY / "shards/{00000..00003}.tar"),
+    }
     return paths | recipe["shared"] | recipe[args.model_type or wants(args)]
 
 
@@ -272,7 +281,9 @@ def draw(args, vae, unet, scheduler, text, uncond, steps: int, guidance_scale: f
 
 def student_scheduler(args, scheduler) -> LCMScheduler:
     return LCMScheduler.from_config(
-        scheduler.config, original_inference_steps=args.num_ddim_timesteps, timestep_scaling=args.timestep_scaling_factor
+        scheduler.config,
+        original_inference_steps=args.num_ddim_timesteps,
+        timestep_scaling=args.timestep_scaling_factor,
     )
 
 
@@ -420,7 +431,9 @@ def validation_prompts(args) -> list[str]:
 
 
 def tracker_config(args) -> dict:
-    return {name: v if isinstance(v, int | float | str) else str(v) for name, v in vars(args).items() if name != "hub_token"}
+    return {
+        name: v if isinstance(v, int | float | str) else str(v) for name, v in vars(args).items() if name != "hub_token"
+    }
 
 
 def tracker_options(args) -> dict:
@@ -456,9 +469,13 @@ def main(args):
     prediction_type = scheduler.config.prediction_type
     abar = scheduler.alphas_cumprod.float()
     if prediction_type == "epsilon" and abar[-1] < 1e-6:
-        raise SystemExit("the teacher predicts noise at zero terminal SNR, where x0 cannot be told: a v_prediction one can")
+        raise SystemExit(
+            "the teacher predicts noise at zero terminal SNR, where x0 cannot be told: a v_prediction one can"
+        )
     if len(abar) % args.num_ddim_timesteps:
-        raise SystemExit(f"--num_ddim_timesteps {args.num_ddim_timesteps}: must divide the teacher's {len(abar)} timesteps")
+        raise SystemExit(
+            f"--num_ddim_timesteps {args.num_ddim_timesteps}: must divide the teacher's {len(abar)} timesteps"
+        )
     solver = DDIMSolver(abar, args.num_ddim_timesteps).to(device)
     alphas, sigmas = abar.sqrt().to(device), (1.0 - abar).sqrt().to(device)
     lora = args.model_type == "lora"
@@ -556,7 +573,9 @@ def main(args):
                 raise SystemExit(f"--train_shards_path_or_url: {error}") from None
             images, text = encoder.encode_images(samples), encoder.encode_text([sample.caption for sample in samples])
             draws = [draw_for(args, sample.position, images["mean"][0].shape) for sample in samples]
-            index, w, dropped, latent_noise, eps = (torch.stack(column).to(device) for column in zip(*draws, strict=True))
+            index, w, dropped, latent_noise, eps = (
+                torch.stack(column).to(device) for column in zip(*draws, strict=True)
+            )
             text = {name: torch.where(expand_to(dropped, v), uncond[name], v) for name, v in text.items()}
             cond = conditions(text, images)
 

@@ -63,7 +63,9 @@ def flush_to_disk(path: Path):
 def list_checkpoints(output_dir) -> list[Path]:
     """Whole checkpoints, oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.suffix != ".part"]
-    found = [path for path in found if path.name.removeprefix("checkpoint-").isdigit() and (path / "state.json").exists()]
+    found = [
+        path for path in found if path.name.removeprefix("checkpoint-").isdigit() and (path / "state.json").exists()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
@@ -106,7 +108,7 @@ class StopSignal:
         self.asked = True
 
     def agreed(self, accelerator) -> bool:
-        """Whether any process was asked: all must leave the loop together. Waits for the others where there are some."""
+        """Whether any process was asked: all must leave the loop together, so it waits for the others."""
         if accelerator.num_processes == 1:
             return self.asked
         return bool(accelerator.reduce(torch.tensor(float(self.asked), device=accelerator.device)).item())

@@ -22,6 +22,7 @@ FLAG_OF_KEY = {
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
+# fmt: off
 def add_shared_flags(parser: argparse.ArgumentParser):
     """Flags of data, caches, optimizer, precision, checkpoints, validation, trackers and hub."""
     add = parser.add_argument_group("data").add_argument
@@ -91,6 +92,7 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--hub_model_id", type=str, help="owner/name; default: OUTPUT_DIR's name under your own")
     add("--hub_token", type=str, help="better: `hf auth login`, which keeps it out of the shell's history")
     add("--local_rank", type=int, default=-1, help="no job any more: accelerate sets it")
+# fmt: on
 
 
 def check_shared_flags(parser: argparse.ArgumentParser, args: argparse.Namespace):
@@ -147,7 +149,9 @@ def parse_with_config(parser: argparse.ArgumentParser, argv, *, family: str, met
     args.toy = args.pretrained_teacher_model is None
     if args.toy and recipe:
         known = {action.dest: action.default for action in parser._actions}
-        parser.set_defaults(**{name: value for name, value in recipe(args).items() if known[name] == parser.get_default(name)})
+        parser.set_defaults(
+            **{name: value for name, value in recipe(args).items() if known[name] == parser.get_default(name)}
+        )
         args = parser.parse_args(argv, argparse.Namespace(toy=True))
     return args
 

@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from common.cache import TensorStore, text_key
-from common.data import Sample, ShardPass, is_local, shard_fingerprint
+from common.data import Sample, is_local, shard_fingerprint
+from common.stream import ShardPass
 
 
 class SampleEncoder:
@@ -73,7 +74,7 @@ class SampleEncoder:
         return columns
 
     def fill(self, accelerator, shards: list[str], reader, prompts: list[str], workers: int):
-        """Encode all that the caches lack, each process its share of the shards. Shards once done are not read again."""
+        """Encode all that the caches lack, each process its share of the shards. Shards that are done are not read."""
         todo = [shard for shard in shards if is_local(shard) and not self.is_done(shard)]
         start, seen, encoded, waiting = time.time(), 0, 0, []
         if accelerator.is_main_process:

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 
-def write_model_card(folder: Path, *, title: str, tags: list[str], usage: str, settings: dict, results: str, picture: str):
+def write_model_card(
+    folder: Path, *, title: str, tags: list[str], usage: str, settings: dict, results: str, picture: str
+):
     """README.md with how to use the model, what made it, and what came out."""
     command = shlex.join(["accelerate", "launch", *hide_secrets(sys.argv)])
     shown = {key: value for key, value in sorted(settings.items()) if key != "hub_token"}
@@ -37,7 +39,9 @@ def create_hub_repository(args) -> str:
     try:
         return create_repo(name, token=args.hub_token, private=True, exist_ok=True).repo_id
     except Exception as error:
-        raise SystemExit(f"--push_to_hub: cannot create {name} on the hub ({error}). Log in with `hf auth login`.") from None
+        raise SystemExit(
+            f"--push_to_hub: cannot create {name} on the hub ({error}). Log in with `hf auth login`."
+        ) from None
 
 
 def push_to_hub(args, repository: str, files: list[str]):

@@ -30,7 +30,9 @@ LATENT_CHANNELS = 8  # a flat world in 64 numbers per channel needs more of them
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", choices=["sd"])
-    parser.add_argument("--output", type=Path, default=TOY, help="the pipeline goes to OUTPUT/sd, shards to OUTPUT/shards")
+    parser.add_argument(
+        "--output", type=Path, default=TOY, help="the pipeline goes to OUTPUT/sd, shards to OUTPUT/shards"
+    )
     parser.add_argument("--work", type=Path, default=TOY / ".build", help="unfinished work, kept between runs")
     parser.add_argument("--vae_steps", type=int, default=12_000)
     parser.add_argument("--scenes", type=int, default=100_000, help="scenes that the denoiser learns from")

@@ -44,7 +44,7 @@ def report(pictures, folder: Path, samples: int = SAMPLES) -> str:
             strips.append([Image.fromarray(image) for image in images[:8]])
             labels.append(f"{which}, {steps} step{'s' if steps > 1 else ''}")
     few, many = rows["teacher 4"]["distance"], rows["teacher 50"]["distance"]
-    for name, row in rows.items():
+    for row in rows.values():
         row["distance closed"] = (few - row["distance"]) / (few - many)
 
     (folder / "report.json").write_text(json.dumps(rows, indent=2))

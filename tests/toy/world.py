@@ -1,12 +1,13 @@
 """A small world that code can draw, describe in words, and judge.
 
 A scene is a coloured background with one or two objects, each with a shape, a colour, a size and a place. `draw_scene`
-makes pixels, `caption` makes words, `read_caption` turns words back into attributes, and `read_image` (the oracle) reads
-the same attributes from pixels. `adherence` is the share of images in which every attribute of every object is the one
-that the caption asked for, with no object too many. `frechet_distance` says how far two sets of images are apart.
+makes pixels, `caption` makes words, `read_caption` turns words back into attributes, and `read_image` (the oracle)
+reads the same attributes from pixels. `adherence` is the share of images in which every attribute of every object is
+the one that the caption asked for, with no object too many. `frechet_distance` says how far two sets of images are
+apart.
 
-Images are uint8 arrays [H, W, 3]. Coordinates are fractions of width and height, sizes are fractions of the shorter side,
-so the same scene can be drawn at any aspect ratio.
+Images are uint8 arrays [H, W, 3]. Coordinates are fractions of width and height, sizes are fractions of the shorter
+side, so the same scene can be drawn at any aspect ratio.
 """
 
 from dataclasses import dataclass
@@ -218,7 +219,7 @@ FEATURES = 64
 
 
 def features(images: np.ndarray) -> np.ndarray:
-    """Fixed features [N, 64]: random 5x5 filters at two scales, rectified, averaged over a 4x4 grid, projected at random."""
+    """Fixed features [N, 64]: random 5x5 filters at two scales, rectified, averaged over 4x4 cells, and projected."""
     rng = np.random.RandomState(0)  # its stream is frozen for good
     filters = rng.randn(24, 5 * 5 * 3).astype(np.float32)
     filters[8:] -= filters[8:].mean(1, keepdims=True)  # most see edges, some see colour

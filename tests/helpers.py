@@ -1,0 +1,117 @@
+"""Small pipelines with random weights, shards, and runs of the scripts, for all tests."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from tests.toy.make import add_member, draw, make_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+def tiny_unet(**config) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        **{
+            "sample_size": 4,
+            "in_channels": 4,
+            "out_channels": 4,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "block_out_channels": (16, 32),
+            "layers_per_block": 1,
+            "cross_attention_dim": 16,
+            "attention_head_dim": 2,
+            "norm_num_groups": 4,
+        }
+        | config
+    )
+
+
+def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", **scheduler) -> Path:
+    """A Stable Diffusion folder with random weights, for pictures of 32x32."""
+    torch.manual_seed(1)
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+        sample_size=32,
+    )
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    settings |= {"set_alpha_to_one": False, "steps_offset": 1, "prediction_type": prediction_type}
+    StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, tiny_unet(), DDIMScheduler(**settings | scheduler), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def write_shard(path: Path, samples: list[dict[str, bytes]], names=None) -> Path:
+    """A tar with one member for each extension of each sample."""
+    with tarfile.open(path, "w") as tar:
+        for i, members in enumerate(samples):
+            for extension, data in members.items():
+                add_member(tar, f"{names[i] if names else f'{i:06d}'}.{extension}", data)
+    return path
+
+
+def encoded(image: Image.Image, kind: str = "png") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def toy_shards(folder: Path, shards: int = 4, samples: int = 8) -> str:
+    """Shards of toy images of 40x32; their brace-expanded name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images, captions = draw(5, shards * samples, 32, 40)
+    for shard in range(shards):
+        part = slice(shard * samples, (shard + 1) * samples)
+        pairs = zip(images[part], captions[part], strict=True)
+        content = [{"png": encoded(Image.fromarray(image)), "txt": text.encode()} for image, text in pairs]
+        write_shard(folder / f"{shard:05d}.tar", content, [f"{shard}-{i:04d}" for i in range(samples)])
+    return str(folder / f"{{00000..{shards - 1:05d}}}.tar")
+
+
+def launch(script: str, *flags, processes: int = 1, check: bool = True, wait: bool = True, **environment):
+    """The script as a user starts it."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
+    command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--cpu"] + (["--multi_cpu"] if processes > 1 else [])
+    command += [script, *map(str, flags)]
+    environment = (
+        os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"} | environment
+    )
+    if not wait:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    return done
