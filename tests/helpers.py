@@ -86,10 +86,10 @@ def encoded(image: Image.Image, kind: str = "png") -> bytes:
     return file.getvalue()
 
 
-def toy_shards(folder: Path, shards: int = 4, samples: int = 8) -> str:
-    """Shards of toy images of 40x32; their brace-expanded name."""
+def toy_shards(folder: Path, shards: int = 4, samples: int = 8, height: int = 32, width: int = 40) -> str:
+    """Shards of toy images; their brace-expanded name."""
     folder.mkdir(parents=True, exist_ok=True)
-    images, captions = draw(5, shards * samples, 32, 40)
+    images, captions = draw(5, shards * samples, height, width)
     for shard in range(shards):
         part = slice(shard * samples, (shard + 1) * samples)
         pairs = zip(images[part], captions[part], strict=True)

@@ -10,6 +10,7 @@ Images are uint8 arrays [H, W, 3]. Coordinates are fractions of width and height
 side, so the same scene can be drawn at any aspect ratio.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -218,13 +219,12 @@ def adherence(images: np.ndarray, captions: list[str]) -> float:
 FEATURES = 64
 
 
-def features(images: np.ndarray) -> np.ndarray:
-    """Fixed features [N, 64]: random 5x5 filters at two scales, rectified, averaged over 4x4 cells, and projected."""
+def responses(images: np.ndarray) -> np.ndarray:
+    """Random 5x5 filters at two scales, rectified, averaged over 4x4 cells: [N, 768]."""
     rng = np.random.RandomState(0)  # its stream is frozen for good
     filters = rng.randn(24, 5 * 5 * 3).astype(np.float32)
     filters[8:] -= filters[8:].mean(1, keepdims=True)  # most see edges, some see colour
     filters /= np.linalg.norm(filters, axis=1, keepdims=True)
-    project = rng.randn(2 * 24 * 16, FEATURES).astype(np.float32) / np.sqrt(2 * 24 * 16)
 
     rows = []
     for image in images:
@@ -237,8 +237,23 @@ def features(images: np.ndarray) -> np.ndarray:
                 pooled += [cell.mean((0, 1)) for cell in np.array_split(band, 4, axis=1)]
             height, width = x.shape[0] // 2 * 2, x.shape[1] // 2 * 2
             x = x[:height, :width].reshape(height // 2, 2, width // 2, 2, 3).mean((1, 3))
-        rows.append(np.concatenate(pooled) @ project)
+        rows.append(np.concatenate(pooled))
     return np.stack(rows)
+
+
+@functools.cache
+def projection() -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the world's own responses, and a random map to few numbers, each response divided by its deviation."""
+    rng = np.random.default_rng(0)
+    x = responses(np.stack([draw_scene(sample_scene(rng), rng) for _ in range(2000)]))
+    directions = np.random.RandomState(1).randn(x.shape[1], FEATURES) / np.sqrt(x.shape[1])
+    return x.mean(0), directions / (x.std(0) + 1e-3)[:, None]
+
+
+def features(images: np.ndarray) -> np.ndarray:
+    """Fixed features [N, 64]: no response counts more than another."""
+    mean, project = projection()
+    return (responses(images) - mean) @ project
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,0 +1,264 @@
+"""Where the time and the memory of a training step go: `python -m tests.bench sd`.
+
+The real script runs, and at intervals stops for as many bare steps with its own networks: the evaluations that the
+method cannot do without (student forward and backward, teacher on both prompts, target), the optimizer's step, and,
+where nothing is cached, the encoders' forwards. Their time is the floor. What is printed is step / floor, from one run.
+
+On a GPU: `python -m tests.bench sd --size real --batch_size 12 --mixed_precision bf16 [--compile]`, random weights.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.helpers import toy_shards
+
+TOY = Path(__file__).parent / "toy"
+SCENARIOS = ("cached", "streaming", "lora")
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "4090": 165.0}  # dense bf16
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", choices=["sd"])
+    parser.add_argument("--size", choices=["toy", "real"], default="toy", help="real: SD 1.5's shapes, random weights")
+    parser.add_argument("--scenario", choices=SCENARIOS, help="one only; default: all, each in a process of its own")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--block", type=int, default=25, help="steps between two measurements of the floor")
+    parser.add_argument("--blocks", type=int, default=4, help="the first one warms up and is not counted")
+    parser.add_argument("--mixed_precision", default="no", choices=["no", "fp16", "bf16"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--work", type=Path, help="where a real-sized teacher is kept; default: a temporary folder")
+    return parser.parse_args(argv)
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(function, times: int) -> list[float]:
+    seconds = []
+    for _ in range(times):
+        synchronize()
+        start = time.perf_counter()
+        function()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def real_teacher(folder: Path) -> Path:
+    """Stable Diffusion 1.5's shapes with random weights."""
+    if not (folder / "model_index.json").exists():
+        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        from tests.toy.make import make_tokenizer
+
+        tokenizer = make_tokenizer(folder / "tokenizer")
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+        positions = tokenizer.model_max_length
+        vae = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+        StableDiffusionPipeline(
+            AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **vae
+            ),
+            CLIPTextModel(CLIPTextConfig(vocab_size=49408, max_position_embeddings=positions, **text, **ids)),
+            tokenizer,
+            UNet2DConditionModel(sample_size=64, cross_attention_dim=768),  # the class's defaults are SD 1.5's
+            DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+class Bench:
+    """Stands in for the script's progress bar: counts its steps, and measures the floor between blocks of them."""
+
+    def __init__(self, script, options, args):
+        self.script, self.options, self.args = script, options, args
+        self.block_seconds, self.floor_seconds, self.in_block = [], [], 0
+        self.parts = {}
+        for name in ("load_networks", "make_optimizer", "open_encoder", "open_batches"):
+            self.keep(name)
+        script.tqdm = lambda **_: self
+
+    def keep(self, name: str):
+        """Remember what one of the script's functions returned."""
+        function = getattr(self.script, name)
+
+        def kept(*args, **kwargs):
+            setattr(self, name, function(*args, **kwargs))
+            return getattr(self, name)
+
+        setattr(self.script, name, kept)
+
+    def set_postfix(self, **_):
+        pass
+
+    def close(self):
+        pass
+
+    def update(self):
+        if self.in_block == 0:  # a step after a pause is not counted: it only starts the clock
+            synchronize()
+            self.started = time.perf_counter()
+        self.in_block += 1
+        if self.in_block == self.options.block:
+            synchronize()
+            self.block_seconds.append((time.perf_counter() - self.started) / (self.options.block - 1))
+            if not self.floor_seconds:
+                self.prepare_floor()
+            self.floor_seconds.append(statistics.mean(measure(self.floor_step, self.options.block - 1)))
+            self.in_block = 0
+
+    def prepare_floor(self):
+        teacher, student, target = self.load_networks
+        encoder, reader = self.open_encoder
+        device, count = encoder.device, self.args.train_batch_size
+        samples = next(self.open_batches)
+        images = encoder.encode_images(samples)
+        text = encoder.encode_text([sample.caption for sample in samples])
+        cond = self.script.conditions(text, images)
+        both = {name: torch.cat([values, values]) for name, values in cond.items()}
+        x, t = images["mean"].float(), torch.full((count,), 500, device=device)
+        lora = self.args.model_type == "lora"
+        embedding = None if lora else torch.zeros(count, self.args.unet_time_cond_proj_dim, device=device)
+        predict = self.script.predict
+        enabled, dtype = self.args.mixed_precision in ("fp16", "bf16"), both["prompt_embeds"].dtype
+        autocast = lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled)  # noqa: E731
+
+        @torch.no_grad()
+        def teacher_forward():
+            with autocast(), self.script.adapters_off(teacher, lora):
+                predict(teacher, torch.cat([x, x]), torch.cat([t, t]), both)
+
+        @torch.no_grad()
+        def target_forward():
+            with autocast():
+                predict(target, x, t, cond, embedding)
+
+        def student_forward_backward():
+            with autocast():
+                out = predict(student, x, t, cond, embedding)
+            out.float().square().mean().backward()
+
+        def optimizer_step():
+            self.make_optimizer.step()
+            self.make_optimizer.zero_grad()
+
+        self.parts = {
+            "teacher, both prompts": teacher_forward,
+            "target": target_forward,
+            "student forward and backward": student_forward_backward,
+            "optimizer step": optimizer_step,
+        }
+        if self.args.caches == "off":
+            pixels = torch.stack([sample.pixels for sample in samples]).to(device).float() / 127.5 - 1.0
+            prompts = [sample.caption for sample in samples]
+            no_grad = torch.no_grad()
+            self.parts["VAE"] = no_grad(lambda: self.script.encode_pixels(encoder.vae, pixels))
+            self.parts["text encoder"] = no_grad(lambda: self.script.encode_prompts(encoder.loaded_text, prompts))
+
+    def floor_step(self):
+        for part in self.parts.values():
+            part()
+
+    def data_alone(self, batches: int) -> float:
+        """Images per second of the data pipeline with nothing else to do."""
+        encoder, _ = self.open_encoder
+
+        def one():
+            samples = next(self.open_batches)
+            if self.args.caches != "off":
+                encoder.encode_images(samples)
+                encoder.encode_text([sample.caption for sample in samples])
+
+        measure(one, batches // 4)  # what the workers had read ahead
+        return self.args.train_batch_size / statistics.mean(measure(one, batches))
+
+    def result(self) -> dict:
+        count = self.args.train_batch_size
+        step, floor = statistics.median(self.block_seconds[1:]), statistics.median(self.floor_seconds[1:])
+        ratio = statistics.median(s / f for s, f in zip(self.block_seconds[1:], self.floor_seconds[1:], strict=True))
+        with FlopCounterMode(display=False) as flops:
+            self.floor_step()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        result = {
+            "step, ms": 1e3 * step,
+            "floor, ms": 1e3 * floor,
+            "step / floor": ratio,
+            "images/s": count / step,
+        }
+        result |= {f"  {name}, ms": 1e3 * statistics.median(measure(part, 10)) for name, part in self.parts.items()}
+        result["data alone, images/s"] = self.data_alone(40)
+        result["data alone / training"] = result["data alone, images/s"] * step / count
+        result["peak memory of the process, GiB"] = peak
+        if torch.cuda.is_available():
+            name = torch.cuda.get_device_name()
+            top = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+            result["peak memory of the GPU, GiB"] = torch.cuda.max_memory_allocated() / 2**30
+            result["TFLOP/s"] = flops.get_total_flops() / step / 1e12
+            if top:
+                result["model FLOP utilisation"] = result["TFLOP/s"] / top
+        return result
+
+
+def run_scenario(options) -> dict:
+    import train_lcm_distill_sd as script
+
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--output_dir", folder, "--train_batch_size", options.batch_size, "--report_to", "none"]
+        flags += ["--validation_steps", 0, "--checkpointing_steps", 0, "--mixed_precision", options.mixed_precision]
+        flags += [
+            "--max_train_steps",
+            options.block * options.blocks,
+            "--dataloader_num_workers",
+            2,
+            "--disable_benchmark",
+        ]
+        flags += ["--compile"] * options.compile
+        flags += ["--validation_num_inference_steps", 1]
+        if options.size == "real":
+            teacher = real_teacher(options.work or Path(folder, "teacher"))
+            flags += ["--pretrained_teacher_model", teacher, "--resolution", 512]
+            flags += ["--train_shards_path_or_url", toy_shards(Path(folder, "shards"), 4, 64, 512, 512)]
+        flags += {"cached": [], "streaming": ["--vae_cache_disable"], "lora": ["--lora_rank", 64]}[options.scenario]
+        args = script.parse_args([str(flag) for flag in flags])
+        bench = Bench(script, options, args)
+        script.toy_results = lambda *_: ""
+        script.main(args)
+        return bench.result()
+
+
+def main(options):
+    if options.scenario:
+        print(json.dumps(run_scenario(options)))
+        return
+    columns = {}
+    for scenario in SCENARIOS:
+        command = [sys.executable, "-m", "tests.bench", *sys.argv[1:], "--scenario", scenario]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        columns[scenario] = json.loads(output.splitlines()[-1])
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"\n{options.script}, {options.size}, batch {options.batch_size}, {machine}, torch {torch.__version__}")
+    print(f"{'':34}" + "".join(f"{scenario:>12}" for scenario in columns))
+    for name in names:
+        cells = [f"{column[name]:12.3f}" if name in column else f"{'':12}" for column in columns.values()]
+        print(f"{name:34}" + "".join(cells))
+
+
+if __name__ == "__main__":
+    main(parse_args())
