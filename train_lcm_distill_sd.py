@@ -40,7 +40,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import ProjectConfiguration
 from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
@@ -58,20 +58,14 @@ from common.diffusion import DDIMSolver, boundary_scalings, consistency_loss, ex
 from common.encoding import SampleEncoder, open_stores
 from common.export import create_hub_repository, push_to_hub, write_model_card
 from common.optim import make_optimizer, update_ema
-from common.stream import Batches, ShardStream, plan_lanes, sample_generator
-from common.validation import labelled_grid, show_picture, side_by_side
+from common.stream import gather_states, open_batches, sample_generator
+from common.validation import init_trackers, labelled_grid, show_picture, side_by_side, validation_prompts
 
 LORA_TARGETS = (
     "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,"
     "downsamplers.0.conv,upsamplers.0.conv,time_emb_proj"
 )
 TOY = Path(__file__).parent / "tests" / "toy"
-PROMPTS = (
-    "a red fox in fresh snow, morning light, photograph",
-    "an old fisherman mending his net, oil painting",
-    "a lighthouse on a cliff in a storm",
-    "a bowl of oranges beside a blue vase, still life",
-)
 LOG_EVERY = 10  # optimizer steps; the only place where the loop waits for the device
 
 
@@ -386,29 +380,6 @@ def open_encoder(args, accelerator, weight_dtype) -> tuple[SampleEncoder, ImageR
     return encoder, reader
 
 
-def open_batches(args, accelerator, reader, state) -> Batches:
-    processes = accelerator.num_processes
-    try:
-        lanes, workers = plan_lanes(len(args.shards), processes, args.dataloader_num_workers)
-    except ValueError as error:
-        raise SystemExit(f"--train_shards_path_or_url: {error}") from None
-    if workers < args.dataloader_num_workers:
-        accelerator.print(f"--dataloader_num_workers: {len(args.shards)} shards feed only {workers}")
-    stream = ShardStream(
-        args.shards, reader, seed=args.seed, batch_size=args.train_batch_size, process=accelerator.process_index,
-        processes=processes, lanes=state["lanes"] if state else lanes, state=state,
-    )  # fmt: skip
-    return Batches(stream, workers)
-
-
-def gather_states(batches, accelerator) -> tuple[dict, Counter]:
-    """Place in the data and samples skipped, of all processes."""
-    states = gather_object([batches.state()])
-    cursors = {lane: cursor for state in states for lane, cursor in state["cursors"].items()}
-    faults = sum((Counter(state["faults"]) for state in states), Counter())
-    return {"batch": batches.batch, "lanes": batches.stream.lanes, "cursors": cursors}, faults
-
-
 def draw_for(args, position: int, shape):
     """index, w, whether the prompt is dropped, and two noises, of the sample at this place in the global sequence."""
     rng = sample_generator(args.seed, position)
@@ -422,29 +393,6 @@ def with_uncond(cond, uncond) -> dict[str, torch.Tensor]:
     """Batch of 2B: as conditioned, and with the empty prompt's embeddings."""
     rows = {name: uncond[name].expand_as(v) if name in uncond else v for name, v in cond.items()}
     return {name: torch.cat([v, rows[name]]) for name, v in cond.items()}
-
-
-def validation_prompts(args) -> list[str]:
-    library = args.validation_prompt_library
-    prompts = list(json.loads(Path(library).read_text()).values()) if library else []
-    return prompts + ([args.validation_prompt] if args.validation_prompt else []) or list(PROMPTS)
-
-
-def tracker_config(args) -> dict:
-    return {
-        name: v if isinstance(v, int | float | str) else str(v) for name, v in vars(args).items() if name != "hub_token"
-    }
-
-
-def tracker_options(args) -> dict:
-    return {"wandb": {"name": args.tracker_run_name}, "trackio": {"name": args.tracker_run_name}}
-
-
-def toy_results(args, pictures) -> str:
-    """The toy world can judge its pictures: a table for the model card, printed too, and a picture of all samplers."""
-    from tests.toy.report import report
-
-    return report(pictures, Path(args.output_dir))
 
 
 def main(args):
@@ -559,7 +507,7 @@ def main(args):
         return grid
 
     # ---- Training loop: algorithm 1 ----
-    accelerator.init_trackers(args.tracker_project_name, tracker_config(args), tracker_options(args))
+    init_trackers(args, accelerator)
     say(f"training {sum(p.numel() for p in trained):,} parameters for {args.max_train_steps} steps of {batch} samples")
     bar = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
     loss_sum, started = torch.zeros((), device=device), time.time()
@@ -661,7 +609,11 @@ def main(args):
     elif accelerator.is_main_process:
         validate().save(output_dir / "samples.png")
         files, usage = export(args, output_dir, target, scheduler)
-        results = toy_results(args, pictures) if args.toy else ""
+        results = ""
+        if args.toy:  # its world can judge pictures
+            from tests.toy.report import report
+
+            results = report(pictures, output_dir)
         write_model_card(
             output_dir, title=f"LCM of {Path(args.pretrained_teacher_model).name}", tags=["lcm", args.model_type],
             usage=usage, settings=vars(args), results=results, picture="samples.png",

@@ -16,6 +16,7 @@ from collections import Counter
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, IterableDataset
 
 from common.data import BadSample, NoGoodSamples, Sample, read_shard
@@ -137,6 +138,29 @@ class Batches:
     def state(self) -> dict:
         """Of this process; those of all processes together resume the stream."""
         return {"batch": self.batch, "cursors": self.cursors, "faults": dict(self.faults), "lanes": self.stream.lanes}
+
+
+def open_batches(args, accelerator, reader, state) -> Batches:
+    processes = accelerator.num_processes
+    try:
+        lanes, workers = plan_lanes(len(args.shards), processes, args.dataloader_num_workers)
+    except ValueError as error:
+        raise SystemExit(f"--train_shards_path_or_url: {error}") from None
+    if workers < args.dataloader_num_workers:
+        accelerator.print(f"--dataloader_num_workers: {len(args.shards)} shards feed only {workers}")
+    stream = ShardStream(
+        args.shards, reader, seed=args.seed, batch_size=args.train_batch_size, process=accelerator.process_index,
+        processes=processes, lanes=state["lanes"] if state else lanes, state=state,
+    )  # fmt: skip
+    return Batches(stream, workers)
+
+
+def gather_states(batches, accelerator) -> tuple[dict, Counter]:
+    """Place in the data and samples skipped, of all processes."""
+    states = gather_object([batches.state()])
+    cursors = {lane: cursor for state in states for lane, cursor in state["cursors"].items()}
+    faults = sum((Counter(state["faults"]) for state in states), Counter())
+    return {"batch": batches.batch, "lanes": batches.stream.lanes, "cursors": cursors}, faults
 
 
 class ShardPass(IterableDataset):

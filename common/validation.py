@@ -1,10 +1,17 @@
-"""Labelled grids of pictures, on disk and in every tracker."""
+"""Pictures of a run: labelled grids, on disk and in every tracker."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+PROMPTS = (
+    "a red fox in fresh snow, morning light, photograph",
+    "an old fisherman mending his net, oil painting",
+    "a lighthouse on a cliff in a storm",
+    "a bowl of oranges beside a blue vase, still life",
+)
 MARGIN, LABEL_HEIGHT = 6, 18
 
 
@@ -67,3 +74,19 @@ def show_picture(accelerator, picture: Image.Image, folder: Path, name: str, ste
 
             tracker.log({name: trackio.Image(picture)}, step=step)
     return path
+
+
+def validation_prompts(args) -> list[str]:
+    library = args.validation_prompt_library
+    prompts = list(json.loads(Path(library).read_text()).values()) if library else []
+    return prompts + ([args.validation_prompt] if args.validation_prompt else []) or list(PROMPTS)
+
+
+def init_trackers(args, accelerator):
+    """Their settings must be scalars or text, and the hub's token is nobody's business."""
+    settings = {
+        name: value if isinstance(value, int | float | str) else str(value) for name, value in vars(args).items()
+    }
+    settings.pop("hub_token")
+    named = {"name": args.tracker_run_name}
+    accelerator.init_trackers(args.tracker_project_name, settings, {"wandb": named, "trackio": named})
