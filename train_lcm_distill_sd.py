@@ -33,6 +33,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import time
 from collections import Counter
 from dataclasses import replace
@@ -408,6 +409,8 @@ def main(args):
     for line in args.notes:
         say(line)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    if device.type == "cpu":  # accelerate launch leaves a process one thread
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     repository = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
