@@ -409,7 +409,7 @@ def main(args):
     for line in args.notes:
         say(line)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    if device.type == "cpu":  # accelerate launch leaves a process one thread
+    if args.toy and device.type == "cpu":  # accelerate launch leaves a process one thread
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
@@ -439,7 +439,12 @@ def main(args):
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * max(1, args.num_samples // batch)
     optimizer = make_optimizer(args, trained, args.learning_rate * (batch if args.scale_lr else 1), device)
-    lr_schedule = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
+    lr_schedule = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
     student, optimizer = accelerator.prepare(network, optimizer)
     saved = {"student": network} if lora else {"student": network, "target": target}
 
