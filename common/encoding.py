@@ -3,10 +3,9 @@
 The encoders are loaded at first need: a run whose caches hold everything never loads them.
 """
 
-import time
-
 import torch
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from common.cache import TensorStore, text_key
 from common.data import Sample, is_local, shard_fingerprint
@@ -70,37 +69,35 @@ class SampleEncoder:
         return self.stack([rows[prompt] for prompt in prompts])
 
     def stack(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        columns = {name: torch.stack([row[name].to(self.device) for row in rows]) for name in rows[0]}
-        return columns
+        names = rows[0] if rows else {}
+        return {name: torch.stack([row[name].to(self.device) for row in rows]) for name in names}
 
     def fill(self, accelerator, shards: list[str], reader, prompts: list[str], workers: int):
         """Encode all that the caches lack, each process its share of the shards. Shards that are done are not read."""
         todo = [shard for shard in shards if is_local(shard) and not self.is_done(shard)]
-        start, seen, encoded, waiting = time.time(), 0, 0, []
         if accelerator.is_main_process:
             self.encode_text(prompts)
         share = ShardPass(todo, reader, process=accelerator.process_index, processes=accelerator.num_processes)
-        for item in DataLoader(share, batch_size=None, num_workers=min(workers, len(todo))):
-            if isinstance(item, Sample):
-                seen += 1
-                if item.latents is None or text_key(item.caption) not in self.text:
-                    waiting.append(item)
-            if waiting and (len(waiting) == self.vae_batch_size or not isinstance(item, Sample)):
-                self.encode_text([sample.caption for sample in waiting])
-                if fresh := [sample for sample in waiting if sample.latents is None]:
-                    self.encode_images(fresh)
-                encoded, waiting = encoded + len(waiting), []
-                rate = encoded / (time.time() - start)
-                accelerator.print(f"\rcaches: {encoded} of {seen} samples encoded, {rate:.0f}/s", end="", flush=True)
-            if not isinstance(item, Sample):  # the end of a shard
-                self.flush()
-                self.latents.mark(self.done_name(item))
+        waiting: list[Sample] = []
+        with tqdm(desc="filling caches", unit=" images", disable=not accelerator.is_main_process) as bar:
+            for item in DataLoader(share, batch_size=None, num_workers=min(workers, len(todo))):
+                end_of_shard = not isinstance(item, Sample)
+                if not end_of_shard:
+                    bar.update()
+                    if item.latents is None or text_key(item.caption) not in self.text:
+                        waiting.append(item)
+                if waiting and (end_of_shard or len(waiting) == self.vae_batch_size):
+                    self.encode_text([sample.caption for sample in waiting])
+                    self.encode_images([sample for sample in waiting if sample.latents is None])
+                    waiting = []
+                if end_of_shard:
+                    self.flush()
+                    self.latents.mark(self.done_name(item))
         self.flush()
         accelerator.wait_for_everyone()
         self.latents.refresh()
         self.text.refresh()
-        missing = "" if encoded else ", nothing to encode"
-        accelerator.print(f"\rcaches: {len(self.latents.index)} latents, {len(self.text.index)} prompts{missing}")
+        accelerator.print(f"caches: {len(self.latents.index)} latents, {len(self.text.index)} prompts")
 
     def done_name(self, shard: str) -> str:
         return f"{shard_fingerprint(shard)}-{self.text.folder.name}"
