@@ -96,7 +96,7 @@ def train_vae(work: Path, steps: int) -> AutoencoderKL:
         start = time.time()
         for step in range(done, steps):
             pixels = to_pixels(draw(10_000_000 + step, 32)[0])
-            if step < 0.85 * steps:  # windows first: cheap, and many show an object
+            if step < 0.95 * steps:  # windows first: cheap, and many show an object
                 top, left = np.random.default_rng(step).integers(0, 5, 2) * 8
                 pixels = pixels[:, :, top : top + 32, left : left + 32]
             posterior = vae.encode(pixels).latent_dist
