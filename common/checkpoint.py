@@ -91,6 +91,10 @@ def load_checkpoint(folder: Path, networks: dict, optimizers: dict) -> dict:
     for name, optimizer in optimizers.items():
         moments = torch.load(folder / f"{name}.optimizer.pt", weights_only=True, map_location="cpu")
         set_optimizer_state_dict(networks[name], optimizer, moments, options=options(True))
+        for p, state in optimizer.state.items():  # a fused step reads weights and moments side by side: one layout
+            for key, value in state.items():
+                if value.shape == p.shape:
+                    state[key] = torch.empty_like(p).copy_(value)
     return json.loads((folder / "state.json").read_text())
 
 

@@ -52,7 +52,8 @@ def test_train_resume_finish_load(world, tmp_path, student):
     # The model card's own lines, with the prompt, seed and size of the run's picture.
     usage = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
     usage = usage.replace('"your prompt"', repr(PROMPT)).replace(
-        "num_inference_steps=4", "num_inference_steps=4, height=32, width=32, generator=torch.Generator().manual_seed(0)"
+        "num_inference_steps=4",
+        "num_inference_steps=4, height=32, width=32, generator=torch.Generator().manual_seed(0)",
     )
     code = f"import torch\n{usage}\nimage.save({str(tmp_path / 'again.png')!r})\n"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=200)

@@ -36,7 +36,7 @@ def parse_args(argv=None):
     parser.add_argument("--work", type=Path, default=TOY / ".build", help="unfinished work, kept between runs")
     parser.add_argument("--vae_steps", type=int, default=10_000)
     parser.add_argument("--scenes", type=int, default=100_000, help="scenes that the denoiser learns from")
-    parser.add_argument("--denoiser_steps", type=int, default=30_000)
+    parser.add_argument("--denoiser_steps", type=int, default=20_000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--shard_samples", type=int, default=2048, help="images in the committed shards")
     return parser.parse_args(argv)
@@ -123,13 +123,17 @@ def encode_scenes(work: Path, vae: AutoencoderKL, count: int):
     """Latents [count, C, 8, 8] scaled to unit variance, their scale, and the captions."""
     path = work / "latents.safetensors"
     if not path.exists():
+        vae.to(memory_format=torch.channels_last)  # five times as fast on a CPU
         latents, captions = [], []
-        for start in range(0, count, 500):
-            images, texts = draw(20_000_000 + start, 500)
+        for start in range(0, count, 100):
+            images, texts = draw(20_000_000 + start, 100)
             latents.append(vae.encode(to_pixels(images)).latent_dist.mean)
             captions += texts
+            if start % 10_000 == 0:
+                print(f"latents {start}", flush=True)
         save_file({"latents": torch.cat(latents).contiguous()}, path)
         path.with_suffix(".json").write_text(json.dumps(captions))
+        vae.to(memory_format=torch.contiguous_format)
     latents = load_file(path)["latents"]
     scale = round(1.0 / latents.std().item(), 5)
     return latents * scale, scale, json.loads(path.with_suffix(".json").read_text())
