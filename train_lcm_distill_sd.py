@@ -45,7 +45,7 @@ from accelerate.utils import ProjectConfiguration
 from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers, is_xformers_available
+from diffusers.utils import is_xformers_available
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
@@ -287,7 +287,7 @@ def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
     student_scheduler(args, scheduler).save_pretrained(folder / "scheduler")
     base = args.pretrained_teacher_model
     if args.model_type == "lora":
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+        layers = {name: value.contiguous() for name, value in get_peft_model_state_dict(unet).items()}
         adapter = unet.peft_config["default"].to_dict()
         adapter = {key: sorted(value) if isinstance(value, set) else value for key, value in adapter.items()}
         PIPELINE.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=adapter)
