@@ -123,10 +123,7 @@ def read_shard(shard: str):
         if at_end() != 0:
             yield key, "shard's command failed"
     except (OSError, EOFError, tarfile.TarError, zlib.error):
-        if members:  # complete but for the last one, which may be cut off
-            yield key, "truncated shard"
-        else:
-            yield key, "unreadable shard"
+        yield key, "unreadable shard" if key is None else "truncated shard"
 
 
 def count_samples(shards: list[str]) -> int | None:

@@ -1,0 +1,227 @@
+"""Caches: three modes, keys by content, damage, and what a run from a full cache loads."""
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train_lcm_distill_sd as script
+from common.cache import TensorStore, identity, text_key, weights_identity
+from tests.helpers import encoded, launch, tiny_pipeline, toy_shards, write_shard
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return tiny_pipeline(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture()
+def shards(tmp_path):
+    return toy_shards(tmp_path / "shards", 2, 8)
+
+
+class Accelerator:
+    device = torch.device("cpu")
+    is_main_process, num_processes, process_index = True, 1, 0
+    print = staticmethod(print)
+    wait_for_everyone = staticmethod(lambda: None)
+
+
+def opened(teacher, shards, folder, *more, dtype=torch.float32):
+    """Encoder, batches, and how often each network was loaded."""
+    flags = ["--pretrained_teacher_model", teacher, "--train_shards_path_or_url", shards, "--output_dir", folder]
+    args = script.parse_args([str(flag) for flag in [*flags, "--resolution", 32, "--train_batch_size", 4, *more]])
+    loads = {"vae": 0, "text": 0}
+    encoder, reader = script.open_encoder(args, Accelerator(), dtype)
+    load_vae, load_text = encoder.load_vae, encoder.load_text
+
+    def counted(name, load):
+        def loader():
+            loads[name] += 1
+            return load()
+
+        return loader
+
+    encoder.load_vae, encoder.load_text = counted("vae", load_vae), counted("text", load_text)
+    encoder.release()
+    return encoder, script.open_batches(args, Accelerator(), reader, None), loads
+
+
+def epoch(encoder, batches, count: int = 4):
+    """All latents and embeddings of the first batches, by caption."""
+    found = {}
+    for _ in range(count):
+        samples = next(batches)
+        images = encoder.encode_images(samples)
+        text = encoder.encode_text([sample.caption for sample in samples])
+        for i, sample in enumerate(samples):
+            found[sample.caption] = {
+                "mean": images["mean"][i],
+                "std": images["std"][i],
+                "text": text["prompt_embeds"][i],
+            }
+    return found
+
+
+def assert_same(a: dict, b: dict):
+    assert a.keys() == b.keys()
+    for caption in a:
+        for name in a[caption]:
+            torch.testing.assert_close(a[caption][name], b[caption][name], rtol=1e-5, atol=1e-5)
+
+
+def test_full_cache_loads_no_encoder_and_agrees_with_streaming(teacher, shards, tmp_path):
+    same = ["--center_crop"]  # a cache has one crop of an image, a stream another on each visit
+    encoder, batches, loads = opened(teacher, shards, tmp_path / "a", *same)
+    cached = epoch(encoder, batches)
+    assert loads == {"vae": 0, "text": 0}
+    encoder, batches, loads = opened(teacher, shards, tmp_path / "b", *same, "--vae_cache_disable")
+    assert_same(cached, epoch(encoder, batches))
+    assert loads == {"vae": 1, "text": 1}
+    assert not (tmp_path / "b").exists()
+
+
+def test_on_demand_encodes_what_it_meets_once(teacher, shards, tmp_path):
+    encoder, batches, loads = opened(teacher, shards, tmp_path, "--vae_cache_ondemand")
+    assert len(encoder.latents.index) == 0
+    first = epoch(encoder, batches, 2)
+    assert loads == {"vae": 1, "text": 1} and len(encoder.latents.waiting) == 8
+    encoder.flush()
+    encoder, batches, loads = opened(teacher, shards, tmp_path, "--vae_cache_ondemand")
+    assert_same(first, epoch(encoder, batches, 2))
+    assert loads == {"vae": 0, "text": 0}
+
+
+def records(folder: Path) -> int:
+    return sum(len(TensorStore(path).index) for path in folder.iterdir() if path.is_dir())
+
+
+def test_key_is_the_content(teacher, tmp_path):
+    """Not the file's name: a renamed shard hits, a changed image misses; so does another resolution, dtype or VAE."""
+    cache = ["--cache_dir_vae", tmp_path / "vae", "--cache_dir_text", tmp_path / "text"]
+    images = [{"png": encoded(Image.new("RGB", (32, 32), (i * 20, 0, 0))), "txt": b"x"} for i in range(6)]
+    (tmp_path / "a").mkdir()
+    write_shard(tmp_path / "a" / "0.tar", images[:4])
+    opened(teacher, tmp_path / "a" / "0.tar", tmp_path / "o", *cache)
+    assert records(tmp_path / "vae") == 4
+    shutil.copy(tmp_path / "a" / "0.tar", tmp_path / "a" / "1.tar")
+    opened(teacher, tmp_path / "a" / "1.tar", tmp_path / "other_run", *cache)
+    assert records(tmp_path / "vae") == 4  # shared by two runs, found again under another name
+    write_shard(tmp_path / "a" / "1.tar", [*images[:3], images[5]])
+    opened(teacher, tmp_path / "a" / "1.tar", tmp_path / "o", *cache)
+    assert records(tmp_path / "vae") == 5
+    opened(teacher, tmp_path / "a" / "0.tar", tmp_path / "o", *cache, "--resolution", 16)
+    assert records(tmp_path / "vae") == 5 + 4
+    opened(teacher, tmp_path / "a" / "0.tar", tmp_path / "o", *cache, dtype=torch.bfloat16)
+    assert records(tmp_path / "vae") == 5 + 8
+    other = tiny_pipeline(tmp_path / "other")
+    vae = other / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(vae.read_bytes())
+    data[-1] ^= 1
+    vae.write_bytes(data)
+    opened(
+        teacher, tmp_path / "a" / "0.tar", tmp_path / "o", *cache, "--pretrained_vae_model_name_or_path", other / "vae"
+    )
+    assert records(tmp_path / "vae") == 5 + 12
+    assert weights_identity(str(teacher), "vae", None) != weights_identity(str(other), "vae", None)
+    assert weights_identity("hub/name", "vae", "main") != weights_identity("hub/name", "vae", "v2")
+
+
+@pytest.mark.parametrize("compress", [[], ["--compress_disk_cache"]])
+def test_damage_is_made_again(teacher, shards, tmp_path, compress, capsys):
+    encoder, batches, _ = opened(teacher, shards, tmp_path, *compress)
+    whole = epoch(encoder, batches)
+    for path in (tmp_path / "cache" / "vae").rglob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-200] ^= 0xFF  # within the last record
+        path.write_bytes(data)
+    encoder, batches, loads = opened(teacher, shards, tmp_path, *compress)
+    assert_same(whole, epoch(encoder, batches))
+    assert loads["vae"] == 1 and "damaged and will be made again" in capsys.readouterr().out
+    for path in (tmp_path / "cache" / "text").rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    encoder, batches, loads = opened(teacher, shards, tmp_path, *compress)
+    assert_same(whole, epoch(encoder, batches))
+    assert loads["text"] == 1
+
+
+def test_a_cut_off_fill_goes_on(teacher, shards, tmp_path, monkeypatch):
+    encode, calls = script.encode_pixels, []
+
+    def breaks(vae, pixels):
+        calls.append(len(pixels))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(vae, pixels)
+
+    monkeypatch.setattr(script, "encode_pixels", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        opened(teacher, shards, tmp_path)
+    kept = records(tmp_path / "cache" / "vae")
+    assert kept == 8  # the shard that was done
+    calls.clear()
+    monkeypatch.setattr(script, "encode_pixels", lambda *a: calls.append(len(a[1])) or encode(*a))
+    opened(teacher, shards, tmp_path)
+    assert sum(calls) == 8
+    calls.clear()
+    opened(teacher, shards, tmp_path)
+    assert calls == []
+
+
+def test_kill_while_filling_leaves_whole_files(teacher, tmp_path):
+    shards = toy_shards(tmp_path / "many", 6, 40)
+    flags = [
+        "--pretrained_teacher_model",
+        teacher,
+        "--train_shards_path_or_url",
+        shards,
+        "--output_dir",
+        tmp_path / "o",
+    ]
+    flags += ["--resolution", 32, "--max_train_steps", 1, "--validation_steps", 0, "--vae_encode_batch_size", 2]
+    process = launch("train_lcm_distill_sd.py", *flags, wait=False)
+    store = tmp_path / "o" / "cache" / "vae"
+    end = time.time() + 100
+    while time.time() < end and not list(store.rglob("*.safetensors")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert records(store) > 0
+    done = launch("train_lcm_distill_sd.py", *flags, "--disable_benchmark", "--validation_num_inference_steps", 1)
+    assert "caches: 240 latents" in done.stdout
+
+
+def test_two_processes_split_the_fill(teacher, tmp_path):
+    shards = toy_shards(tmp_path / "shards", 4, 6)
+    flags = [
+        "--pretrained_teacher_model",
+        teacher,
+        "--train_shards_path_or_url",
+        shards,
+        "--output_dir",
+        tmp_path / "o",
+    ]
+    flags += ["--resolution", 32, "--max_train_steps", 1, "--validation_steps", 0, "--train_batch_size", 2]
+    done = launch("train_lcm_distill_sd.py", *flags, "--disable_benchmark", processes=2)
+    assert "caches: 24 latents" in done.stdout
+    stores = [path for path in (tmp_path / "o" / "cache" / "vae").iterdir()]
+    assert sum(len(TensorStore(path).index) for path in stores) == 24
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_store(tmp_path, compress):
+    store = TensorStore(tmp_path, compress)
+    tensors = {"a": torch.randn(3, 4).bfloat16(), "b": torch.arange(6)}
+    store.put("key", tensors)
+    assert "key" in store and store.get("key")["b"].tolist() == tensors["b"].tolist()
+    store.flush()
+    (tmp_path / "half.part").write_bytes(b"unfinished")
+    again = TensorStore(tmp_path).get("key")
+    assert torch.equal(again["a"], tensors["a"]) and torch.equal(again["b"], tensors["b"])
+    assert TensorStore(tmp_path).get("other") is None
+    assert text_key("a") != text_key("b") and identity(x=1) != identity(x=2)
+    assert not list(tmp_path.glob("*.part.safetensors"))

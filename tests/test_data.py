@@ -1,0 +1,366 @@
+"""Shards full of faults, the order of samples, and what becomes of an image."""
+
+import gzip
+import http.server
+import io
+import json
+import pickle
+import struct
+import tarfile
+import threading
+import zlib
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.data import ImageReader, NoGoodSamples, count_samples, expand_shards, read_shard
+from common.stream import Batches, ShardStream, plan_lanes
+from tests.helpers import add_member, encoded, launch, tiny_pipeline, toy_shards, write_shard
+
+
+def reader(**changes) -> ImageReader:
+    settings = {
+        "resolution": 16,
+        "interpolation_type": "bilinear",
+        "center_crop": True,
+        "random_flip": False,
+        "seed": 0,
+    }
+    return ImageReader(**settings | changes)
+
+
+def batches(shards, *, state=None, workers=0, batch_size=4, process=0, processes=1, seed=0, lanes=None):
+    planned, workers = plan_lanes(len(shards), processes, workers)
+    stream = ShardStream(
+        shards, reader(), seed=seed, batch_size=batch_size, process=process, processes=processes,
+        lanes=lanes or planned, shuffle_buffer=8, state=state,
+    )  # fmt: skip
+    return Batches(stream, workers)
+
+
+def captions(source: Batches, count: int) -> list[str]:
+    return [sample.caption for _ in range(count) for sample in next(source)]
+
+
+def picture(mode: str = "RGB", size=(20, 16), value=None) -> Image.Image:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3)).astype(np.uint8))
+    return image.convert(mode) if value is None else Image.new(mode, size, value)
+
+
+class Evil:
+    """Unpickling it leaves a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def bomb() -> bytes:
+    """A PNG whose header claims 60000 x 60000."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def faulty_shards(folder: Path) -> tuple[list[str], dict[str, int], set[str]]:
+    """Shards, the causes to be counted in one epoch, and the captions of the good samples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    good = encoded(picture())
+    sixteen = Image.fromarray(np.full((16, 20), 32896, np.uint16))  # 128 * 257
+    evil = pickle.dumps(Evil(folder / "unpickled"))
+    samples = [
+        {"png": good, "txt": b"plain"},
+        {"png": b"", "txt": b"x"},
+        {"png": bomb(), "txt": b"x"},
+        {"jpg": b"not an image at all", "txt": b"x"},
+        {"png": good[:40], "txt": b"x"},
+        {"png": good},
+        {"png": good, "txt": b"  \n"},
+        {"png": good, "txt": b"\xff\xfe\xfa"},
+        {"png": good, "json": b"{broken"},
+        {"txt": b"only words"},
+        {"png": good, "pkl": evil, "txt": b"beside a pickle"},
+        {"png": good, "pyd": evil, "text": b"beside another"},
+        {"png": encoded(picture("L", value=77)), "caption": b"grey"},
+        {"jpg": encoded(picture("CMYK"), "jpeg"), "txt": b"cmyk"},
+        {"png": encoded(sixteen), "txt": b"sixteen bits"},
+        {"png": encoded(picture("P")), "json": json.dumps({"caption": "palette"}).encode()},
+        {"png": encoded(picture("RGBA", value=(255, 0, 0, 0))), "txt": "transparent ü".encode()},
+        {"webp": encoded(picture(), "webp"), "txt": b"webp"},
+        {"jpg.gz": gzip.compress(encoded(picture(), "jpeg")), "txt.gz": gzip.compress(b"gzipped")},
+        {"jpg.gz": b"no gzip", "txt": b"x"},
+    ]
+    names = [f"folder.of/{i:03d}" for i in range(len(samples))]
+    first = write_shard(folder / "a.tar", samples, names)
+    # A key that comes again after another one; and a tar that ends within a member.
+    twice = [{"png": good, "txt": b"first"}, {"png": good, "txt": b"between"}, {"png": good, "txt": b"again"}]
+    second = write_shard(folder / "b.tar", twice, ["one", "two", "one"])
+    whole = write_shard(folder / "whole.tar", [{"png": good, "txt": b"before the cut"}, {"png": good, "txt": b"cut"}])
+    third = folder / "c.tar"
+    third.write_bytes(whole.read_bytes()[: 2 * 512 + 1024 + 512 + 512 + 700])
+    whole.unlink()
+    fourth = folder / "d.tar"
+    fourth.write_bytes(b"")
+    causes = {
+        "empty image": 1, "image bomb": 1, "broken image": 2, "missing caption": 2, "caption is not UTF-8": 1,
+        "broken JSON": 1, "no image": 1, "pickle member (ignored)": 2, "broken gzip member": 1, "duplicate key": 1,
+    }  # fmt: skip
+    right = {"plain", "beside a pickle", "beside another", "grey", "cmyk", "sixteen bits", "palette", "transparent ü"}
+    right |= {"webp", "gzipped", "first", "between"}
+    return [str(path) for path in (first, second, third, fourth)], causes, right
+
+
+def test_faults_are_skipped_and_counted(tmp_path):
+    shards, causes, right = faulty_shards(tmp_path)
+    source = batches(shards, lanes=1, batch_size=1)
+    seen = {}
+    while source.cursors.get(0, (0,))[0] == 0:  # one epoch
+        (sample,) = next(source)
+        seen.setdefault(sample.caption, sample)
+    assert set(source.faults) == {*causes, "truncated shard", "unreadable shard"}
+    assert right <= set(seen) and set(seen) <= right | {"before the cut"}
+    assert not (tmp_path / "unpickled").exists()
+    assert seen["grey"].pixels.unique().tolist() == [77]
+    assert seen["sixteen bits"].pixels.unique().tolist() == [128]  # scaled, not cut off at 255
+    assert seen["transparent ü"].pixels.unique().tolist() == [255]  # on white
+
+
+def test_exact_counts_of_a_shard_with_one_lane(tmp_path):
+    shards, causes, _ = faulty_shards(tmp_path)
+    good = write_shard(tmp_path / "z.tar", [{"png": encoded(picture()), "txt": b"last"}])
+    found = Counter()
+    for shard in [*shards, str(good)]:
+        for _, members in read_shard(shard):
+            try:
+                if isinstance(members, str):
+                    found[members] += 1
+                else:
+                    found.update(reader()(members, "v").faults)
+            except Exception as cause:
+                found[str(cause)] += 1
+    assert found == causes | {"truncated shard": 1, "unreadable shard": 1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_good_ends_with_the_causes(tmp_path, workers):
+    shards = [str(write_shard(tmp_path / f"{i}.tar", [{"png": b"", "txt": b"x"}] * 3)) for i in range(2)]
+    with pytest.raises(NoGoodSamples, match=r"no usable sample in any of 2 shards: \d+ x "):
+        next(batches(shards, workers=workers))
+
+
+def test_script_on_faulty_shards(tmp_path):
+    faulty_shards(tmp_path / "bad")
+    teacher = tiny_pipeline(tmp_path / "teacher")
+    flags = ["--pretrained_teacher_model", teacher, "--output_dir", tmp_path / "out", "--resolution", 32]
+    flags += ["--validation_steps", 0, "--train_batch_size", 2, "--max_train_steps", 12, "--disable_benchmark"]
+    done = launch("train_lcm_distill_sd.py", *flags, "--train_shards_path_or_url", tmp_path / "bad" / "{a,b,c,d}.tar")
+    assert "x image bomb" in done.stdout and "x caption is not UTF-8" in done.stdout
+    assert not (tmp_path / "bad" / "unpickled").exists()
+    write_shard(tmp_path / "none.tar", [{"png": b"", "txt": b"x"}])
+    for more in (["--vae_cache_disable"], ["--dataloader_num_workers", 1]):
+        done = launch(
+            "train_lcm_distill_sd.py", *flags, "--train_shards_path_or_url", tmp_path / "none.tar", *more, check=False
+        )
+        assert done.returncode != 0
+        assert "--train_shards_path_or_url: no usable sample in any of 1 shards" in done.stderr
+        assert "NoGoodSamples" not in done.stderr  # a sentence, not a traceback
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("order")
+    content = [{"png": encoded(picture()), "txt": f"sample {i}".encode()} for i in range(64)]
+    return [str(write_shard(folder / f"{s}.tar", content[s * 8 : s * 8 + 8])) for s in range(8)]
+
+
+def test_an_epoch_visits_every_sample_once_and_epochs_differ(shards):
+    source = batches(shards, batch_size=8)
+    epochs = [captions(source, 8) for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(f"sample {i}" for i in range(64))
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert captions(batches(shards, batch_size=8), 8) == epochs[0]
+    assert captions(batches(shards, batch_size=8, seed=1), 8) != epochs[0]
+
+
+def test_order_does_not_depend_on_processes_or_workers(shards):
+    expected = captions(batches(shards, batch_size=8), 20)
+    for workers in (1, 2, 4):
+        assert captions(batches(shards, batch_size=8, workers=workers), 20) == expected
+    for workers in (0, 2):
+        parts = [batches(shards, batch_size=4, process=p, processes=2, workers=workers) for p in (0, 1)]
+        found = []
+        for _ in range(20):
+            pair = sorted([sample for part in parts for sample in next(part)], key=lambda sample: sample.position)
+            found += [sample.caption for sample in pair]
+        assert found == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_goes_on_exactly(tmp_path, shards, workers):
+    faulty, _, _ = faulty_shards(tmp_path)
+    mixed = [*shards, *faulty]
+    whole = batches(mixed, workers=workers)
+    expected = captions(whole, 40)
+    for stop in (1, 7, 23):
+        source = batches(mixed, workers=workers)
+        assert captions(source, stop) == expected[: stop * 4]
+        state = json.loads(json.dumps(source.state()))
+        later = batches(mixed, workers=workers, state=state)
+        assert captions(later, 40 - stop) == expected[stop * 4 :]
+        assert source.faults + later.faults == whole.faults  # none counted twice, none lost
+
+
+def test_lanes():
+    assert plan_lanes(1, 1, 0) == (1, 0)
+    assert plan_lanes(4, 1, 8) == (4, 4)
+    assert plan_lanes(1100, 8, 8) == (64, 8)
+    assert plan_lanes(1100, 1, 2) == plan_lanes(1100, 2, 2)[:1] + (2,)  # the same order
+    for count in range(1, 40):
+        for processes in range(1, count + 1):
+            lanes, workers = plan_lanes(count, processes, 3)
+            assert lanes <= count and lanes % (processes * max(workers, 1)) == 0
+    with pytest.raises(ValueError, match="3 shards cannot feed 4 processes"):
+        plan_lanes(3, 4, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_pipe_and_http(tmp_path, shards):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(Path(shards[0]).parent)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_address[1]}/0.tar"
+        local = [key for key, _ in read_shard(shards[0])]
+        assert [key for key, _ in read_shard(url)] == local
+        assert [key for key, _ in read_shard(f"pipe:cat '{shards[0]}'")] == local
+        assert [m for _, m in read_shard(url + ".missing")] == ["unreadable shard"]
+    finally:
+        server.shutdown()
+    faults = [members for _, members in read_shard(f"pipe:cat '{shards[0]}'; exit 3") if isinstance(members, str)]
+    assert faults == ["shard's command failed"]
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_braces_and_counts(shards):
+    folder = str(Path(shards[0]).parent)
+    assert expand_shards(folder + "/{0..7}.tar") == shards
+    assert expand_shards("a{0..1}.tar::pipe:cat b{2,3}.tar") == [
+        "a0.tar",
+        "a1.tar",
+        "pipe:cat b2.tar",
+        "pipe:cat b3.tar",
+    ]
+    assert count_samples(shards) == 64
+    assert count_samples([*shards, "pipe:cat x"]) is None
+
+
+def test_members_in_folders_and_directories(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        folder = tarfile.TarInfo("x")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        add_member(tar, "x/1.png", encoded(picture()))
+        add_member(tar, "x/1.txt", b"one")
+        add_member(tar, "y/1.png", encoded(picture()))
+        add_member(tar, "y/1.txt", b"the same stem in another folder")
+    assert [members["txt"] for _, members in read_shard(str(path))] == [b"one", b"the same stem in another folder"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def corners(width: int, height: int) -> Image.Image:
+    """Brightness rises from left to right."""
+    return Image.fromarray(
+        np.broadcast_to(np.linspace(0, 255, width)[None, :, None], (height, width, 3)).astype(np.uint8)
+    )
+
+
+def read(image: Image.Image, visit="v", **changes):
+    return reader(**changes)({"png": encoded(image), "txt": b"x"}, visit)
+
+
+def test_size_ids_are_height_before_width():
+    sample = read(corners(64, 32))
+    assert sample.pixels.shape == (3, 16, 16) and sample.pixels.dtype == torch.uint8
+    assert sample.size_ids == (32, 64, 0, 8, 16, 16)  # resized to 32 x 16, cropped at its centre
+
+
+def test_crop_offset_is_the_crop_that_was_taken():
+    image = corners(64, 32)
+    wide = np.asarray(image.resize((32, 16), Image.Resampling.BILINEAR))
+    tops = set()
+    for visit in range(20):
+        sample = read(image, visit=str(visit), center_crop=False)
+        _, _, top, left, _, _ = sample.size_ids
+        assert np.array_equal(sample.pixels.permute(1, 2, 0).numpy(), wide[top : top + 16, left : left + 16])
+        tops.add(left)
+    assert len(tops) > 5
+    same = [read(image, visit="7", center_crop=False).size_ids for _ in range(2)]
+    assert same[0] == same[1]
+
+
+def test_a_mirrored_crop_knows_where_it_lies():
+    image = corners(64, 32)
+    mirrored = np.asarray(image.resize((32, 16), Image.Resampling.BILINEAR))[:, ::-1]
+    flips = 0
+    for visit in range(40):
+        sample = read(image, visit=str(visit), center_crop=False, random_flip=True)
+        pixels, left = sample.pixels.permute(1, 2, 0).numpy(), sample.size_ids[3]
+        if pixels[0, 0, 0] > pixels[0, -1, 0]:
+            flips += 1
+            assert np.array_equal(pixels, mirrored[:, left : left + 16])
+    assert 10 <= flips <= 30
+
+
+def test_orientation_is_honoured():
+    image, exif = corners(64, 32), Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    file = io.BytesIO()
+    image.save(file, "png", exif=exif)
+    sample = reader()({"png": file.getvalue(), "txt": b"x"}, "v")
+    assert sample.size_ids[:2] == (64, 32)
+    column = sample.pixels[0, :, 8].float()
+    assert column[-1] > column[0]  # what was left is now up
+
+
+@pytest.mark.parametrize("kind", ["bilinear", "bicubic", "box", "nearest", "nearest_exact", "hamming", "lanczos"])
+def test_interpolation(kind):
+    assert read(corners(64, 32), interpolation_type=kind).pixels.shape == (3, 16, 16)
+
+
+def test_epoch_length(tmp_path):
+    import train_lcm_distill_sd as script
+
+    base = ["--pretrained_teacher_model", "x", "--train_shards_path_or_url", toy_shards(tmp_path, 2, 5)]
+    assert script.parse_args(base).num_samples == 10
+    assert script.parse_args([*base, "--max_train_samples", "7"]).num_samples == 7
+    with pytest.raises(SystemExit):
+        script.parse_args(["--pretrained_teacher_model", "x", "--train_shards_path_or_url", "pipe:cat x"])
