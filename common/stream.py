@@ -108,10 +108,13 @@ class ShardStream(IterableDataset):
                 index += 1
 
 
-def ignore_signals(worker: int):
-    """Ctrl-C reaches workers too: they must go on until the training process has saved its checkpoint."""
+def outlive_signals(worker: int):
+    """What stops a run reaches its readers too: they must go on until the training process has saved its checkpoint.
+
+    Only a first SIGTERM is ignored, for a second one is how a reader that hangs is ended.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class Batches:
@@ -120,7 +123,7 @@ class Batches:
     def __init__(self, stream: ShardStream, workers: int):
         self.stream, self.parts = stream, max(workers, 1)
         self.batch, self.cursors, self.faults = stream.batch, dict(stream.cursors), Counter()
-        options = {"prefetch_factor": 4, "worker_init_fn": ignore_signals} if workers else {}
+        options = {"prefetch_factor": 4, "worker_init_fn": outlive_signals} if workers else {}
         self.loader = iter(DataLoader(stream, batch_size=None, num_workers=workers, **options))
 
     def __next__(self) -> list[Sample]:

@@ -102,15 +102,17 @@ def launch(script: str, *flags, processes: int = 1, check: bool = True, wait: bo
     """The script as a user starts it."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
     command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--cpu"] + (["--multi_cpu"] if processes > 1 else [])
+    # accelerate has no launcher of its own for several CPU processes: the one for GPUs starts them, and they use gloo
+    command += ["--dynamo_backend", "no", "--multi_gpu" if processes > 1 else "--cpu"]
     command += [script, *map(str, flags)]
     environment = (
         os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"} | environment
     )
     if not wait:
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")

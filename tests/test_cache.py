@@ -1,5 +1,6 @@
 """Caches: three modes, keys by content, damage, and what a run from a full cache loads."""
 
+import os
 import shutil
 import signal
 import time
@@ -188,7 +189,7 @@ def test_kill_while_filling_leaves_whole_files(teacher, tmp_path):
     end = time.time() + 100
     while time.time() < end and not list(store.rglob("*.safetensors")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert records(store) > 0
     done = launch("train_lcm_distill_sd.py", *flags, "--disable_benchmark", "--validation_num_inference_steps", 1)

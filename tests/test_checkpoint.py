@@ -1,0 +1,147 @@
+"""Kill, stop, resume: the weights are those of the run that was left alone."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.checkpoint import find_checkpoint, list_checkpoints
+from tests.helpers import launch, tiny_pipeline, toy_shards
+
+SCRIPT = "train_lcm_distill_sd.py"
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return tiny_pipeline(folder / "teacher"), toy_shards(folder / "shards", 4, 12)
+
+
+def flags(world, folder, *more):
+    teacher, shards = world
+    values = [
+        *("--pretrained_teacher_model", teacher, "--train_shards_path_or_url", shards, "--output_dir", folder),
+        *("--resolution", 32, "--train_batch_size", 4, "--max_train_steps", STEPS, "--checkpointing_steps", 3),
+        *("--validation_steps", 0, "--disable_benchmark", "--validation_num_inference_steps", 1, "--report_to", "none"),
+        *("--learning_rate", 1e-3, "--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--random_flip", *more),
+    ]
+    return [str(value) for value in values]
+
+
+def weights(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in sorted((folder / f"checkpoint-{step}").glob("*.safetensors")):
+        found |= {f"{path.stem}.{name}": value for name, value in load_file(path).items()}
+    assert found
+    return found
+
+
+def assert_same_bits(a: Path, b: Path):
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def kill_when(process: subprocess.Popen, condition, number=signal.SIGKILL):
+    end = time.time() + 120
+    while process.poll() is None and not condition():
+        assert time.time() < end
+        time.sleep(0.002)
+    assert process.poll() is None, process.stdout.read()
+    os.killpg(process.pid, number)
+    return process.communicate(timeout=60)[0]
+
+
+KINDS = {
+    "full, cached": [],
+    "lora, streaming, two workers": ["--lora_rank", 4, "--vae_cache_disable", "--dataloader_num_workers", 2],
+    "full, streaming, accumulation, two workers": [
+        *("--gradient_accumulation_steps", 2, "--vae_cache_disable", "--dataloader_num_workers", 2)
+    ],
+    "lora with dropout, on demand, accumulation": [
+        *("--lora_rank", 4, "--lora_dropout", 0.3, "--vae_cache_ondemand", "--gradient_accumulation_steps", 2)
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kill_and_resume(world, tmp_path, kind):
+    """Once at a random moment of training, once while a checkpoint is being written."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    launch(SCRIPT, *flags(world, whole, *KINDS[kind]))
+    again = flags(world, killed, *KINDS[kind], "--resume_from_checkpoint", "latest")
+
+    process = launch(SCRIPT, *again, wait=False)
+    kill_when(process, lambda: (killed / "checkpoint-3").exists() and random.random() < 0.05)
+    process = launch(SCRIPT, *again, wait=False)
+    kill_when(process, lambda: any(killed.glob("checkpoint-*.part")))
+    assert all((path / "state.json").exists() for path in list_checkpoints(killed))
+    launch(SCRIPT, *again)
+    assert_same_bits(whole, killed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_and_ends(world, tmp_path, number):
+    """To the whole process group, as a terminal sends it: the reader processes get it too."""
+    long = [
+        "--max_train_steps",
+        100_000,
+        "--dataloader_num_workers",
+        2,
+        "--vae_cache_disable",
+        "--checkpointing_steps",
+        5,
+    ]
+    process = launch(SCRIPT, *flags(world, tmp_path, *long), wait=False)
+    said = kill_when(process, (tmp_path / "checkpoint-5").exists, number)
+    newest = list_checkpoints(tmp_path)[-1]
+    assert f"saved {newest}" in said and "stopped by a signal" in said
+    assert SCRIPT not in said  # no traceback of ours; accelerate's launcher prints one of its own
+    assert not (tmp_path / "samples.png").exists()
+
+
+@pytest.mark.parametrize("kind", [["--lora_rank", 4], ["--model_type", "full"]])
+def test_two_processes_are_one(world, tmp_path, kind):
+    """Same global batch, same weights to rounding: gradients are summed in another order."""
+    more = ["--max_train_steps", 3, "--learning_rate", 1e-4, *kind]
+    launch(SCRIPT, *flags(world, tmp_path / "one", *more, "--train_batch_size", 8))
+    done = launch(SCRIPT, *flags(world, tmp_path / "two", *more, "--train_batch_size", 4), processes=2)
+    assert "3 steps of 8 samples" in done.stdout
+    one, two = weights(tmp_path / "one", 3), weights(tmp_path / "two", 3)
+    # Adam makes a whole step of a gradient that is zero but for rounding: so not each weight, but nearly all
+    far = sum((value - two[name]).abs().gt(2e-6).sum().item() for name, value in one.items())
+    assert far < 0.01 * sum(value.numel() for value in one.values())
+    assert max((value - two[name]).abs().max().item() for name, value in one.items()) < 7e-4  # the three steps
+
+
+def test_lion_trains(world, tmp_path):
+    launch(SCRIPT, *flags(world, tmp_path, "--max_train_steps", 2, "--optimizer", "lion", "--learning_rate", 1e-5))
+    assert all(value.isfinite().all() for value in weights(tmp_path, 2).values())
+
+
+def test_limit_finish_and_bad_names(world, tmp_path):
+    mine = tmp_path / "checkpoint-notes.txt"
+    mine.write_text("mine")
+    launch(SCRIPT, *flags(world, tmp_path, "--checkpoints_total_limit", 2))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-12"]
+    assert mine.read_text() == "mine"
+    before = weights(tmp_path)
+    (tmp_path / "checkpoint-99.part").mkdir()
+    (tmp_path / "checkpoint-50").mkdir()  # not whole
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-12"
+    done = launch(SCRIPT, *flags(world, tmp_path, "--resume_from_checkpoint", "latest"))
+    assert "checkpoint-12 is already there" in done.stdout
+    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path).items())
+
+    done = launch(SCRIPT, *flags(world, tmp_path, "--resume_from_checkpoint", "checkpoint-50"), check=False)
+    assert done.returncode != 0 and "--resume_from_checkpoint checkpoint-50: no whole checkpoint" in done.stderr
+    lora = ["--lora_rank", 4, "--resume_from_checkpoint", "latest"]
+    done = launch(SCRIPT, *flags(world, tmp_path, *lora), check=False)
+    assert done.returncode != 0 and "do not fit this run" in done.stderr
