@@ -364,7 +364,8 @@ def open_encoder(args, accelerator, weight_dtype) -> tuple[SampleEncoder, ImageR
     latents, text = None, None
     if args.caches != "off":
         text_weights = [weights_identity(args.pretrained_teacher_model, f, args.teacher_revision) for f in TEXT_FOLDERS]
-        vae_identity = identity(vae=weights_identity(**vae_source(args)), geometry=geometry, dtype=weight_dtype)
+        crops = geometry[:-1] if args.center_crop and not args.random_flip else geometry  # the seed decides nothing
+        vae_identity = identity(vae=weights_identity(**vae_source(args)), geometry=crops, dtype=weight_dtype)
         latents, text = open_stores(args, vae_identity, identity(text=text_weights, dtype=weight_dtype))
     encoder = SampleEncoder(
         load_vae=lambda: load_vae(args, device, weight_dtype),
