@@ -162,7 +162,10 @@ def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method
     if not isinstance(config, dict):
         parser.error(f"--config {path}: must be a JSON object of settings")
     nested = config.pop("distillation_config", {})
-    config |= nested.get(method, nested)  # under the method's name, or flat
+    nested = nested.get(method, nested) if isinstance(nested, dict) else nested  # under the method's name, or flat
+    if not isinstance(nested, dict):
+        parser.error(f"--config {path}: distillation_config is {nested!r}, and must be an object of settings")
+    config |= nested
     for key, value, ours in (
         ("model_family", config.pop("model_family", family), family),
         ("distillation_method", config.pop("distillation_method", method), method),
@@ -181,20 +184,23 @@ def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method
         if name not in actions:
             near = difflib.get_close_matches(key, [*actions, *FLAG_OF_KEY], n=1)
             parser.error(f"--config {path}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
-        settings[name] = check_value(parser, path, key, value, actions[name])
+        if value is not None:  # null: the flag's default
+            settings[name] = check_value(parser, path, key, value, actions[name])
     return settings
 
 
 def check_value(parser, path: Path, key: str, value, action):
     """A config's value must be of its flag's own type: a string is neither a number nor a boolean."""
     wanted = bool if action.nargs == 0 else action.type or str
+    if key == "validation_num_inference_steps" and isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # one number, where the flag takes a list
     fits = {
         bool: isinstance(value, bool),
         int: isinstance(value, int) and not isinstance(value, bool),
         float: isinstance(value, int | float) and not isinstance(value, bool),
         str: isinstance(value, str),
     }[wanted]
-    if not fits and value is not None:
+    if not fits:
         parser.error(f"--config {path}: {key} is {value!r}, and must be of type {wanted.__name__}")
     if action.choices and value not in action.choices:
         parser.error(f"--config {path}: {key} is {value!r}, and must be one of {', '.join(action.choices)}")
@@ -206,11 +212,15 @@ def read_backend(parser, path: Path) -> dict:
     entries = read_json(parser, path)
     shards, settings = [], {}
     for entry in entries if isinstance(entries, list) else [entries]:
+        if not isinstance(entry, dict):
+            parser.error(f"{path}: {entry!r}: must be a list of objects, one for each dataset")
         if entry.get("disabled"):
             continue
         if entry.get("dataset_type") == "text_embeds":
             settings["cache_dir_text"] = entry.get("cache_dir")
         elif entry.get("type") == "webdataset":
+            if not isinstance(entry.get("instance_data_dir"), str):
+                parser.error(f"{path}: {entry.get('id')!r} has no instance_data_dir, the shards' path or URL")
             shards.append(entry["instance_data_dir"])
             settings |= {"cache_dir_vae": entry["cache_dir_vae"]} if "cache_dir_vae" in entry else {}
         else:
