@@ -26,8 +26,9 @@ def hide_secrets(argv: list[str]) -> list[str]:
     hidden, secret = [], False
     for word in argv:
         name, equals, _ = word.partition("=")
-        hidden.append("***" if secret else f"{name}=***" if equals and name == "--hub_token" else word)
-        secret = word == "--hub_token"
+        is_token = name.startswith("--hub_t")  # argparse takes abbreviations
+        hidden.append("***" if secret else f"{name}=***" if equals and is_token else word)
+        secret = is_token and not equals
     return hidden
 
 
