@@ -411,6 +411,8 @@ def main(args):
     say, device, processes = accelerator.print, accelerator.device, accelerator.num_processes
     for line in args.notes:
         say(line)
+    if accelerator.mixed_precision == "fp16" and device.type == "cpu":
+        raise SystemExit("--mixed_precision fp16: needs a GPU; a CPU takes no or bf16")
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     if args.toy and device.type == "cpu":  # accelerate launch leaves a process one thread
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
