@@ -1,14 +1,17 @@
-"""Configs, bad flags, and the document's launch line against a stand-in of the hub."""
+"""Flags, configs, a launch line from a document as it stands, and what reaches the hub."""
 
+import base64
 import http.server
 import json
-import re
+import shlex
 import threading
+from pathlib import Path
 
 import pytest
 
 import train_lcm_distill_sd as script
 from common.config import FLAG_OF_KEY
+from common.export import hide_secrets
 from tests.helpers import launch, tiny_pipeline, toy_shards
 
 
@@ -17,142 +20,373 @@ def shards(tmp_path_factory):
     return toy_shards(tmp_path_factory.mktemp("shards"))
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return tiny_pipeline(tmp_path_factory.mktemp("teacher"))
+@pytest.fixture()
+def parse(shards, tmp_path):
+    """parse(config, *flags): a config and flags, on shards that exist."""
+
+    def parsed(config: dict | None, *flags):
+        words = ["--pretrained_teacher_model", "teacher", "--train_shards_path_or_url", shards, *flags]
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            words += ["--config", tmp_path / "config.json"]
+        return script.parse_args([str(word) for word in words])
+
+    return parsed
 
 
-def parse(tmp_path, shards, config: dict, *flags):
-    path = tmp_path / "config.json"
-    settings = {"pretrained_model_name_or_path": "some/teacher", "train_shards_path_or_url": shards}
-    path.write_text(json.dumps(settings | config))
-    return script.parse_args(["--config", str(path), *map(str, flags)])
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+AT_LEAST_ONE = (
+    "train_batch_size", "gradient_accumulation_steps", "vae_encode_batch_size", "num_train_epochs", "max_train_steps",
+    "max_train_samples", "checkpoints_total_limit", "resolution", "num_ddim_timesteps", "unet_time_cond_proj_dim",
+    "lora_rank", "lora_alpha",
+)  # fmt: skip
+NOT_NEGATIVE = ("dataloader_num_workers", "checkpointing_steps", "validation_steps", "lr_warmup_steps", "seed")
+POSITIVE = ("learning_rate", "max_grad_norm", "adam_epsilon", "huber_c", "timestep_scaling_factor")
+FRACTIONS = ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout")
+BAD_FLAGS = [
+    *((f"--{name}", value) for name in AT_LEAST_ONE for value in ("0", "-3")),
+    *((f"--{name}", "-1") for name in NOT_NEGATIVE),
+    *((f"--{name}", value) for name in POSITIVE for value in ("0.0", "-0.5", "inf", "nan")),
+    *((f"--{name}", value) for name in FRACTIONS for value in ("-0.5", "1.0", "nan")),
+    ("--adam_weight_decay", "-0.5"),
+    ("--proportion_empty_prompts", "1.5"),
+    ("--proportion_empty_prompts", "nan"),
+    ("--w_min", "16.0"),  # above the default --w_max 15.0
+    ("--w_min", "-0.5"),
+    ("--w_min", "nan"),
+    ("--resolution", "33"),
+    ("--validation_num_inference_steps", "1,0"),
+    ("--validation_num_inference_steps", "few"),
+    ("--report_to", "clearml"),
+    ("--report_to", "wandb,clearml"),
+    ("--validation_prompt_library", "no_such_file.json"),
+    ("--train_shards_path_or_url", "no_such_shard.tar"),
+    ("--optimizer", "sgd"),
+    ("--mixed_precision", "fp8"),
+    ("--interpolation_type", "sinc"),
+    ("--loss_type", "l1"),
+    ("--lr_scheduler", "cosin"),
+    ("--max_train_steps", "many"),
+]
 
 
-VALUES = {
-    "pretrained_model_name_or_path": "other/teacher",
+@pytest.mark.parametrize(("flag", "value"), BAD_FLAGS)
+def test_a_bad_flag_is_named_with_its_value(parse, capsys, flag, value):
+    with pytest.raises(SystemExit) as stop:
+        parse(None, f"{flag}={value}")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert flag in message and value.split(",")[-1] in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--w_min 3 --w_max 2", "--w_min 3.0 and --w_max 2.0: need 0 <= w_min <= w_max"),
+        ("--vae_cache_ondemand --vae_cache_disable", "--vae_cache_ondemand and --vae_cache_disable"),
+        ("--use_8bit_adam --optimizer lion", "--use_8bit_adam and --optimizer lion"),
+        ("--model_type full --lora_rank 4", "--model_type full: takes no --lora_* flag"),
+        ("--model_type full --use_dora", "--model_type full: takes no --lora_* flag"),
+        ("--train_shards_path_or_url pipe:true", "--max_train_steps or --max_train_samples"),
+        ("--lora 4", "ambiguous option: --lora could match"),
+    ],
+)
+def test_flags_that_do_not_go_together(parse, capsys, flags, named):
+    with pytest.raises(SystemExit) as stop:
+        parse(None, *flags.split())
+    assert stop.value.code == 2 and named in capsys.readouterr().err
+
+
+def test_a_teacher_needs_shards(capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--pretrained_teacher_model", "teacher"])
+    assert "--train_shards_path_or_url: needed with --pretrained_teacher_model" in capsys.readouterr().err
+
+
+def test_flags_without_a_job_say_so(parse, monkeypatch):
+    monkeypatch.setattr(script.torch.cuda, "is_available", lambda: False)
+    assert [note.split(":")[0] for note in parse(None, "--allow_tf32", "--local_rank", 3).notes] == [
+        "--allow_tf32",
+        "--local_rank",
+    ]
+
+
+def test_the_kind_of_student_follows_from_its_flags(parse):
+    assert parse(None).model_type == "full"
+    assert parse(None, "--use_dora").model_type == parse(None, "--lora_rank", 4).model_type == "lora"
+    assert parse(None, "--model_type", "lora").lora_rank == 64
+
+
+def test_no_flags_are_the_toy_recipe(tmp_path):
+    args = script.parse_args([])
+    assert args.toy and args.resolution == 64 and args.model_type == "full" and "toy teacher" in args.notes[0]
+    assert script.parse_args(["--learning_rate", "0.5"]).learning_rate == 0.5
+    assert script.parse_args(["--lora_rank", "4"]).w_min == 2.0  # the recipe has settings of its own for a LoRA
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configs
+# ---------------------------------------------------------------------------------------------------------------------
+
+VALUE_OF_KEY = {
+    "pretrained_model_name_or_path": "another/teacher",
     "caption_dropout_probability": 0.25,
-    "vae_batch_size": 3,
+    "vae_batch_size": 7,
     "use_gradient_checkpointing": True,
-    "validation_step_interval": 17,
-    "checkpoint_step_interval": 19,
+    "validation_step_interval": 11,
+    "checkpoint_step_interval": 13,
 }
 
 
 @pytest.mark.parametrize("key", FLAG_OF_KEY)
-def test_key_of_another_name(tmp_path, shards, key):
-    assert getattr(parse(tmp_path, shards, {key: VALUES[key]}), FLAG_OF_KEY[key]) == VALUES[key]
+def test_a_key_with_another_name_reaches_its_flag(tmp_path, shards, key):
+    config = {"pretrained_model_name_or_path": "teacher", "train_shards_path_or_url": shards, key: VALUE_OF_KEY[key]}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    args = script.parse_args(["--config", str(tmp_path / "c.json")])
+    assert getattr(args, FLAG_OF_KEY[key]) == VALUE_OF_KEY[key]
+    assert not args.toy
 
 
-def test_keys_of_the_same_name_and_integers_for_numbers(tmp_path, shards):
-    args = parse(tmp_path, shards, {"learning_rate": 1, "seed": 7, "compress_disk_cache": True, "model_type": "lora"})
-    assert (args.learning_rate, args.seed, args.compress_disk_cache, args.model_type) == (1, 7, True, "lora")
+@pytest.mark.parametrize("nested", [{"lcm": {"w_min": 1.0, "w_max": 12}}, {"w_min": 1.0, "w_max": 12}])
+def test_settings_of_the_method_are_nested_or_flat(parse, nested):
+    args = parse({"distillation_method": "lcm", "model_family": "sd", "distillation_config": nested})
+    assert (args.w_min, args.w_max) == (1.0, 12.0)
 
 
-@pytest.mark.parametrize("nested", [True, False])
-def test_distillation_config(tmp_path, shards, nested):
-    settings = {"num_ddim_timesteps": 25, "w_min": 1.0, "w_max": 12.0, "loss_type": "huber"}
-    args = parse(tmp_path, shards, {"distillation_config": {"lcm": settings} if nested else settings})
-    assert (args.num_ddim_timesteps, args.w_min, args.w_max, args.loss_type) == (25, 1.0, 12.0, "huber")
+def test_flags_win_over_the_config_and_the_config_over_defaults(parse):
+    config = {"learning_rate": 0.5, "train_batch_size": 3, "random_flip": True, "lora_rank": 8, "max_grad_norm": None}
+    args = parse(config, "--learning_rate", 0.25)
+    assert (args.learning_rate, args.train_batch_size, args.random_flip, args.model_type) == (0.25, 3, True, "lora")
+    assert args.max_grad_norm == 1.0  # null: as if it were not there
+    assert parse({"learning_rate": 0.5}, "--learning_rate", 1e-4).learning_rate == 1e-4  # also where it is the default
 
 
-def test_flags_win(tmp_path, shards):
-    args = parse(tmp_path, shards, {"seed": 7, "w_max": 9.0, "w_min": 1.0}, "--seed", 8, "--w_max", 3)
-    assert (args.seed, args.w_min, args.w_max) == (8, 1.0, 3.0)
-
-
-def test_dataset_file(tmp_path, shards):
-    backend = [
-        {"id": "a", "type": "webdataset", "instance_data_dir": shards, "cache_dir_vae": "/c"},
-        {"id": "b", "type": "local", "instance_data_dir": "/nowhere", "disabled": True},
-        {"id": "t", "dataset_type": "text_embeds", "cache_dir": "/t", "default": True},
-    ]
-    (tmp_path / "data.json").write_text(json.dumps(backend))
-    args = parse(tmp_path, shards, {"data_backend_config": str(tmp_path / "data.json")})
-    assert (args.train_shards_path_or_url, args.cache_dir_vae, args.cache_dir_text) == (shards, "/c", "/t")
+def test_a_single_number_of_steps_is_a_list_of_one(parse):
+    """As the quickstart's config has it."""
+    assert parse({"validation_num_inference_steps": 4}).validation_num_inference_steps == [4]
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "named"),
     [
-        ({"learning_rat": 1e-4}, "unknown key 'learning_rat', did you mean 'learning_rate'"),
-        ({"random_flip": "False"}, "random_flip is 'False', and must be of type bool"),
-        ({"seed": 1.5}, "seed is 1.5, and must be of type int"),
+        ({"learning_rat": 1e-4}, "unknown key 'learning_rat', did you mean 'learning_rate'?"),
+        ({"validation_step_intervall": 5}, "did you mean 'validation_step_interval'?"),
+        ({"zzzzzz": 5}, "unknown key 'zzzzzz'"),
+        ({"gradient_checkpointing": "False"}, "gradient_checkpointing is 'False', and must be of type bool"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing is 1, and must be of type bool"),
+        ({"train_batch_size": "4"}, "train_batch_size is '4', and must be of type int"),
         ({"train_batch_size": True}, "train_batch_size is True, and must be of type int"),
+        ({"train_batch_size": 1.5}, "train_batch_size is 1.5, and must be of type int"),
+        ({"learning_rate": "1e-4"}, "learning_rate is '1e-4', and must be of type float"),
+        ({"output_dir": ["a"]}, "output_dir is ['a'], and must be of type str"),
         ({"loss_type": "l1"}, "loss_type is 'l1', and must be one of l2, huber"),
         ({"model_family": "sdxl"}, "model_family is 'sdxl', and this script is for 'sd'"),
         ({"distillation_method": "dmd"}, "distillation_method is 'dmd', and this script is for 'lcm'"),
-        ({"delete_problematic_images": True}, "this program never deletes your files"),
-        ({"data_backend_config": "/no/such.json"}, "/no/such.json: No such file"),
+        ({"distillation_config": {"dmd": {"ts_schedule": True}}}, "unknown key 'dmd'"),
+        ({"distillation_config": [1]}, "distillation_config is [1], and must be an object"),
+        ({"delete_problematic_images": True}, "delete_problematic_images: this program never deletes your files"),
+        ({"config": "other.json"}, "unknown key 'config'"),
+        ({"data_backend_config": "no_such.json"}, "no_such.json: No such file"),
+        ({"w_min": 3.0, "w_max": 2.0}, "--w_min 3.0 and --w_max 2.0"),
+        ([], "must be a JSON object"),
     ],
 )
-def test_bad_config(tmp_path, shards, config, message, capsys):
+def test_a_bad_config_is_one_sentence(parse, capsys, config, named):
     with pytest.raises(SystemExit) as stop:
-        parse(tmp_path, shards, config)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+        parse(config)
+    assert stop.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_config_that_is_no_json(tmp_path, capsys):
+    (tmp_path / "c.json").write_text("{learning_rate: 1}")
+    with pytest.raises(SystemExit):
+        script.parse_args(["--config", str(tmp_path / "c.json")])
+    assert "c.json is not JSON" in capsys.readouterr().err
+
+
+def test_a_dataset_file(tmp_path, shards, capsys):
+    def with_entries(entries):
+        (tmp_path / "data.json").write_text(json.dumps(entries))
+        config = {"pretrained_model_name_or_path": "teacher", "data_backend_config": str(tmp_path / "data.json")}
+        (tmp_path / "c.json").write_text(json.dumps(config))
+        return script.parse_args(["--config", str(tmp_path / "c.json")])
+
+    def refused(entries) -> str:
+        with pytest.raises(SystemExit) as stop:
+            with_entries(entries)
+        assert stop.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    first = shards.replace("{00000..00003}", "{00000..00001}")
+    second = shards.replace("{00000..00003}", "{00002..00003}")
+    images = {"id": "a", "type": "webdataset", "instance_data_dir": first, "cache_dir_vae": "latents"}
+    args = with_entries(
+        [
+            images,
+            {"id": "off", "type": "webdataset", "instance_data_dir": "no_such.tar", "disabled": True},
+            {"id": "b", "type": "webdataset", "instance_data_dir": second},
+            {"id": "text", "type": "local", "dataset_type": "text_embeds", "cache_dir": "embeds", "default": True},
+        ]
+    )
+    assert [Path(shard).name for shard in args.shards] == [f"0000{i}.tar" for i in range(4)]
+    assert (args.cache_dir_vae, args.cache_dir_text, args.num_samples) == ("latents", "embeds", 32)
+    assert len(with_entries(images).shards) == 2  # a single object is a list of one
+    assert "'c' is of type 'parquet'" in refused([images, {"id": "c", "type": "parquet"}])
+    assert "'d' has no instance_data_dir" in refused([{"id": "d", "type": "webdataset"}])
+    assert "must be a list of objects" in refused(["a.tar"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The document's launch line, and the hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+LAUNCH_LINE = r"""
+    --pretrained_teacher_model=$MODEL_DIR \
+    --output_dir=$OUTPUT_DIR \
+    --mixed_precision=fp16 \
+    --resolution=512 \
+    --learning_rate=1e-6 --loss_type="huber" --ema_decay=0.95 --adam_weight_decay=0.0 \
+    --max_train_steps=1000 \
+    --max_train_samples=4000000 \
+    --dataloader_num_workers=8 \
+    --train_shards_path_or_url="pipe:curl -L -s https://huggingface.co/datasets/laion/conceptual-captions-12m-webdataset/resolve/main/data/{00000..01099}.tar?download=true" \
+    --validation_steps=200 \
+    --checkpointing_steps=200 --checkpoints_total_limit=10 \
+    --train_batch_size=12 \
+    --gradient_checkpointing --enable_xformers_memory_efficient_attention \
+    --gradient_accumulation_steps=1 \
+    --use_8bit_adam \
+    --resume_from_checkpoint=latest \
+    --report_to=wandb \
+    --seed=453645634 \
+    --push_to_hub
+"""  # noqa: E501
+
+
+def test_the_documents_launch_line_parses():
+    args = script.parse_args(shlex.split(LAUNCH_LINE.replace("\\\n", " ")))
+    assert len(args.shards) == 1100 and args.shards[7].endswith("/data/00007.tar?download=true")
+    assert args.shards[7].startswith("pipe:curl -L -s https://huggingface.co/")
+    assert (args.max_train_steps, args.num_samples, args.caches) == (1000, 4_000_000, "off")
+    assert (args.optimizer, args.mixed_precision, args.report_to) == ("adamw8bit", "fp16", "wandb")
+    assert (args.model_type, args.push_to_hub, args.seed) == ("full", True, 453645634)
+
+
+class StandInHub(http.server.BaseHTTPRequestHandler):
+    """Says yes to all that an upload asks, and keeps what was sent: {path: bytes}."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, content: dict):
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def received(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        data = b""
+        while size := int(self.rfile.readline(), 16):
+            data += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return data
+
+    def do_GET(self):  # noqa: N802
+        self.server.requests.append(self.path)
+        self.answer({"name": "me", "type": "user", "orgs": [], "id": "me/out", "sha": "0" * 40, "siblings": []})
+
+    def do_POST(self):  # noqa: N802
+        self.server.requests.append(self.path)
+        body = self.received()
+        if self.path.endswith("/repos/create"):
+            self.server.created.append(json.loads(body))
+            self.answer({"url": f"{self.server.url}/me/out", "name": "me/out"})
+        elif "/preupload/" in self.path:
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            self.answer({"files": [file | {"shouldIgnore": False} for file in files]})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer({"commitUrl": f"{self.server.url}/me/out/commit/1", "commitOid": "1" * 40, "success": True})
+        else:
+            self.answer({"errors": [], "warnings": []})  # of the model card
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture()
+def hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandInHub)
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    server.requests, server.created, server.files = [], [], {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_the_documents_launch_line_runs_and_uploads_the_model_alone(tmp_path, shards, hub):
+    """Other than in the document: teacher, shards, resolution, numbers of steps, and fp16, which needs a GPU."""
+    line = LAUNCH_LINE.replace("$MODEL_DIR", str(tiny_pipeline(tmp_path / "teacher")))
+    line = line.replace("$OUTPUT_DIR", str(tmp_path / "out")).replace("=512", "=32").replace("=1000", "=4")
+    line = line.replace("steps=200", "steps=2").replace("fp16", "no")
+    flags = shlex.split(line.replace("\\\n", " "))
+    place = next(i for i, flag in enumerate(flags) if flag.startswith("--train_shards"))
+    flags[place] = f"--train_shards_path_or_url=pipe:cat {shards}"
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "x", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    environment |= {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    done = launch("train_lcm_distill_sd.py", *flags, **environment)
+    assert "xformers" in done.stdout and "8-bit AdamW" in done.stdout
+    assert "feed only 4" in done.stdout  # 8 workers, 4 shards
+    assert "no checkpoint in" in done.stdout and "Traceback" not in done.stderr
+    assert [path.name for path in sorted((tmp_path / "out" / "validation").iterdir())] == [
+        "grid-000002.png",
+        "grid-000004.png",
+    ]
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+    assert [made["name"] for made in hub.created] == ["out"] and hub.created[0]["visibility"] == "private"
+    assert set(hub.files) == {
+        "README.md", "samples.png", "config.json", "scheduler/scheduler_config.json",
+        "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
+    }  # fmt: skip
+    model = tmp_path / "out" / "diffusion_pytorch_model.safetensors"
+    assert hub.files["diffusion_pytorch_model.safetensors"] == model.read_bytes()
+    assert any(path.startswith("/api/models/me/out/commit/") for path in hub.requests)
+    card = hub.files["README.md"].decode()
+    assert shards in card and "00002.tar" not in card  # the shards as they were given, not all 1100 of the document
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path, shards):
+    flags = ["--pretrained_teacher_model", "teacher", "--train_shards_path_or_url", shards, "--output_dir", tmp_path]
+    done = launch("train_lcm_distill_sd.py", *flags, "--mixed_precision", "fp16", check=False)
+    assert done.returncode != 0 and "--mixed_precision fp16: needs a GPU" in done.stderr
+
+
+def test_a_hub_that_refuses_is_known_before_training(tmp_path, shards):
+    flags = ["--pretrained_teacher_model", tiny_pipeline(tmp_path / "teacher"), "--train_shards_path_or_url", shards]
+    flags += ["--resolution", 32, "--output_dir", tmp_path / "out", "--push_to_hub", "--hub_model_id", "me/out"]
+    done = launch("train_lcm_distill_sd.py", *flags, check=False)  # offline
+    assert done.returncode != 0 and "--push_to_hub: cannot create me/out on the hub" in done.stderr
+    assert not list(tmp_path.glob("out/checkpoint-*"))
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--w_min", "5", "--w_max", "4"], "--w_min 5.0 and --w_max 4.0: need 0 <= w_min <= w_max"),
-        (["--w_min", "-1"], "--w_min -1.0"),
-        (["--w_max", "nan"], "--w_max nan"),
-        (["--resolution", "60"], "--resolution 60: must be a multiple of 8"),
-        (["--train_batch_size", "0"], "--train_batch_size 0: must be at least 1"),
-        (["--max_train_steps", "0"], "--max_train_steps 0"),
-        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0"),
-        (["--learning_rate", "0"], "--learning_rate 0.0: must be positive"),
-        (["--learning_rate", "inf"], "--learning_rate inf"),
-        (["--huber_c", "-1"], "--huber_c -1.0: must be positive"),
-        (["--ema_decay", "1"], "--ema_decay 1.0: must be in [0, 1)"),
-        (["--adam_beta2", "1.5"], "--adam_beta2 1.5"),
-        (["--adam_weight_decay", "-1"], "--adam_weight_decay -1.0"),
-        (["--proportion_empty_prompts", "2"], "--proportion_empty_prompts 2.0: must be in [0, 1]"),
-        (["--lora_rank", "0"], "--lora_rank 0"),
-        (["--lora_dropout", "1"], "--lora_dropout 1.0"),
-        (["--model_type", "full", "--lora_rank", "4"], "--model_type full: takes no --lora_* flag"),
-        (["--vae_cache_ondemand", "--vae_cache_disable"], "one or the other"),
-        (["--use_8bit_adam", "--optimizer", "lion"], "--use_8bit_adam and --optimizer lion"),
-        (["--validation_num_inference_steps", "4,x"], "numbers like 1,2,4,8"),
-        (["--report_to", "mlflow"], "--report_to mlflow: must be of"),
-        (["--validation_prompt_library", "/no.json"], "--validation_prompt_library /no.json: no such file"),
-        (["--checkpointing_steps", "-1"], "--checkpointing_steps -1"),
-        (["--seed", "-1"], "--seed -1"),
-    ],
+    "words", [["--hub_token", "hf_x"], ["--hub_token=hf_x"], ["--hub_t", "hf_x"], ["--hub_to=hf_x"]]
 )
-def test_bad_flags(shards, flags, message, capsys):
-    base = ["--pretrained_teacher_model", "x", "--train_shards_path_or_url", shards]
-    with pytest.raises(SystemExit) as stop:
-        script.parse_args([*base, *flags])
-    assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_missing_data(capsys):
-    for flags, message in (
-        ([], "--train_shards_path_or_url: needed with --pretrained_teacher_model"),
-        (["--train_shards_path_or_url", "/none/{0..3}.tar"], "/none/0.tar does not exist (4 of 4)"),
-    ):
-        with pytest.raises(SystemExit):
-            script.parse_args(["--pretrained_teacher_model", "x", *flags])
-        assert message in capsys.readouterr().err
-
-
-def test_kind_of_student_follows_from_its_flags(shards):
-    base = ["--pretrained_teacher_model", "x", "--train_shards_path_or_url", shards]
-    for flags, kind in (
-        ([], "full"),
-        (["--lora_rank", "4"], "lora"),
-        (["--lora_alpha", "4"], "lora"),
-        (["--lora_dropout", "0"], "lora"),
-        (["--lora_target_modules", "to_q"], "lora"),
-        (["--use_dora"], "lora"),
-        (["--model_type", "lora"], "lora"),
-    ):
-        args = script.parse_args([*base, *flags])
-        assert args.model_type == kind
-    assert (args.lora_rank, args.lora_alpha, args.lora_dropout) == (64, 64, 0.0)
-    assert len(args.lora_target_modules.split(",")) == 14
+def test_the_cards_command_has_no_token(words):
+    """Nor one that was given by an abbreviation of the flag."""
+    hidden = hide_secrets(["train.py", *words, "--seed", "1"])
+    assert "hf_x" not in " ".join(hidden) and hidden[-2:] == ["--seed", "1"]
 
 
 def test_the_documents_flags_and_defaults(shards):
@@ -177,107 +411,3 @@ def test_the_documents_flags_and_defaults(shards):
     }  # fmt: skip
     assert {name: args[name] for name in defaults} == defaults
     assert "cast_teacher_unet" in args
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers what creating a private repository and one commit ask for, and keeps what was sent."""
-
-    sent: list[str] = []
-    created: list[dict] = []
-
-    def reply(self, content: dict):
-        body = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self):
-        self.reply({"name": "someone", "type": "user", "orgs": [], "sha": "0" * 40, "siblings": [], "id": "someone/x"})
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if "preupload" in self.path:
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
-            ]
-            self.reply({"files": files})
-        elif "/commit/" in self.path:
-            self.sent += [json.loads(line)["value"].get("path") for line in body.splitlines() if b'"file"' in line]
-            self.reply(
-                {
-                    "commitUrl": f"http://{self.headers['Host']}/someone/lcm-out/commit/{'0' * 40}",
-                    "commitOid": "0" * 40,
-                    "hookOutput": "",
-                }
-            )
-        elif "repos/create" in self.path:
-            self.created.append(json.loads(body))
-            host = self.headers["Host"]
-            self.reply({"url": f"http://{host}/someone/lcm-out", "id": "someone/lcm-out", "name": "someone/lcm-out"})
-        else:
-            self.reply({})
-
-    def log_message(self, *_):
-        pass
-
-
-DOCUMENT = """
-    --mixed_precision=fp16
-    --resolution=512
-    --learning_rate=1e-6 --loss_type="huber" --ema_decay=0.95 --adam_weight_decay=0.0
-    --max_train_steps=1000
-    --max_train_samples=4000000
-    --dataloader_num_workers=8
-    --train_shards_path_or_url="pipe:cat SHARDS/{00000..00003}.tar"
-    --validation_steps=200
-    --checkpointing_steps=200 --checkpoints_total_limit=10
-    --train_batch_size=12
-    --gradient_checkpointing --enable_xformers_memory_efficient_attention
-    --gradient_accumulation_steps=1
-    --use_8bit_adam
-    --resume_from_checkpoint=latest
-    --report_to=wandb
-    --seed=453645634
-    --push_to_hub
-"""
-
-
-def test_the_documents_launch_line(teacher, shards, tmp_path):
-    """As written, but for teacher, data, sizes, and fp16, which no CPU trains in."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    line = re.sub(r"pipe:cat SHARDS", f"pipe:cat {shards.rpartition('/')[0]}", DOCUMENT).replace('"', "\0")
-    flags = [part for i, text in enumerate(line.split("\0")) for part in ([text] if i % 2 else text.split())]
-    joined = []
-    for part in flags:  # a quoted value belongs to the flag before it
-        if joined and joined[-1].endswith("="):
-            joined[-1] += part
-        else:
-            joined.append(part)
-    args = script.parse_args(["--pretrained_teacher_model", "x", *joined])
-    assert args.mixed_precision == "fp16" and args.max_train_samples == 4_000_000 and args.caches == "off"
-    small = ["--mixed_precision=no", "--resolution=32", "--max_train_steps=4", "--train_batch_size=2"]
-    small += ["--validation_steps=2", "--checkpointing_steps=2"]
-    try:
-        done = launch(
-            "train_lcm_distill_sd.py", "--pretrained_teacher_model", teacher, "--output_dir", tmp_path / "lcm-out",
-            *joined, *small, WANDB_MODE="offline", WANDB_DIR=str(tmp_path), HF_HUB_OFFLINE="0", HF_TOKEN="hf_x",
-            HF_ENDPOINT=f"http://127.0.0.1:{server.server_address[1]}",
-        )  # fmt: skip
-    finally:
-        server.shutdown()
-    assert "8-bit AdamW needs a CUDA GPU" in done.stdout
-    assert "xformers" in done.stdout and "SDPA is in use" in done.stdout
-    assert "no checkpoint in" in done.stdout and "nothing is cached" in done.stdout
-    assert Hub.created and "private" in json.dumps(Hub.created[0])  # as a flag or as its visibility
-    assert sorted(Hub.sent) == [
-        "README.md",
-        "config.json",
-        "diffusion_pytorch_model.fp16.safetensors",
-        "diffusion_pytorch_model.safetensors",
-        "samples.png",
-        "scheduler/scheduler_config.json",
-    ]
-    assert list(tmp_path.glob("wandb/offline-run-*"))
