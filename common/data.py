@@ -5,6 +5,7 @@ Nothing is decoded but images, text and JSON. A bad sample is skipped and counte
 
 import gzip
 import hashlib
+import http.client
 import io
 import json
 import random
@@ -24,11 +25,13 @@ from PIL import Image, ImageOps
 
 from common.cache import TensorStore
 
+SHARD_ERRORS = (OSError, EOFError, http.client.HTTPException, tarfile.TarError, zlib.error)
 IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp")
 CAPTION_MEMBERS = ("text", "txt", "caption")
 JSON_CAPTION_KEYS = ("caption", "text", "txt", "prompt")
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
 MOST_MEMBER_BYTES = 1 << 28
+EXIF_ORIENTATION = 0x0112
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -81,10 +84,24 @@ def shard_fingerprint(shard: str) -> str:
     return hashlib.blake2b(f"{path} {status.st_size} {status.st_mtime_ns}".encode(), digest_size=8).hexdigest()
 
 
+class StrictTarInfo(tarfile.TarInfo):
+    """tarfile takes a header that is damaged or cut off for the archive's end; here it is an error."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+
+
 def open_shard(shard: str):
     """A readable binary stream, and what to call once it is at its end."""
     if shard.startswith("pipe:"):
-        process = subprocess.Popen(shard[len("pipe:") :], shell=True, stdout=subprocess.PIPE)
+        # In a session of its own, or Ctrl-C would cut the shard off before the last checkpoint is saved.
+        process = subprocess.Popen(shard[len("pipe:") :], shell=True, stdout=subprocess.PIPE, start_new_session=True)
         return process.stdout, process.wait
     if shard.startswith(("http://", "https://")):
         return urllib.request.urlopen(shard, timeout=60), lambda: 0
@@ -100,13 +117,13 @@ def read_shard(shard: str):
 
     try:
         stream, at_end = open_shard(shard)
-        with stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+        with stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictTarInfo) as tar:
             for info in tar:
                 if not info.isfile():
                     continue
                 folder, _, name = info.name.rpartition("/")
                 stem, _, extension = name.partition(".")
-                if f"{folder}/{stem}" != key:
+                if f"{folder}/{stem}" != key or extension.lower() in members:
                     if members:
                         yield finished()
                         seen.add(key)
@@ -122,7 +139,7 @@ def read_shard(shard: str):
             yield finished()
         if at_end() != 0:
             yield key, "shard's command failed"
-    except (OSError, EOFError, tarfile.TarError, zlib.error):
+    except SHARD_ERRORS:
         yield key, "unreadable shard" if key is None else "truncated shard"
 
 
@@ -138,7 +155,7 @@ def count_samples(shards: list[str]) -> int | None:
                 for info in tar:
                     folder, _, name = info.name.rpartition("/")
                     keys.add((folder, name.partition(".")[0]))
-        except (OSError, EOFError, tarfile.TarError, zlib.error):
+        except SHARD_ERRORS:
             pass  # counted as faults when the shard is read
         total += len(keys)
     return total
@@ -227,6 +244,8 @@ class ImageReader:
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 image = Image.open(io.BytesIO(data))
             original = image.size
+            if image.getexif().get(EXIF_ORIENTATION, 1) >= 5:  # lies on its side
+                original = original[::-1]
             # JPEG decodes at a half, a quarter or an eighth for free, as long as that leaves twice what is needed.
             image.draft("RGB", (2 * self.resolution, 2 * self.resolution))
             image = to_rgb(ImageOps.exif_transpose(image))
@@ -234,12 +253,11 @@ class ImageReader:
             raise BadSample("image bomb") from None
         except Exception:  # PIL's decoders raise nearly anything on wrong bytes
             raise BadSample("broken image") from None
-        if (image.width < image.height) != (original[0] < original[1]):
-            original = original[::-1]  # turned by its EXIF orientation
         size, short = self.resolution, min(image.size)
-        image = image.resize(
-            tuple(max(size, round(side * size / short)) for side in image.size), RESAMPLING[self.interpolation_type]
-        )
+        resized = tuple(max(size, round(side * size / short)) for side in image.size)
+        if resized[0] * resized[1] > Image.MAX_IMAGE_PIXELS:
+            raise BadSample("image bomb")  # a line of pixels
+        image = image.resize(resized, RESAMPLING[self.interpolation_type])
         spare_x, spare_y = image.width - size, image.height - size
         if self.center_crop:
             left, top = spare_x // 2, spare_y // 2
