@@ -24,8 +24,15 @@ from common.data import BadSample, NoGoodSamples, Sample, read_shard
 LANES = 8  # streams open at a time, where processes x workers do not ask for more
 
 
-def plan_lanes(shards: int, processes: int, workers: int) -> tuple[int, int]:
-    """Number of lanes, and of workers per process that they can feed (0 reads in the main process)."""
+def plan_lanes(shards: int, processes: int, workers: int, lanes: int | None = None) -> tuple[int, int]:
+    """Number of lanes, and of workers per process that they can feed (0 reads in the main process).
+
+    `lanes` are those of the run that is resumed: they stay, and each still has one reader.
+    """
+    if lanes is not None:
+        if lanes % processes:
+            raise ValueError(f"the {lanes} lanes of the checkpoint's data cannot be split over {processes} processes")
+        return lanes, max((w for w in range(1, workers + 1) if lanes % (processes * w) == 0), default=0)
     if shards < processes:
         raise ValueError(f"{shards} shards cannot feed {processes} processes: at least one shard each is needed")
     workers = min(workers, shards // processes)
@@ -146,14 +153,15 @@ class Batches:
 def open_batches(args, accelerator, reader, state) -> Batches:
     processes = accelerator.num_processes
     try:
-        lanes, workers = plan_lanes(len(args.shards), processes, args.dataloader_num_workers)
+        resumed = state["lanes"] if state else None
+        lanes, workers = plan_lanes(len(args.shards), processes, args.dataloader_num_workers, resumed)
     except ValueError as error:
         raise SystemExit(f"--train_shards_path_or_url: {error}") from None
     if workers < args.dataloader_num_workers:
-        accelerator.print(f"--dataloader_num_workers: {len(args.shards)} shards feed only {workers}")
+        accelerator.print(f"--dataloader_num_workers: {len(args.shards)} shards feed only {workers} in {lanes} lanes")
     stream = ShardStream(
         args.shards, reader, seed=args.seed, batch_size=args.train_batch_size, process=accelerator.process_index,
-        processes=processes, lanes=state["lanes"] if state else lanes, state=state,
+        processes=processes, lanes=lanes, state=state,
     )  # fmt: skip
     return Batches(stream, workers)
 
