@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import math
 import signal
-import zlib
 from collections import Counter
 
 import numpy as np
@@ -80,7 +79,7 @@ class ShardStream(IterableDataset):
         for epoch in itertools.count(first_epoch):
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))[lane :: self.lanes]
             for place in range(first_place, len(order)):
-                shard = self.shards[order[place]]
+                shard = int(order[place])
                 for index, (key, members) in self.shuffled(shard, epoch, first_index):
                     try:
                         if isinstance(members, str):
@@ -103,12 +102,15 @@ class ShardStream(IterableDataset):
                     )
             first_place = 0
 
-    def shuffled(self, shard: str, epoch: int, start: int):
-        """(index, sample) of a shard, its blocks of consecutive samples shuffled each, without the first `start`."""
+    def shuffled(self, shard: int, epoch: int, start: int):
+        """(index, sample) of a shard, its blocks of consecutive samples shuffled each, without the first `start`.
+
+        Like crop and flip the order follows from the shard's number, so that data may move between run and resume.
+        """
         index = 0
-        samples = read_shard(shard)
+        samples = read_shard(self.shards[shard])
         while block := list(itertools.islice(samples, self.block)):
-            order = np.random.default_rng((self.seed, epoch, index, zlib.crc32(shard.encode()))).permutation(len(block))
+            order = np.random.default_rng((self.seed, epoch, index, shard)).permutation(len(block))
             for i in order:
                 if index >= start:
                     yield index, block[i]
