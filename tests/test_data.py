@@ -4,11 +4,15 @@ import gzip
 import http.server
 import io
 import json
+import os
 import pickle
+import re
+import shutil
 import struct
 import tarfile
 import threading
 import zlib
+from argparse import Namespace
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -19,7 +23,7 @@ import torch
 from PIL import Image
 
 from common.data import ImageReader, NoGoodSamples, count_samples, expand_shards, read_shard
-from common.stream import Batches, ShardStream, plan_lanes
+from common.stream import Batches, ShardStream, open_batches, plan_lanes
 from tests.helpers import add_member, encoded, launch, tiny_pipeline, toy_shards, write_shard
 
 
@@ -34,11 +38,11 @@ def reader(**changes) -> ImageReader:
     return ImageReader(**settings | changes)
 
 
-def batches(shards, *, state=None, workers=0, batch_size=4, process=0, processes=1, seed=0, lanes=None):
+def batches(shards, *, state=None, workers=0, batch_size=4, process=0, processes=1, seed=0, lanes=None, buffer=8):
     planned, workers = plan_lanes(len(shards), processes, workers)
     stream = ShardStream(
         shards, reader(), seed=seed, batch_size=batch_size, process=process, processes=processes,
-        lanes=lanes or planned, shuffle_buffer=8, state=state,
+        lanes=lanes or planned, shuffle_buffer=buffer, state=state,
     )  # fmt: skip
     return Batches(stream, workers)
 
@@ -165,7 +169,10 @@ def test_script_on_faulty_shards(tmp_path):
     flags = ["--pretrained_teacher_model", teacher, "--output_dir", tmp_path / "out", "--resolution", 32]
     flags += ["--validation_steps", 0, "--train_batch_size", 2, "--max_train_steps", 12, "--disable_benchmark"]
     done = launch("train_lcm_distill_sd.py", *flags, "--train_shards_path_or_url", tmp_path / "bad" / "{a,b,c,d}.tar")
-    assert "x image bomb" in done.stdout and "x caption is not UTF-8" in done.stdout
+    source = batches([str(tmp_path / "bad" / f"{name}.tar") for name in "abcd"], batch_size=2, seed=42, buffer=1000)
+    captions(source, 12)
+    said = {cause: int(count) for count, cause in re.findall(r"skipped (\d+) x (.*)", done.stdout)}
+    assert said == source.faults and len(said) > 5
     assert not (tmp_path / "bad" / "unpickled").exists()
     write_shard(tmp_path / "none.tar", [{"png": b"", "txt": b"x"}])
     for more in (["--vae_cache_disable"], ["--dataloader_num_workers", 1]):
@@ -197,6 +204,17 @@ def test_an_epoch_visits_every_sample_once_and_epochs_differ(shards):
     assert epochs[0] != epochs[1] != epochs[2]
     assert captions(batches(shards, batch_size=8), 8) == epochs[0]
     assert captions(batches(shards, batch_size=8, seed=1), 8) != epochs[0]
+
+
+def test_order_and_crops_do_not_depend_on_where_the_data_lies(tmp_path, shards):
+    """A run may be resumed on a machine where the same shards have another path."""
+    copies = [shutil.copy(shard, tmp_path) for shard in shards]
+    wide = partial(reader, center_crop=False, random_flip=True)
+    found = []
+    for paths in (shards, copies):
+        stream = ShardStream(paths, wide(), seed=0, batch_size=64, process=0, processes=1, lanes=4)
+        found.append([(sample.caption, sample.size_ids) for sample in next(Batches(stream, 0))])
+    assert found[0] == found[1]
 
 
 def test_order_does_not_depend_on_processes_or_workers(shards):
@@ -364,3 +382,114 @@ def test_epoch_length(tmp_path):
     assert script.parse_args([*base, "--max_train_samples", "7"]).num_samples == 7
     with pytest.raises(SystemExit):
         script.parse_args(["--pretrained_teacher_model", "x", "--train_shards_path_or_url", "pipe:cat x"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults that are easy to miss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def causes(shard) -> list[str]:
+    return [members for _, members in read_shard(str(shard)) if isinstance(members, str)]
+
+
+def test_a_header_that_is_damaged_or_cut_off_is_counted(tmp_path):
+    """tarfile itself takes both for the archive's end, and what follows would be missing without a word."""
+    content = [{"txt": f"{i}".encode()} for i in range(5)]  # two blocks of 512 bytes each
+    shard = write_shard(tmp_path / "a.tar", content)
+    whole = shard.read_bytes()
+    assert causes(shard) == []
+    shard.write_bytes(whole[: 4 * 512] + b"\xff" * 512 + whole[5 * 512 :])
+    assert causes(shard) == ["truncated shard"]
+    for end in (4 * 512, 4 * 512 + 100):
+        shard.write_bytes(whole[:end])
+        assert causes(shard) == ["truncated shard"]
+
+
+def test_a_key_that_comes_twice_in_a_row_is_no_mixture(tmp_path):
+    first = {"png": encoded(picture()), "txt": b"first"}
+    shard = write_shard(tmp_path / "a.tar", [first, {"png": b"other", "txt": b"second"}], ["same", "same"])
+    assert [members for _, members in read_shard(str(shard))] == [first, "duplicate key"]
+
+
+def test_a_line_of_pixels_is_an_image_bomb():
+    """Its shorter side is enlarged to the resolution, and its longer one with it."""
+    with pytest.raises(Exception, match="image bomb"):
+        read(Image.new("RGB", (1, 60_000)), resolution=64)
+    assert read(Image.new("RGB", (1, 600)), resolution=64).size_ids[:2] == (600, 1)
+
+
+def test_the_original_size_survives_jpegs_fast_decoding():
+    """Decoded at an eighth, 101 x 103 is a square: only EXIF says whether the picture was turned."""
+    image = Image.fromarray(np.zeros((103, 101, 3), np.uint8))
+    sample = reader(resolution=4)({"jpg": encoded(image, "jpeg"), "txt": b"x"}, "v")
+    assert sample.size_ids[:2] == (103, 101)
+
+
+class Cut(Quiet):
+    """Breaks off in the middle of a chunk."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):  # noqa: N802
+        data = Path(self.translate_path(self.path)).read_bytes()[:700]
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"10000\r\n" + data)
+        self.close_connection = True
+
+
+def test_a_connection_that_breaks_is_a_truncated_shard(shards):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Cut, directory=str(Path(shards[0]).parent)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        assert causes(f"http://127.0.0.1:{server.server_address[1]}/0.tar") == ["truncated shard"]
+    finally:
+        server.shutdown()
+
+
+def test_ctrl_c_does_not_reach_the_program_behind_a_pipe(tmp_path, shards):
+    """A terminal sends it to the whole process group, and the shard would look truncated in the last checkpoint."""
+    list(read_shard(f"pipe:cut -d ' ' -f 5 /proc/$$/stat > {tmp_path}/group; cat {shards[0]}"))
+    assert int((tmp_path / "group").read_text()) != os.getpgrp()
+
+
+@pytest.mark.parametrize(("workers", "kept"), [(0, 0), (1, 1), (2, 2), (3, 2), (4, 4), (7, 4)])
+def test_resuming_with_another_number_of_workers(shards, workers, kept):
+    """The lanes of a run stay: each must have one reader, or samples come twice and others never."""
+    args = Namespace(shards=shards, dataloader_num_workers=0, seed=0, train_batch_size=4)
+    said = []
+    one = Namespace(num_processes=1, process_index=0, print=said.append)
+    expected = captions(open_batches(args, one, reader(), None), 30)
+    source = open_batches(args, one, reader(), None)
+    captions(source, 5)
+    args.dataloader_num_workers = workers
+    later = open_batches(args, one, reader(), source.state())
+    assert later.parts == max(kept, 1) and bool(said) == (workers != kept)
+    assert captions(later, 25) == expected[20:]
+
+
+def test_resuming_with_processes_that_do_not_fit_is_refused(shards):
+    source = batches(shards)
+    next(source)
+    args = Namespace(shards=shards, dataloader_num_workers=0, seed=0, train_batch_size=4)
+    three = Namespace(num_processes=3, process_index=0, print=print)
+    with pytest.raises(SystemExit, match="8 lanes of the checkpoint's data cannot be split over 3 processes"):
+        open_batches(args, three, reader(), source.state())
+
+
+def test_steps_of_a_run_given_in_epochs(tmp_path, monkeypatch):
+    """num_train_epochs x (samples // batch), where the batch is that of an optimizer step."""
+    import train_lcm_distill_sd as script
+
+    seen = []
+    monkeypatch.setattr(script, "get_scheduler", lambda *_, num_training_steps, **__: seen.append(num_training_steps))
+    monkeypatch.setattr(script, "find_checkpoint", lambda *_: exit("enough"))
+    flags = ["--pretrained_teacher_model", tiny_pipeline(tmp_path / "teacher"), "--resume_from_checkpoint", "latest"]
+    flags += ["--train_shards_path_or_url", toy_shards(tmp_path / "shards", 2, 5), "--output_dir", tmp_path / "out"]
+    flags += ["--num_train_epochs", 7, "--train_batch_size", 2, "--gradient_accumulation_steps", 2]
+    for more in ([], ["--max_train_samples", 9]):
+        with pytest.raises(SystemExit, match="enough"):
+            script.main(script.parse_args([str(flag) for flag in [*flags, "--report_to", "none", *more]]))
+    assert seen == [7 * (10 // 4), 7 * (9 // 4)]
