@@ -57,7 +57,8 @@ class TensorStore:
     def refresh(self):
         """Take in what other processes wrote."""
         known = set(self.index.values())
-        for path in sorted(self.folder.glob("*.safetensors")):
+        # Oldest first: of a record that was made again the newer one counts.
+        for path in sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns):
             if path not in known:
                 try:
                     with safetensors.safe_open(path, "pt") as file:

@@ -41,8 +41,10 @@ class SampleEncoder:
     @torch.no_grad()
     def encode_images(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         """{name: [B, ...]} on the device; what was not cached is encoded, and kept where there is a cache."""
-        missing = [i for i, sample in enumerate(samples) if sample.latents is None]
         rows = [sample.latents for sample in samples]
+        if self.latents is not None:  # a reader process does not know what was kept since it started
+            rows = [self.latents.get(s.key) if row is None else row for s, row in zip(samples, rows, strict=True)]
+        missing = [i for i, row in enumerate(rows) if row is None]
         for start in range(0, len(missing), self.vae_batch_size):
             chunk = missing[start : start + self.vae_batch_size]
             pixels = torch.stack([samples[i].pixels for i in chunk]).to(self.device, non_blocking=True)
