@@ -1,17 +1,24 @@
 """Caches: three modes, keys by content, damage, and what a run from a full cache loads."""
 
+import io
 import os
 import shutil
 import signal
 import time
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors import safe_open
 
 import train_lcm_distill_sd as script
+from common import cache
 from common.cache import TensorStore, identity, text_key, weights_identity
+from common.data import expand_shards, read_shard
 from tests.helpers import encoded, launch, tiny_pipeline, toy_shards, write_shard
 
 
@@ -226,3 +233,86 @@ def test_store(tmp_path, compress):
     assert TensorStore(tmp_path).get("other") is None
     assert text_key("a") != text_key("b") and identity(x=1) != identity(x=2)
     assert not list(tmp_path.glob("*.part.safetensors"))
+
+
+def test_on_demand_with_workers_encodes_once_and_grows_no_further(teacher, shards, tmp_path):
+    """Workers do not see what was kept since they started: the training process must look again."""
+    more = ["--vae_cache_ondemand", "--dataloader_num_workers", 2]
+    encoder, batches, _ = opened(teacher, shards, tmp_path, *more)
+    encode, calls = encoder.encode_pixels, []
+    encoder.encode_pixels = lambda vae, pixels: calls.append(len(pixels)) or encode(vae, pixels)
+    first = epoch(encoder, batches)
+    encoder.flush()
+    assert_same(first, epoch(encoder, batches))
+    encoder.flush()
+    assert sum(calls) == 16
+    assert sum(map(records_of_file, (tmp_path / "cache" / "vae").rglob("*.safetensors"))) == 16
+
+
+def records_of_file(path: Path) -> int:
+    with safe_open(path, "pt") as file:
+        return len(file.keys())
+
+
+def test_a_record_that_was_made_again_is_the_one_that_counts(tmp_path, monkeypatch, capsys):
+    """Whatever the names of the files."""
+    for first, second in (("a", "b"), ("b", "a")):
+        store = TensorStore(tmp_path / first)
+        for name in (first, second):
+            monkeypatch.setattr(cache.uuid, "uuid4", lambda name=name: Namespace(hex=name))
+            store.put("key", {"x": torch.ones(100)})
+            store.flush()
+            if name == first:
+                path = tmp_path / first / f"{first}.safetensors"
+                data = bytearray(path.read_bytes())
+                data[-8] ^= 0xFF
+                path.write_bytes(data)
+                os.utime(path, (1, 1))  # a file system's clock may be coarser than this test
+                assert TensorStore(tmp_path / first).get("key") is None
+        capsys.readouterr()
+        assert TensorStore(tmp_path / first).get("key")["x"].sum() == 100
+        assert "damaged" not in capsys.readouterr().out
+
+
+def test_a_full_cache_trains_a_whole_run_without_encoders(teacher, shards, tmp_path, monkeypatch):
+    """The script's own loop, up to the pictures at its end."""
+    flags = ["--pretrained_teacher_model", teacher, "--train_shards_path_or_url", shards, "--resolution", 32]
+    flags += ["--train_batch_size", 4, "--validation_steps", 0, "--report_to", "none", "--disable_benchmark"]
+    flags += ["--cache_dir_vae", tmp_path / "vae", "--cache_dir_text", tmp_path / "text", "--mixed_precision", "no"]
+    flags += ["--validation_num_inference_steps", 1]
+    train(*flags, "--output_dir", tmp_path / "a", "--max_train_steps", 1)
+    loaded = []
+    monkeypatch.setattr(script, "load_vae", lambda *_: loaded.append("vae"))
+    monkeypatch.setattr(script, "load_text_encoder", lambda *_: loaded.append("text"))
+    monkeypatch.setattr(script, "draw", lambda args, vae, *_: [Image.new("RGB", (32, 32))] * 4)
+    train(*flags, "--output_dir", tmp_path / "b", "--max_train_steps", 12)
+    assert loaded == ["vae"]  # of the pictures
+    assert (tmp_path / "b" / "checkpoint-12").is_dir()
+
+
+def train(*flags):
+    script.main(script.parse_args([str(flag) for flag in flags]))
+
+
+def test_latents_are_the_posterior_of_the_image(teacher, shards, tmp_path):
+    """Scaled mean and deviation of diffusers' own posterior, cached and streamed."""
+    vae = AutoencoderKL.from_pretrained(teacher, subfolder="vae")
+    for mode in ([], ["--vae_cache_disable"]):
+        encoder, batches, _ = opened(teacher, shards, tmp_path, "--center_crop", *mode)
+        samples = next(batches)
+        images = encoder.encode_images(samples)
+        for i, sample in enumerate(samples):
+            posterior = vae.encode(pixels_of(shards, sample.caption)).latent_dist
+            for name in ("mean", "std"):
+                expected = getattr(posterior, name)[0] * vae.config.scaling_factor
+                torch.testing.assert_close(images[name][i], expected, rtol=1e-4, atol=1e-5)
+
+
+def pixels_of(shards: str, caption: str) -> torch.Tensor:
+    """The middle 32 x 32 of the picture of 40 x 32 with this caption, in [-1, 1]."""
+    for shard in expand_shards(shards):
+        for _, members in read_shard(shard):
+            if members["txt"].decode() == caption:
+                image = Image.open(io.BytesIO(members["png"])).crop((4, 0, 36, 32))
+                return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1.0
+    raise AssertionError(caption)
