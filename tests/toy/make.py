@@ -196,7 +196,7 @@ def attribute_labels(scene: world.Scene) -> list[list[int]]:
 
 
 def train_text_encoder(tokenizer: CLIPTokenizer, captions: list[str], steps: int = 3000) -> CLIPTextModel:
-    The U-Net then learns what stands where in 500 steps; with a text encoder that learns beside it, not in 10,000.
+    """What CLIP's training does for real teachers: the state after the last word of a phrase tells what it says.
 
     The U-Net then learns what stands where in 500 steps; with a text encoder that learns beside it, in no 10,000.
     """
