@@ -140,6 +140,11 @@ def parse_args(argv=None):
     ] * args.toy
     if remote and args.caches == "off" and not args.vae_cache_disable:
         args.notes.append("The shards are not local: nothing is cached. --vae_cache_ondemand keeps what is encoded.")
+    if args.validation_guidance is not None and middle_w(args) != args.validation_guidance - 1.0:
+        args.notes.append(
+            f"--validation_guidance {args.validation_guidance:g}: trained is {1 + args.w_min:g} to {1 + args.w_max:g},"
+            f" {1 + middle_w(args):g} is taken"
+        )
     if args.allow_tf32 and not torch.cuda.is_available():
         args.notes.append("--allow_tf32: no job without a CUDA GPU")
     if args.local_rank != -1:
@@ -317,8 +322,9 @@ def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
 
 
 def middle_w(args) -> float:
-    """The w of validation pictures."""
-    return (args.w_min + args.w_max) / 2.0 if args.validation_guidance is None else args.validation_guidance - 1.0
+    """The w of validation pictures, inside the trained range: a student that takes w knows no other."""
+    middle, wanted = (args.w_min + args.w_max) / 2.0, args.validation_guidance
+    return middle if wanted is None else min(max(wanted - 1.0, args.w_min), args.w_max)
 
 
 @contextlib.contextmanager
