@@ -195,13 +195,16 @@ def attribute_labels(scene: world.Scene) -> list[list[int]]:
     return [*rows, [-100, world.COLOUR_NAMES.index(scene.background), -100, -100]]
 
 
-def train_text_encoder(tokenizer: CLIPTokenizer, captions: list[str], steps: int = 3000) -> CLIPTextModel:
+def train_text_encoder(work: Path, tokenizer: CLIPTokenizer, captions: list[str], steps: int = 3000) -> CLIPTextModel:
     """What CLIP's training does for real teachers: the state after the last word of a phrase tells what it says.
 
     The U-Net then learns what stands where in 500 steps; with a text encoder that learns beside it, in no 10,000.
     """
     torch.manual_seed(0)
-    encoder = new_text_encoder(tokenizer)
+    path, encoder = work / "text_encoder.safetensors", new_text_encoder(tokenizer)
+    if path.exists():
+        encoder.load_state_dict(load_file(path))
+        return encoder.requires_grad_(False).eval()
     heads = torch.nn.Linear(encoder.config.hidden_size, 4 + 8 + 2 + 9)
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.01)
@@ -227,7 +230,8 @@ def train_text_encoder(tokenizer: CLIPTokenizer, captions: list[str], steps: int
         optimizer.zero_grad()
         if (step + 1) % 500 == 0:
             print(f"text encoder {step + 1}: loss {loss:.4f}", flush=True)
-    return encoder
+    save_file(encoder.state_dict(), path)
+    return encoder.requires_grad_(False).eval()
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -336,7 +340,7 @@ def make_sd(args):
     vae = train_vae(args.work, args.vae_steps)
     latents, scale, captions = encode_scenes(args.work, vae, args.scenes)
     vae.register_to_config(scaling_factor=scale)
-    text_encoder = train_text_encoder(tokenizer, captions).requires_grad_(False).eval()
+    text_encoder = train_text_encoder(args.work, tokenizer, captions)
     unet = train_unet(args.work, tokenizer, text_encoder, latents, captions, args.unet_steps, args.batch_size)
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, new_scheduler(), safety_checker=None, feature_extractor=None,
