@@ -36,7 +36,7 @@ def parse_args(argv=None):
     parser.add_argument("--work", type=Path, default=TOY / ".build", help="unfinished work, kept between runs")
     parser.add_argument("--vae_steps", type=int, default=10_000)
     parser.add_argument("--scenes", type=int, default=100_000, help="scenes that the U-Net learns from")
-    parser.add_argument("--unet_steps", type=int, default=9_000)
+    parser.add_argument("--unet_steps", type=int, default=16_000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--shard_samples", type=int, default=2048, help="images in the committed shards")
     return parser.parse_args(argv)
