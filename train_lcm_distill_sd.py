@@ -471,6 +471,8 @@ def main(args):
     elif args.resume_from_checkpoint:
         say(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} yet, starting at step 0")
 
+    first_step = step
+
     # ---- Data: lists of samples, each with latents from the cache or with pixels ----
     encoder, reader = open_encoder(args, accelerator, weight_dtype)
     uncond = encoder.encode_text([""])
@@ -616,7 +618,7 @@ def main(args):
     bar.close()
 
     # ---- The end: a checkpoint always, the model where training is complete ----
-    if Path(output_dir, f"checkpoint-{step}", "state.json").exists():
+    if step == first_step and Path(output_dir, f"checkpoint-{step}", "state.json").exists():  # nothing was trained
         say(f"checkpoint-{step} is already there")
     else:
         say(f"saved {save()}")

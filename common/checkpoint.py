@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import torch
@@ -43,11 +44,14 @@ def save_checkpoint(output_dir, step: int, networks: dict, optimizers: dict, sta
         (part / "state.json").write_text(json.dumps(state | {"step": step}))
         for path in [*part.iterdir(), part]:
             flush_to_disk(path)
+        if folder.exists() and not (folder / "state.json").exists():  # another program's: it stays, under another name
+            folder.rename(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=output_dir))
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
         flush_to_disk(folder.parent)
-        # Only now that the new one is whole may old ones go.
-        for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
+        # Only now that the new one is whole may old ones go. Later ones are of another run in this folder.
+        older = [path for path in list_checkpoints(output_dir) if step_of(path) <= step]
+        for old in older[: -total_limit if total_limit else 0]:
             shutil.rmtree(old)
     return folder
 
@@ -62,11 +66,14 @@ def flush_to_disk(path: Path):
 
 def list_checkpoints(output_dir) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.suffix != ".part"]
-    found = [
-        path for path in found if path.name.removeprefix("checkpoint-").isdigit() and (path / "state.json").exists()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if (path / "state.json").exists()]
+    return sorted([path for path in found if step_of(path) >= 0], key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """-1 where the name is not checkpoint-STEP."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else -1
 
 
 def find_checkpoint(output_dir, wanted: str) -> Path | None:
@@ -76,17 +83,23 @@ def find_checkpoint(output_dir, wanted: str) -> Path | None:
     for path in (Path(wanted), Path(output_dir, wanted)):
         if (path / "state.json").exists():
             return path
-    raise FileNotFoundError(f"--resume_from_checkpoint {wanted}: no whole checkpoint there, nor in {output_dir}")
+    raise SystemExit(f"--resume_from_checkpoint {wanted}: no whole checkpoint there, nor in {output_dir}")
 
 
 def load_checkpoint(folder: Path, networks: dict, optimizers: dict) -> dict:
     """Puts weights and moments back, and returns the state. Names that do not fit are fatal."""
     for name, network in networks.items():
-        weights = load_file(folder / f"{name}.safetensors")
+        file = folder / f"{name}.safetensors"
+        if not file.exists():
+            raise SystemExit(f"--resume_from_checkpoint {folder}: has no {name}, it is of another kind of run")
+        weights = load_file(file)
         expected = get_model_state_dict(network, options=options(name in optimizers)).keys()
         if weights.keys() != expected:
             odd = sorted(weights.keys() ^ expected)
-            raise ValueError(f"{folder}: {len(odd)} weights of the {name} do not fit this run, the first is {odd[0]}")
+            raise SystemExit(
+                f"--resume_from_checkpoint {folder}: {len(odd)} weights of the {name} do not fit this run, "
+                f"the first is {odd[0]}"
+            )
         set_model_state_dict(network, weights, options=options(name in optimizers))
     for name, optimizer in optimizers.items():
         moments = torch.load(folder / f"{name}.optimizer.pt", weights_only=True, map_location="cpu")

@@ -10,7 +10,9 @@ cursors of the last samples used are all that a checkpoint needs.
 import hashlib
 import itertools
 import math
+import os
 import signal
+import threading
 from collections import Counter
 
 import numpy as np
@@ -120,10 +122,17 @@ class ShardStream(IterableDataset):
 def outlive_signals(worker: int):
     """What stops a run reaches its readers too: they must go on until the training process has saved its checkpoint.
 
-    Only a first SIGTERM is ignored, for a second one is how a reader that hangs is ended.
+    Its own SIGTERM they obey: it sends one to each as it exits, and then waits for them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=end_when_parent_says, daemon=True).start()
+
+
+def end_when_parent_says():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Batches:

@@ -1,9 +1,11 @@
 """Kill, stop, resume: the weights are those of the run that was left alone."""
 
+import json
 import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train_lcm_distill_sd as script
 from common.checkpoint import find_checkpoint, list_checkpoints
-from tests.helpers import launch, tiny_pipeline, toy_shards
+from tests.helpers import ROOT, launch, tiny_pipeline, toy_shards
 
 SCRIPT = "train_lcm_distill_sd.py"
 STEPS = 12
@@ -145,3 +148,91 @@ def test_limit_finish_and_bad_names(world, tmp_path):
     lora = ["--lora_rank", 4, "--resume_from_checkpoint", "latest"]
     done = launch(SCRIPT, *flags(world, tmp_path, *lora), check=False)
     assert done.returncode != 0 and "do not fit this run" in done.stderr
+
+
+def train(*values):
+    """As `launch`, within this process; returns what the script says."""
+    threads, handlers = torch.get_num_threads(), {number: signal.getsignal(number) for number in STOPS}
+    torch.set_num_threads(1)
+    try:
+        script.main(script.parse_args(list(values)))
+    finally:
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(world, tmp_path, number):
+    """The script itself ends well, soon, and its readers with it."""
+    more = ["--max_train_steps", 80, "--vae_cache_disable", "--dataloader_num_workers", 2, "--checkpointing_steps", 5]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *flags(world, stopped, *more)], cwd=ROOT, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    started = time.time()
+    said = kill_when(process, (stopped / "checkpoint-5").exists, number)
+    assert process.returncode == 0 and time.time() - started < 60 and "Traceback" not in said
+    step = json.loads((list_checkpoints(stopped)[-1] / "state.json").read_text())["step"]
+    assert 5 <= step < 80
+    train(*flags(world, stopped, *more, "--resume_from_checkpoint", "latest"))
+    train(*flags(world, whole, *more))
+    first, second = weights(whole, 80), weights(stopped, 80)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_new_run_in_a_used_folder(world, tmp_path, capsys):
+    """It keeps its own checkpoints, its last one too, and deletes none of another run's that are further."""
+    used = ["--checkpoints_total_limit", 1, "--checkpointing_steps", 2]
+    train(*flags(world, tmp_path, *used, "--max_train_steps", 8))
+    old = weights(tmp_path, 8)
+    train(*flags(world, tmp_path, *used, "--max_train_steps", 4, "--learning_rate", 1e-2))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-8"]
+    train(*flags(world, tmp_path, *used, "--max_train_steps", 8, "--learning_rate", 1e-2))
+    assert "already there" not in capsys.readouterr().out
+    new = weights(tmp_path, 8)
+    assert any(not torch.equal(old[name], value) for name, value in new.items())
+
+
+def test_a_folder_that_is_not_ours_stays(world, tmp_path):
+    """diffusers' own scripts name their checkpoints alike."""
+    theirs = tmp_path / "checkpoint-3"
+    theirs.mkdir()
+    (theirs / "optimizer.bin").write_bytes(b"theirs")
+    (tmp_path / "notes.txt").write_text("mine")
+    train(*flags(world, tmp_path, "--max_train_steps", 4, "--checkpoints_total_limit", 1))
+    assert [path.read_bytes() for path in tmp_path.rglob("optimizer.bin")] == [b"theirs"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4"]
+
+
+def test_checkpoints_that_do_not_fit_are_named(world, tmp_path):
+    full, lora = tmp_path / "full", tmp_path / "lora"
+    short = ["--max_train_steps", 1]
+    train(*flags(world, full, *short))
+    train(*flags(world, lora, *short, "--lora_rank", 4))
+    for folder, more, rule in (
+        (lora, ["--model_type", "full"], "do not fit this run"),
+        (full, ["--lora_rank", 4], "do not fit this run"),
+        (lora, ["--lora_rank", 8], "do not fit this run"),
+        (tmp_path / "none", [], "no whole checkpoint there"),
+    ):
+        path = folder / "checkpoint-1"
+        with pytest.raises(SystemExit, match=f"--resume_from_checkpoint {path}: .*{rule}"):
+            train(*flags(world, tmp_path / "new", *short, *more, "--resume_from_checkpoint", path))
+
+
+def test_a_run_goes_on_from_another_folder(world, tmp_path):
+    """By a path; and latest in an empty folder is a new run, and says so."""
+    train(*flags(world, tmp_path / "a", "--max_train_steps", 3))
+    train(*flags(world, tmp_path / "b", "--resume_from_checkpoint", tmp_path / "a" / "checkpoint-3"))
+    train(*flags(world, tmp_path / "c", "--resume_from_checkpoint", "latest"))
+    schedule = ["--max_train_steps", 3, "--resume_from_checkpoint", tmp_path / "a" / "checkpoint-3"]
+    train(*flags(world, tmp_path / "d", *schedule))
+    first, second = weights(tmp_path / "a", 3), weights(tmp_path / "d", 3)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [path.name for path in list_checkpoints(tmp_path / "b")] == [f"checkpoint-{n}" for n in (6, 9, 12)]

@@ -9,6 +9,8 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 import zlib
@@ -24,7 +26,7 @@ from PIL import Image
 
 from common.data import ImageReader, NoGoodSamples, count_samples, expand_shards, read_shard
 from common.stream import Batches, ShardStream, open_batches, plan_lanes
-from tests.helpers import add_member, encoded, launch, tiny_pipeline, toy_shards, write_shard
+from tests.helpers import ROOT, add_member, encoded, launch, tiny_pipeline, toy_shards, write_shard
 
 
 def reader(**changes) -> ImageReader:
@@ -493,3 +495,22 @@ def test_steps_of_a_run_given_in_epochs(tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match="enough"):
             script.main(script.parse_args([str(flag) for flag in [*flags, "--report_to", "none", *more]]))
     assert seen == [7 * (10 // 4), 7 * (9 // 4)]
+
+
+def test_readers_outlive_a_stop_but_not_the_training_process(shards, tmp_path):
+    """A SIGTERM from elsewhere is for the training process; one from it, as it exits by an error, is for them."""
+    code = (
+        "import os, signal, subprocess, sys\n"
+        "from multiprocessing import active_children\n"
+        "from tests.test_data import batches\n"
+        "source = batches(sys.argv[1:], workers=2)\n"
+        "next(source)\n"
+        "for reader in active_children():\n"
+        "    subprocess.run(['kill', '-TERM', str(reader.pid)], check=True)\n"
+        "for _ in range(40):\n"
+        "    next(source)\n"
+        "print(len(active_children()), 'readers')\n"
+        "raise SystemExit('enough')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *shards], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout.endswith("2 readers\n") and done.returncode == 1 and "Traceback" not in done.stderr
