@@ -185,9 +185,12 @@ def load_scheduler(args) -> DDIMScheduler:
 
 
 def load_unet(args, dtype: torch.dtype) -> UNet2DConditionModel:
-    unet = UNet2DConditionModel.from_pretrained(
-        args.pretrained_teacher_model, subfolder="unet", torch_dtype=dtype, **hub_options(args)
+    unet, loading = UNet2DConditionModel.from_pretrained(
+        args.pretrained_teacher_model, subfolder="unet", dtype=dtype, output_loading_info=True, **hub_options(args)
     )
+    missing, unexpected = loading["missing_keys"], loading["unexpected_keys"]
+    if missing or unexpected:  # diffusers only warns, and leaves what is missing at random
+        raise SystemExit(f"the teacher's weights do not fit its config: {missing} missing, {unexpected} unexpected")
     return unet.requires_grad_(False).eval()
 
 
@@ -201,7 +204,7 @@ def load_vae(args, device, dtype: torch.dtype) -> AutoencoderKL:
     source = vae_source(args)
     vae = AutoencoderKL.from_pretrained(
         source["model"], subfolder=source["subfolder"], revision=source["revision"], cache_dir=args.cache_dir,
-        torch_dtype=dtype,
+        dtype=dtype,
     )  # fmt: skip
     return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
 
@@ -209,7 +212,7 @@ def load_vae(args, device, dtype: torch.dtype) -> AutoencoderKL:
 def load_text_encoder(args, device, dtype: torch.dtype):
     name = args.pretrained_teacher_model
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", use_fast=False, **hub_options(args))
-    encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", torch_dtype=dtype, **hub_options(args))
+    encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype, **hub_options(args))
     return tokenizer, encoder.requires_grad_(False).eval().to(device)
 
 

@@ -1,513 +1,590 @@
-"""The method: an analytic teacher, one step against a float64 restatement, and what student and teacher must share."""
+"""The script's algorithm: against a plain restatement in float64, and against a teacher whose answer is known."""
 
+import argparse
+import ast
 import copy
 import gc
-import json
-import math
+import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_lcm_distill_sd as script
-from common.diffusion import DDIMSolver, boundary_scalings, consistency_loss, guidance_embedding, to_x0_eps
+from common.data import ImageReader
+from common.export import hide_secrets
 from common.optim import update_ema
-from tests.helpers import launch, tiny_pipeline, toy_shards
+from common.validation import show_picture
+from tests.helpers import ROOT, tiny_pipeline, toy_shards
 
-# ---------------------------------------------------------------------------------------------------------------------
-# An analytic teacher
-# ---------------------------------------------------------------------------------------------------------------------
-
-MEANS, DEVIATION = torch.tensor([-1.5, 0.0, 1.2]), 0.3  # of three equal modes
-
-
-def abar_table() -> torch.Tensor:
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
-
-
-def ideal_clean(x, alpha, sigma):
-    """E[x0 | x_t] where the data are a mixture of Gaussians: the best that a teacher can say. x, alpha, sigma: [B]"""
-    means = MEANS.to(x.dtype)
-    variance = (alpha**2 * DEVIATION**2 + sigma**2)[:, None]
-    offsets = x[:, None] - alpha[:, None] * means
-    weights = (-(offsets**2) / (2 * variance)).softmax(1)
-    return (weights * (means + alpha[:, None] * DEVIATION**2 / variance * offsets)).sum(1)
-
-
-def flow_map(x, t: int):
-    """Where the probability flow takes x from t to 0: Heun's method in float64 over every timestep, not DDIM's."""
-    abar = abar_table().double()
-    x = x.double()
-    # In y = x / alpha and s = sigma / alpha the flow is dy/ds = E[eps | x].
-    scales = ((1 - abar) / abar).sqrt()
-    alphas = abar.sqrt()
-    y = x / alphas[t]
-
-    def slope(y, i):
-        alpha = alphas[i].expand(len(y))
-        return (y - ideal_clean(y * alpha, alpha, alpha * scales[i])) / scales[i]
-
-    for i in range(t, 0, -1):
-        ds = scales[i - 1] - scales[i]
-        first = slope(y, i)
-        y = y + ds * 0.5 * (first + slope(y + ds * first, i - 1))
-    return (y * alphas[0]).float()
-
-
-class Correction(torch.nn.Module):
-    """The ideal sample plus a small network that starts at zero: a student that starts as its teacher."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = torch.nn.Sequential(
-            torch.nn.Linear(10, 96), torch.nn.SiLU(), torch.nn.Linear(96, 96), torch.nn.SiLU(), torch.nn.Linear(96, 1)
-        )
-        torch.nn.init.zeros_(self.layers[-1].weight)
-        torch.nn.init.zeros_(self.layers[-1].bias)
-
-    def forward(self, x, alpha, sigma):
-        waves = [x, sigma, alpha] + [f(k * x) for k in (1.0, 2.0, 4.0) for f in (torch.sin, torch.cos)] + [x * alpha]
-        return ideal_clean(x, alpha, sigma) + sigma * self.layers(torch.stack(waves, 1))[:, 0]
-
-
-def consistency_function(network, x, t, alphas, sigmas):
-    out = network(x, alphas[t], sigmas[t])
-    x0, _ = to_x0_eps(out, x, alphas[t], sigmas[t], "sample")
-    c_skip, c_out = boundary_scalings(t, 10.0)
-    return c_skip * x + c_out * x0
-
-
-def test_training_on_an_ideal_teacher_converges_to_its_flow():
-    """Mean error of the one-step map falls below 0.08, from 0.3 and more of the teacher's own one step."""
-    torch.manual_seed(0)
-    abar = abar_table()
-    alphas, sigmas = abar.sqrt(), (1 - abar).sqrt()
-    solver = DDIMSolver(abar, 50)
-    student = Correction()
-    target = copy.deepcopy(student).requires_grad_(False)
-    steps = 8000
-    optimizer = torch.optim.Adam(student.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    rng = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        latents = MEANS[torch.randint(3, (512,), generator=rng)] + DEVIATION * torch.randn(512, generator=rng)
-        index = torch.randint(50, (512,), generator=rng)
-        t, t_prev = solver.timesteps[index], solver.timesteps_prev[index]
-        x_t = alphas[t] * latents + sigmas[t] * torch.randn(512, generator=rng)
-        with torch.no_grad():
-            out = ideal_clean(x_t, alphas[t], sigmas[t])
-            x0_teacher, eps_teacher = to_x0_eps(out, x_t, alphas[t], sigmas[t], "sample")
-            x_prev = solver.step(x0_teacher, eps_teacher, index)
-            f_target = consistency_function(target, x_prev, t_prev, alphas, sigmas)
-        loss = consistency_loss(consistency_function(student, x_t, t, alphas, sigmas), f_target, "huber", 0.01)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        update_ema(list(target.parameters()), list(student.parameters()), 0.95)
-
-    for t in (999, 599):
-        x = (
-            torch.randn(2000, generator=rng)
-            if t == 999
-            else alphas[t] * MEANS.repeat(500) + sigmas[t] * torch.randn(1500)
-        )
-        truth = flow_map(x, t)
-        steps_t = torch.full((len(x),), t)
-        with torch.no_grad():
-            error = (consistency_function(target, x, steps_t, alphas, sigmas) - truth).abs().mean().item()
-            untrained = (consistency_function(Correction(), x, steps_t, alphas, sigmas) - truth).abs().mean().item()
-        print(f"t = {t}: error {error:.4f}, untrained {untrained:.4f}")
-        assert untrained > 0.3
-        assert error < 0.08
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One step of the script
-# ---------------------------------------------------------------------------------------------------------------------
+PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
+# The shortest run; tests add what they are about.
+SHORT = "--resolution 32 --train_batch_size 4 --max_train_steps 1 --validation_steps 0 --checkpointing_steps 0"
+SHORT += " --validation_num_inference_steps 1 --disable_benchmark --report_to none --lr_warmup_steps 0 --center_crop"
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return toy_shards(tmp_path_factory.mktemp("shards"))
+    folder = tmp_path_factory.mktemp("shards")
+    toy_shards(folder, shards=2, samples=8)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return tiny_pipeline(tmp_path_factory.mktemp("teacher"))
+def teachers(tmp_path_factory):
+    """A folder for each prediction type."""
+    return {name: tiny_pipeline(tmp_path_factory.mktemp(name), name) for name in PREDICTION_TYPES}
 
 
-def flags(teacher, shards, folder, *more) -> list[str]:
-    values = [
-        *("--pretrained_teacher_model", teacher, "--train_shards_path_or_url", shards, "--output_dir", folder),
-        *("--resolution", 32, "--train_batch_size", 4, "--max_train_steps", 1, "--report_to", "none"),
-        *("--validation_steps", 0, "--disable_benchmark", "--validation_num_inference_steps", 1, *more),
-    ]
-    return [str(value) for value in values]
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """The script in this process leaves neither accelerate's global state nor its signal handlers behind."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_one_step_is_the_algorithm_box_in_float64(prediction_type, tmp_path, shards, monkeypatch):
-    """Loss and weights after one step, against a restatement with diffusers' schedulers and AdamW written out."""
-    teacher = tiny_pipeline(tmp_path / "teacher", prediction_type)
-    args = script.parse_args(
-        flags(teacher, shards, tmp_path / "out", "--learning_rate", 1e-2, "--w_min", 1, "--w_max", 4)
+@pytest.fixture
+def parse(teachers, shards, tmp_path, monkeypatch):
+    """`parse(flags)`: arguments of a short run in this test's folder."""
+    monkeypatch.chdir(shards)  # the samples' order follows from the shards' names: the same every time
+
+    def parse(flags: str = "", teacher=teachers["epsilon"]):
+        argv = ["--pretrained_teacher_model", str(teacher), "--train_shards_path_or_url", "{00000..00001}.tar"]
+        return script.parse_args([*argv, "--output_dir", str(tmp_path / "out"), *SHORT.split(), *flags.split()])
+
+    return parse
+
+
+def watch(monkeypatch, name: str) -> list[tuple]:
+    """(arguments, result) of every call that the script makes of its function `name`."""
+    calls, original = [], getattr(script, name)
+
+    def watched(*arguments):
+        result = original(*arguments)
+        calls.append((arguments, result))
+        return result
+
+    monkeypatch.setattr(script, name, watched)
+    return calls
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm, restated
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def consistency(scheduler: LCMScheduler, out, t: int, x):
+    """f(x, t) as the student's own scheduler computes it."""
+    scheduler.set_timesteps(timesteps=[t])
+    return scheduler.step(out, t, x).denoised
+
+
+def lcm_in_float64(args):
+    """Sample by sample, from pixels and captions, by diffusers' pipeline and schedulers: losses, student, target."""
+    pipe = StableDiffusionPipeline.from_pretrained(args.pretrained_teacher_model, dtype=torch.float64)
+    n = args.num_ddim_timesteps
+    ddim = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    ddim.set_timesteps(n)
+    lcm = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=n)
+    for scheduler in (ddim, lcm):
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+
+    teacher = pipe.unet.requires_grad_(False)
+    student = UNet2DConditionModel.from_config(dict(teacher.config) | {"time_cond_proj_dim": 256}).double()
+    zero = torch.zeros_like(student.time_embedding.cond_proj.weight)
+    student.load_state_dict(teacher.state_dict() | {"time_embedding.cond_proj.weight": zero})
+    target = copy.deepcopy(student).requires_grad_(False)
+    first = [torch.zeros_like(p) for p in student.parameters()]
+    second = [torch.zeros_like(p) for p in student.parameters()]
+
+    reader = ImageReader(args.resolution, args.interpolation_type, True, False, args.seed)
+    batches = script.open_batches(args, Accelerator(), reader, None)
+    losses = []
+    for step in range(1, args.max_train_steps + 1):
+        f_student, f_target = [], []
+        for sample in next(batches):
+            index, w, _, latent_noise, eps = script.draw_for(args, sample.position, (4, 4, 4))
+            posterior = pipe.vae.encode(sample.pixels[None].double() / 127.5 - 1.0).latent_dist
+            latents = (posterior.mean + posterior.std * latent_noise) * pipe.vae.config.scaling_factor
+            t = ddim.timesteps[n - 1 - index].item()
+            t_prev = max(t - 1000 // n, 0)
+            x_t = ddim.add_noise(latents, eps[None].double(), torch.tensor([t]))
+            cond, uncond = pipe.encode_prompt(sample.caption, "cpu", 1, True, "")
+            out_cond, out_uncond = teacher(x_t, t, cond).sample, teacher(x_t, t, uncond).sample
+            out = out_uncond + (1 + w.item()) * (out_cond - out_uncond)
+            x_prev = ddim.step(out, t, x_t).prev_sample
+            embedding = pipe.get_guidance_scale_embedding(w[None], 256).double()  # fp32 there too
+            f_target.append(
+                consistency(lcm, target(x_prev, t_prev, cond, timestep_cond=embedding).sample, t_prev, x_prev)
+            )
+            f_student.append(consistency(lcm, student(x_t, t, cond, timestep_cond=embedding).sample, t, x_t))
+        distance = torch.cat(f_student) - torch.cat(f_target).detach()
+        c = args.huber_c
+        loss = (distance**2).mean() if args.loss_type == "l2" else ((distance**2 + c**2).sqrt() - c).mean()
+        student.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+
+        norm = sum((p.grad**2).sum() for p in student.parameters()).sqrt().item()
+        assert norm > 1.5 * args.max_grad_norm  # else this would not test the clipping
+        beta1, beta2, lr = args.adam_beta1, args.adam_beta2, args.learning_rate
+        with torch.no_grad():
+            for p, m, v, average in zip(student.parameters(), first, second, target.parameters(), strict=True):
+                grad = p.grad * args.max_grad_norm / norm
+                m.copy_(beta1 * m + (1 - beta1) * grad)
+                v.copy_(beta2 * v + (1 - beta2) * grad**2)
+                m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
+                p.copy_(p - lr * args.adam_weight_decay * p - lr * m_hat / (v_hat.sqrt() + args.adam_epsilon))
+                average.copy_(args.ema_decay * average + (1 - args.ema_decay) * p)
+    return losses, student.state_dict(), target.state_dict()
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_training_steps_equal_the_algorithm_restated_in_float64(
+    prediction_type, parse, teachers, monkeypatch, tmp_path
+):
+    loss_type = "huber --huber_c 0.01" if prediction_type == "epsilon" else "l2"
+    # Two steps: at the first, target and teacher are one network. Adam divides a gradient by its size, so that one of
+    # 1e-9 would move its weight by rounding errors alone: a large epsilon keeps the comparison to what is meant.
+    args = parse(
+        f"--max_train_steps 2 --loss_type {loss_type} --learning_rate 1e-2 --adam_epsilon 1e-3 --max_grad_norm 0.01",
+        teachers[prediction_type],
     )
-    kept = {}
-
-    def keep(prediction, target, *rest):
-        kept["loss"] = consistency_loss(prediction, target, *rest)
-        return kept["loss"]
-
-    read = script.open_batches
-    monkeypatch.setattr(script, "open_batches", lambda *a: kept.setdefault("batches", Recorder(read(*a), args)))
-    monkeypatch.setattr(script, "consistency_loss", keep)
+    losses, student, target = lcm_in_float64(args)
+    ours = watch(monkeypatch, "consistency_loss")
+    logged = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
     script.main(args)
 
-    # --- the restatement: one sample at a time, float64 ---
-    pipeline = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None).to(torch.float64)
-    unet, ddim = pipeline.unet, DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
-    ddim.set_timesteps(50)
-    boundary = LCMScheduler.from_config(ddim.config)
-    config = dict(unet.config) | {"time_cond_proj_dim": 256}
-    student = UNet2DConditionModel.from_config(config).double()
-    student.load_state_dict(unet.state_dict() | {"time_embedding.cond_proj.weight": torch.zeros(16, 256)})
-    abar = ddim.alphas_cumprod.double()
-
-    def x0_of(out, x, t):
-        a, b = abar[t].sqrt(), (1 - abar[t]).sqrt()
-        return {"epsilon": (x - b * out) / a, "v_prediction": a * x - b * out, "sample": out}[prediction_type]
-
-    losses = []
-    for sample in kept["batches"].samples:
-        index, w, _, latent_noise, eps = (d.double() if d.is_floating_point() else d for d in sample.draws)
-        mean, std = sample.latents["mean"].double()[None], sample.latents["std"].double()[None]
-        latents = mean + std * latent_noise
-        prompt, empty = (pipeline.encode_prompt(text, "cpu", 1, False)[0] for text in (sample.caption, ""))
-        t = int(ddim.timesteps.flip(0)[index])
-        t_prev = max(t - 20, 0)
-        x_t = abar[t].sqrt() * latents + (1 - abar[t]).sqrt() * eps
-        with torch.no_grad():
-            out_cond, out_uncond = (unet(x_t, t, p).sample for p in (prompt, empty))
-            x_prev = ddim.step((1 + w) * out_cond - w * out_uncond, t, x_t).prev_sample
-        embedding = StableDiffusionPipeline.get_guidance_scale_embedding(None, w.reshape(1), 256, torch.float64)
-
-        def f(x, t, prompt=prompt, embedding=embedding):
-            c_skip, c_out = boundary.get_scalings_for_boundary_condition_discrete(t)
-            return c_skip * x + c_out * x0_of(student(x, t, prompt, timestep_cond=embedding).sample, x, t)
-
-        with torch.no_grad():
-            goal = f(x_prev, t_prev)
-        losses.append(((f(x_t, t) - goal) ** 2).mean())
-    loss = sum(losses) / len(losses)
-    assert kept["loss"].item() == pytest.approx(loss.item(), rel=2e-4)
-    assert loss.item() > 0
-
-    loss.backward()
-    norm = math.sqrt(sum(p.grad.square().sum().item() for p in student.parameters()))
-    assert norm > 0
-    saved = load_file(tmp_path / "out/checkpoint-1/student.safetensors")
-    averaged = load_file(tmp_path / "out/checkpoint-1/target.safetensors")
-    agree = total = 0
-    for name, p in student.named_parameters():
-        grad = p.grad * min(1.0, 1.0 / (norm + 1e-6))  # --max_grad_norm 1
-        # AdamW's first step: both moments' corrections cancel
-        stepped = p * (1 - 1e-2 * 1e-2) - 1e-2 * grad / (grad.abs() + 1e-8)
-        clear = (
-            grad.abs() > 1e-5 * grad.abs().max() + 1e-7
-        )  # Adam turns the rounding of a zero gradient into a whole step
-        agree += (saved[name].double() - stepped).abs()[clear].lt(2e-4).sum().item()
-        total += clear.sum().item()
-        ema = 0.95 * p.detach() + 0.05 * saved[name].double()
-        torch.testing.assert_close(averaged[name].double(), ema.detach(), rtol=0, atol=1e-6)
-    assert total > 1000 and agree / total > 0.999
-
-
-class Recorder:
-    """The script's own batches, with each sample's draws noted."""
-
-    def __init__(self, batches, args):
-        self.batches, self.args, self.samples = batches, args, []
-
-    def __getattr__(self, name):
-        return getattr(self.batches, name)
-
-    def __next__(self):
-        samples = next(self.batches)
-        for sample in samples:
-            sample.draws = script.draw_for(self.args, sample.position, sample.latents["mean"].shape)
-        self.samples += samples
-        return samples
+    # fp32 leaves errors of 1.5e-5 in the loss of the second step, and of an ulp in weights of size 1.
+    torch.testing.assert_close([loss.item() for _, loss in ours], losses, rtol=5e-5, atol=0)
+    assert logged[-1]["loss"] == pytest.approx(sum(losses) / 2, rel=5e-5)
+    start = load_file(teachers[prediction_type] / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, expected in (("student", student), ("target", target)):
+        weights = load_file(tmp_path / "out" / "checkpoint-2" / f"{name}.safetensors")
+        assert weights.keys() == expected.keys()
+        assert max((expected[key] - start[key]).abs().max() for key in start) > 3e-4  # thousand times the tolerance
+        assert max((weights[key] - expected[key]).abs().max() for key in expected) < 3e-7
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Networks
+# Student, target and teacher
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Accelerator:
-    """What load_networks asks of accelerate."""
+def perturb(monkeypatch, change):
+    """Calls `change(teacher, student, target)` on the networks that the script loads; returns the list they go to."""
+    loaded, original = [], script.load_networks
 
-    device = torch.device("cpu")
-    print = staticmethod(print)
+    def load_and_change(*arguments):
+        loaded.extend(original(*arguments))
+        with torch.no_grad():
+            change(*loaded)
+        return tuple(loaded)
 
-
-def networks(teacher, shards, folder, *more, dtype=torch.float32):
-    args = script.parse_args(flags(teacher, shards, folder, *more))
-    return args, script.load_networks(args, Accelerator(), dtype)
-
-
-def question(batch: int = 3):
-    rng = torch.Generator().manual_seed(3)
-    x = torch.randn(batch, 4, 4, 4, generator=rng)
-    return x, torch.tensor([0, 499, 999]), {"prompt_embeds": torch.randn(batch, 32, 16, generator=rng)}
+    monkeypatch.setattr(script, "load_networks", load_and_change)
+    return loaded
 
 
-def test_at_step_0_the_student_is_the_teacher_for_every_w(teacher, shards, tmp_path):
-    _, (base, student, target) = networks(teacher, shards, tmp_path)
-    x, t, cond = question()
-    with torch.no_grad():
-        expected = script.predict(base, x, t, cond)
-        for w in (0.0, 1.0, 7.5, 15.0):
-            embedding = guidance_embedding(torch.full((3,), w), 256)
-            for network in (student, target):
-                assert torch.equal(script.predict(network, x, t, cond, embedding), expected)
-        student.time_embedding.cond_proj.weight.data.normal_()
-        assert not torch.equal(script.predict(student, x, t, cond, embedding), expected)  # w is really fed
+def randomize_adapters(*networks):
+    torch.manual_seed(3)
+    for name, p in networks[0].named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
 
 
-@pytest.mark.parametrize("more", [["--lora_rank", 4], ["--use_dora"]])
-def test_loras_teacher_is_the_base_bit_for_bit(teacher, shards, tmp_path, more):
-    before = count_unets()
-    args, (base, student, target) = networks(teacher, shards, tmp_path, *more)
-    assert base is student is target
-    assert count_unets() == before + 1
+def load(args):
+    return script.load_networks(args, Accelerator(), torch.float32)
+
+
+def tiny_inputs():
+    rng = torch.Generator().manual_seed(4)
+    return torch.randn(2, 4, 4, 4, generator=rng), torch.tensor([999, 19]), torch.randn(2, 32, 16, generator=rng)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_the_target_depends_on_the_student(mode, parse, monkeypatch):
+    args = parse(f"--model_type {mode}")
+    calls = watch(monkeypatch, "consistency_loss")
+    script.main(args)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    def change(teacher, student, target):
+        if mode == "lora":
+            randomize_adapters(student)
+        else:
+            target.conv_out.weight += 0.1
+
+    perturb(monkeypatch, change)
+    script.main(args)
+    (f_student, f_target, *_), (changed_student, changed_target, *_) = (arguments for arguments, _ in calls)
+    assert (changed_target - f_target).abs().mean() > 1e-3  # the teacher did not change
+    assert torch.equal(changed_student, f_student) == (mode == "full")
+    assert f_student.requires_grad and not f_target.requires_grad
+
+
+@pytest.mark.parametrize("w", [0.0, 5.0, 15.0])
+def test_a_full_student_starts_as_its_teacher_for_every_w(w, parse):
+    teacher, student, target = load(parse())
+    x, t, cond = tiny_inputs()
+    embedding = script.guidance_embedding(torch.full((2,), w), 256)
+    expected = teacher(x, t, cond).sample
+    for network in (student, target):
+        # one addition of zeros apart
+        assert torch.equal(network(x, t, cond, timestep_cond=embedding).sample, expected)
+
+
+def test_a_full_student_learns_to_tell_w_apart(parse, monkeypatch):
+    networks = perturb(monkeypatch, lambda *_: None)
+    script.main(parse("--max_train_steps 2 --learning_rate 1e-2"))
+    x, t, cond = tiny_inputs()
+    low, high = (script.guidance_embedding(torch.full((2,), w), 256) for w in (5.0, 15.0))
+    student = networks[1]
+    assert not torch.allclose(student(x, t, cond, low).sample, student(x, t, cond, timestep_cond=high).sample)
+
+
+@pytest.mark.parametrize("flags", ["--lora_rank 4", "--use_dora", "--lora_rank 4 --mixed_precision bf16"])
+def test_without_adapters_the_network_is_the_teacher_bit_for_bit(flags, parse):
+    args = parse(flags)
+    dtype = torch.bfloat16 if args.mixed_precision else torch.float32
+    teacher, student, target = script.load_networks(args, Accelerator(), dtype)
+    assert teacher is student is target
+    randomize_adapters(student)
     layout = torch.contiguous_format if args.use_dora else torch.channels_last
-    fresh = script.load_unet(args, torch.float32).to(memory_format=layout)
-    x, t, cond = question()
-    with torch.no_grad():
-        expected = script.predict(fresh, x, t, cond)
-        for p in student.parameters():
-            if p.requires_grad:
-                p.data.normal_(std=0.1)
+    base = script.load_unet(args, dtype).to(memory_format=layout)
+    x, t, cond = tiny_inputs()
+    x, cond = x.to(dtype), cond.to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        expected = base(x, t, cond).sample
         with script.adapters_off(student):
-            assert torch.equal(script.predict(student, x, t, cond), expected)
-        assert not torch.equal(script.predict(student, x, t, cond), expected)
-    trained = [p for p in student.parameters() if p.requires_grad]
-    assert trained and all(p.dtype == torch.float32 for p in trained)  # adapters_off gave them their gradient back
+            assert torch.equal(student(x, t, cond).sample, expected)
+        assert (student(x, t, cond).sample - expected).abs().mean() > 1e-2
 
 
-def count_unets() -> int:
+@pytest.mark.parametrize("mode, networks", [("lora", 1), ("full", 3)])
+def test_memory_holds_no_more_networks_than_the_method_needs(mode, networks, parse, monkeypatch):
     gc.collect()
-    return sum(isinstance(thing, UNet2DConditionModel) for thing in gc.get_objects())
+    before = {id(thing) for thing in gc.get_objects() if type(thing) is UNet2DConditionModel}
+    alive = []
+
+    def count(unet, *_):
+        alive.append({id(thing) for thing in gc.get_objects() if type(thing) is UNet2DConditionModel} - before)
+        return 1.0
+
+    monkeypatch.setattr(Accelerator, "log", lambda *_, **__: count(None))
+    script.main(parse(f"--model_type {mode}"))
+    assert len(alive[0]) == networks
 
 
-def test_full_training_holds_three_unets(teacher, shards, tmp_path):
-    before = count_unets()
-    kept = networks(teacher, shards, tmp_path)
-    assert count_unets() == before + 3
-    del kept
+def test_the_target_of_lora_has_no_dropout_and_the_student_has(parse, monkeypatch):
+    perturb(monkeypatch, randomize_adapters)
+    repeated, original = [], script.predict
+
+    def predict_twice(*arguments):
+        state = torch.get_rng_state()
+        first = original(*arguments)
+        second = original(*arguments)
+        torch.set_rng_state(state)
+        repeated.append(torch.equal(first, second))
+        return first
+
+    monkeypatch.setattr(script, "predict", predict_twice)
+    script.main(parse("--lora_dropout 0.5"))
+    teacher, target, student = repeated
+    assert teacher and target and not student
 
 
-def test_frozen_teacher_is_in_the_asked_precision(teacher, shards, tmp_path):
-    """Diffusers' teacher is fp16 whatever was asked for."""
-    _, (base, student, target) = networks(teacher, shards, tmp_path, dtype=torch.bfloat16)
-    assert base.dtype == torch.bfloat16 and student.dtype == target.dtype == torch.float32
-    _, (base, _, _) = networks(teacher, shards, tmp_path, "--no-cast_teacher_unet", dtype=torch.bfloat16)
-    assert base.dtype == torch.float32
-    _, (base, student, _) = networks(teacher, shards, tmp_path, "--lora_rank", 4, dtype=torch.bfloat16)
-    kinds = {p.requires_grad: p.dtype for p in student.parameters()}
-    assert kinds == {False: torch.bfloat16, True: torch.float32}
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape"])
+def test_a_teacher_whose_weights_do_not_fit_is_refused(damage, tmp_path, parse):
+    teacher = tiny_pipeline(tmp_path / "teacher")
+    path = teacher / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    if damage == "missing":
+        del weights["conv_out.bias"]
+    else:
+        weights["conv_out.bias" if damage == "shape" else "another"] = torch.zeros(7)
+    save_file(weights, path)
+    with pytest.raises((SystemExit, ValueError, RuntimeError), match="conv_out.bias|another"):
+        load(parse("", teacher))
 
 
-def test_weights_that_do_not_fit_are_fatal(teacher):
-    unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet")
-    unet.load_state_dict = None  # only its config and weights are used
-    unet.register_buffer("stray", torch.zeros(1))
-    with pytest.raises(SystemExit, match="stray"):
-        script.add_guidance_input(unet, 256)
+def test_a_student_that_does_not_fit_is_refused(parse, monkeypatch):
+    teacher = script.load_unet(parse(), torch.float32)
+    weights = teacher.state_dict()
+    del weights["conv_out.bias"]
+    monkeypatch.setattr(teacher, "state_dict", lambda: weights)
+    with pytest.raises(SystemExit, match="conv_out.bias"):
+        script.add_guidance_input(teacher, 256)
+
+
+def test_ema_is_the_moving_average():
+    target, source = [torch.tensor([1.0, -2.0]), torch.tensor([4.0])], [torch.tensor([3.0, 0.0]), torch.tensor([0.0])]
+    update_ema(target, source, 0.75)
+    assert [value for tensor in target for value in tensor.tolist()] == [1.5, -1.5, 3.0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Random draws, and the defects of others
+# Draws, noise and precision
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_draws_follow_from_seed_and_position_alone(teacher, shards, tmp_path):
-    args = script.parse_args(flags(teacher, shards, tmp_path, "--w_min", 2, "--w_max", 9))
-    first, again, other = (script.draw_for(args, position, (4, 4, 4)) for position in (5, 5, 6))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[4], other[4]) and not torch.equal(first[3], first[4])
-    args.seed += 1
-    assert not torch.equal(script.draw_for(args, 5, (4, 4, 4))[4], first[4])
-    many = [script.draw_for(args, position, (1,)) for position in range(3000)]
-    index, w, _, _, eps = (torch.stack(column).float() for column in zip(*many, strict=True))
-    assert index.min() == 0 and index.max() == 49 and abs(index.mean() - 24.5) < 1
-    assert 2 <= w.min() and w.max() <= 9 and abs(w.mean() - 5.5) < 0.15
-    assert abs(eps.mean()) < 0.06 and abs(eps.std() - 1) < 0.05
+def test_draws_follow_from_seed_and_position_alone(parse):
+    args, other_seed = parse(), parse("--seed 7")
+
+    def draw(args, position):
+        return torch.cat([value.float().flatten() for value in script.draw_for(args, position, (4, 4, 4))])
+
+    first = draw(args, 0)
+    torch.randn(5)  # other random numbers change nothing
+    assert torch.equal(draw(args, 0), first)
+    # Process p of P takes positions p, p + P, ...: no two processes have one in common.
+    draws = torch.stack([draw(args, position) for position in range(64)] + [draw(other_seed, 0)])
+    assert len({tuple(row.tolist()) for row in draws[:, 3:]}) == 65
+    eps = draws[:, -64:]
+    assert torch.corrcoef(eps).fill_diagonal_(0).abs().max() < 0.6  # independent rows of 64: 5 standard deviations
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_share_of_empty_prompts(teacher, shards, tmp_path, share):
-    """Diffusers checks the flag and then uses 0."""
-    args = script.parse_args(flags(teacher, shards, tmp_path, "--proportion_empty_prompts", share))
-    dropped = torch.stack([script.draw_for(args, position, (1,))[2] for position in range(2000)])
-    assert dropped.float().mean().item() == pytest.approx(share, abs=0.0 if share in (0.0, 1.0) else 0.04)
+def test_draws_cover_the_grid_and_the_range_of_w(parse):
+    args = parse("--w_min 2 --w_max 4 --num_ddim_timesteps 8 --proportion_empty_prompts 0.25")
+    index, w, dropped, *_ = zip(*(script.draw_for(args, i, (1,)) for i in range(2000)), strict=True)
+    assert torch.stack(index).bincount().min() > 200 and set(map(int, index)) == set(range(8))  # 250 expected each
+    w = torch.stack(w)
+    assert 2.0 <= w.min() < 2.01 and 3.99 < w.max() <= 4.0 and abs(w.mean() - 3.0) < 0.05
+    assert abs(torch.stack(dropped).float().mean() - 0.25) < 0.04  # four standard deviations
 
 
-def run(monkeypatch, arguments) -> dict:
-    """The script in this process; what its parts returned."""
-    kept = {"conditions": [], "teacher": []}
-    for name in ("make_optimizer", "load_networks", "get_scheduler"):
-        function = getattr(script, name)
-
-        def keep(*a, function=function, name=name, **k):
-            kept[name] = function(*a, **k)
-            return kept[name]
-
-        monkeypatch.setattr(script, name, keep)
-    conditions, predict = script.conditions, script.predict
+def test_noise_is_added_in_fp32_in_a_bf16_run(parse, monkeypatch):
+    """diffusers' add_noise in bf16 is off by 4.8% in sigma at t = 19."""
+    eps = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(0))
+    zero_latents = {"mean": torch.zeros(4, 4, 4), "std": torch.zeros(4, 4, 4)}
+    draw = torch.tensor(0), torch.tensor(8.0), torch.tensor(False), eps, eps
+    monkeypatch.setattr(script, "draw_for", lambda *_: draw)
     monkeypatch.setattr(
-        script, "conditions", lambda *a: kept["conditions"].append(conditions(*a)) or kept["conditions"][-1]
+        script.SampleEncoder,
+        "encode_images",
+        lambda self, samples: {name: torch.stack([value] * len(samples)) for name, value in zero_latents.items()},
     )
-
-    def watched(unet, *a):
-        if unet is kept["load_networks"][2] and not torch.is_grad_enabled():
-            kept["teacher"].append(unet.training)
-        return predict(unet, *a)
-
-    monkeypatch.setattr(script, "predict", watched)
-    script.main(script.parse_args(arguments))
-    return kept
-
-
-def test_empty_prompts_reach_the_networks(teacher, shards, tmp_path, monkeypatch):
-    kept = run(monkeypatch, flags(teacher, shards, tmp_path, "--proportion_empty_prompts", 1.0))
-    embeds = kept["conditions"][0]["prompt_embeds"]
-    assert torch.equal(embeds, embeds[:1].expand_as(embeds))
-    monkeypatch.undo()
-    kept = run(monkeypatch, flags(teacher, shards, tmp_path / "b", "--proportion_empty_prompts", 0.0))
-    assert not torch.equal(kept["conditions"][0]["prompt_embeds"][0], kept["conditions"][0]["prompt_embeds"][1])
+    calls = watch(monkeypatch, "predict")
+    script.main(parse("--mixed_precision bf16 --vae_cache_disable"))
+    (_, x_t, t, *_), _ = calls[-1]
+    abar = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod.double()
+    assert t.tolist() == [19] * 4
+    sigma = (x_t[0].double() / eps).mean()
+    assert sigma.item() == pytest.approx((1 - abar[19]).sqrt().item(), rel=1e-6)
+    in_bf16 = (1 - abar.bfloat16()[19]).sqrt()
+    assert abs(in_bf16 / sigma - 1) > 0.04  # that the test can tell
 
 
-def test_scale_lr_acts_and_the_schedule_counts_optimizer_steps(teacher, shards, tmp_path, monkeypatch):
-    """In diffusers the flag comes after the optimizer took the rate."""
-    more = ["--scale_lr", "--learning_rate", 1e-5, "--gradient_accumulation_steps", 2, "--max_train_steps", 3]
-    more += ["--lr_scheduler", "linear", "--lr_warmup_steps", 0]
-    kept = run(monkeypatch, flags(teacher, shards, tmp_path, *more))
-    assert kept["make_optimizer"].param_groups[0]["initial_lr"] == pytest.approx(1e-5 * 4 * 2)
-    assert kept["get_scheduler"].last_epoch == 3
+@pytest.mark.parametrize("cast", [True, False])
+def test_the_teacher_computes_in_the_run_s_own_precision(cast, parse, monkeypatch):
+    calls = watch(monkeypatch, "predict")
+    script.main(parse("--mixed_precision bf16" + " --no-cast_teacher_unet" * (not cast)))
+    (teacher, *_), out = calls[0]
+    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16 if cast else torch.float32}
+    assert out.dtype == torch.bfloat16
+    (student, *_), _ = calls[2]
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
 
 
-def test_loras_target_has_no_dropout(teacher, shards, tmp_path, monkeypatch):
-    more = ["--lora_rank", 4, "--lora_dropout", 0.5, "--max_train_steps", 2]
-    kept = run(monkeypatch, flags(teacher, shards, tmp_path, *more))
-    # teacher and target, two steps: the target's forward is in evaluation mode
-    assert kept["teacher"][1::2] == [False, False]
+def test_x_prev_and_the_loss_are_fp32_in_a_bf16_run(parse, monkeypatch):
+    predictions, losses = watch(monkeypatch, "predict"), watch(monkeypatch, "consistency_loss")
+    script.main(parse("--mixed_precision bf16"))
+    assert [arguments[1].dtype for arguments, _ in predictions] == [torch.float32] * 3
+    (f_student, f_target, *_), loss = losses[0]
+    assert {f_student.dtype, f_target.dtype, loss.dtype} == {torch.float32}
 
 
-def test_zero_terminal_snr(shards, tmp_path):
-    """Noise cannot be told there from the sample: refused. Velocity can: trained."""
-    bad = tiny_pipeline(tmp_path / "bad", "epsilon", rescale_betas_zero_snr=True)
-    with pytest.raises(SystemExit, match="zero terminal SNR"):
-        script.main(script.parse_args(flags(bad, shards, tmp_path / "a")))
-    good = tiny_pipeline(tmp_path / "good", "v_prediction", rescale_betas_zero_snr=True)
-    script.main(script.parse_args(flags(good, shards, tmp_path / "b", "--max_train_steps", 2)))
-    weights = load_file(tmp_path / "b/checkpoint-2/student.safetensors")
-    assert all(value.isfinite().all() for value in weights.values())
+def test_noise_prediction_at_zero_terminal_snr_is_refused(parse, tmp_path):
+    teacher = tiny_pipeline(tmp_path / "teacher", "epsilon", rescale_betas_zero_snr=True)
+    with pytest.raises(SystemExit, match="predicts noise at zero terminal SNR"):
+        script.main(parse("", teacher))
 
 
-def test_solver_steps_that_do_not_divide(teacher, shards, tmp_path):
+def test_velocity_at_zero_terminal_snr_trains(parse, tmp_path, monkeypatch):
+    teacher = tiny_pipeline(tmp_path / "teacher", "v_prediction", rescale_betas_zero_snr=True)
+    original = script.draw_for
+    # All of the batch at t = 999, where alpha is 0.
+    monkeypatch.setattr(script, "draw_for", lambda *arguments: (torch.tensor(49), *original(*arguments)[1:]))
+    calls = watch(monkeypatch, "consistency_loss")
+    script.main(parse("--max_train_steps 2", teacher))
+    assert all(torch.isfinite(loss) and loss > 0 for _, loss in calls) and len(calls) == 2
+
+
+def test_a_grid_that_misses_the_last_timestep_is_refused(parse):
     with pytest.raises(SystemExit, match="--num_ddim_timesteps 30: must divide the teacher's 1000"):
-        script.main(script.parse_args(flags(teacher, shards, tmp_path, "--num_ddim_timesteps", 30)))
+        script.main(parse("--num_ddim_timesteps 30"))
 
 
-def test_validation_guidance_lies_in_the_trained_range(teacher, shards, tmp_path):
-    args = script.parse_args(flags(teacher, shards, tmp_path, "--w_min", 2, "--w_max", 4))
-    assert script.middle_w(args) == 3.0
-    args = script.parse_args(flags(teacher, shards, tmp_path, "--validation_guidance", 8.5))
-    assert script.middle_w(args) == 7.5
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_all_trackers_get_the_picture(tmp_path):
-    """Diffusers returns inside its loop over trackers."""
-    from PIL import Image
-    from torch.utils.tensorboard import SummaryWriter
-
-    from common.validation import show_picture
-
-    seen = []
-
-    class Board:
-        name, writer = "tensorboard", SummaryWriter(tmp_path / "board")
-
-    class Wandb:
-        name = "wandb"
-
-        def log(self, values, step):
-            seen.append((list(values), step))
-
-    class Trackers:
-        trackers = [Board(), Wandb()]
-
-    show_picture(Trackers(), Image.new("RGB", (8, 8)), tmp_path, "grid", 7)
-    Board.writer.close()
-    assert (tmp_path / "grid-000007.png").exists()
-    assert seen == [(["grid"], 7)]
-    assert any(b"grid" in file.read_bytes() for file in (tmp_path / "board").iterdir())
+@pytest.mark.parametrize("flags, expected", [("", 1e-3), ("--scale_lr --gradient_accumulation_steps 2", 8e-3)])
+def test_scale_lr_changes_the_optimizers_rate(flags, expected, parse, monkeypatch):
+    calls = watch(monkeypatch, "make_optimizer")
+    script.main(parse(f"--learning_rate 1e-3 {flags}"))
+    assert calls[0][1].param_groups[0]["lr"] == pytest.approx(expected)
 
 
-def test_the_hubs_token_is_written_nowhere(teacher, shards, tmp_path):
-    launch(
-        "train_lcm_distill_sd.py",
-        *flags(teacher, shards, tmp_path / "out", "--hub_token", "hf_secret", "--report_to", "tensorboard"),
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_schedule_counts_optimizer_steps(accumulation, parse, monkeypatch):
+    rates = []
+    monkeypatch.setattr(script, "LOG_EVERY", 1)
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: rates.append(values["lr"]))
+    flags = "--max_train_steps 4 --train_batch_size 2 --learning_rate 1e-3 --lr_scheduler linear"
+    script.main(parse(f"{flags} --gradient_accumulation_steps {accumulation}"))
+    assert rates == pytest.approx([0.75e-3, 0.5e-3, 0.25e-3, 0.0])
+
+
+@pytest.mark.parametrize("proportion", [0.0, 1.0])
+def test_proportion_of_empty_prompts(proportion, parse, teachers, monkeypatch):
+    calls = watch(monkeypatch, "predict")
+    script.main(parse(f"--proportion_empty_prompts {proportion}"))
+    pipe = StableDiffusionPipeline.from_pretrained(teachers["epsilon"])
+    empty, _ = pipe.encode_prompt("", "cpu", 1, False)
+    (_, _, _, cond, _), _ = calls[-1]
+    same = [torch.allclose(row, empty[0], atol=1e-6) for row in cond["prompt_embeds"]]
+    assert same == [proportion == 1.0] * 4
+
+
+@pytest.mark.parametrize("flags, w", [("", 3.0), ("--validation_guidance 4", 3.0), ("--validation_guidance 0", 2.0)])
+def test_pictures_stay_in_the_trained_range_of_guidance(flags, w, parse, monkeypatch):
+    calls = watch(monkeypatch, "draw")
+    args = parse(f"--w_min 2 --w_max 4 {flags}")
+    script.main(args)
+    assert [arguments[-2] for arguments, _ in calls] == [1.0 + w]
+    assert any("--validation_guidance 0" in note for note in args.notes) == (w == 2.0)
+
+
+def test_pictures_of_a_lora_are_drawn_without_guidance(parse, monkeypatch):
+    calls = watch(monkeypatch, "draw")
+    script.main(parse("--model_type lora"))
+    assert [arguments[-2] for arguments, _ in calls] == [1.0]
+
+
+def uses_of_arguments(path, but_in: set[str]) -> set[str]:
+    """Names read as args.NAME, but for those in functions that only parse and check."""
+
+    class Reader(ast.NodeVisitor):
+        def __init__(self):
+            self.names = set()
+
+        def visit_FunctionDef(self, node):
+            if node.name not in but_in:
+                self.generic_visit(node)
+
+        def visit_Attribute(self, node):
+            if isinstance(node.value, ast.Name) and node.value.id == "args" and isinstance(node.ctx, ast.Load):
+                self.names.add(node.attr)
+            self.generic_visit(node)
+
+    reader = Reader()
+    reader.visit(ast.parse(path.read_text()))
+    return reader.names
+
+
+def test_every_flag_is_read(monkeypatch):
+    parsers, parse_args = [], argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(
+        argparse.ArgumentParser, "parse_args", lambda self, *a: parsers.append(self) or parse_args(self, *a)
     )
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    flags = {action.dest for action in parsers[0]._actions}
+    files = [ROOT / "train_lcm_distill_sd.py", *(ROOT / "common").glob("*.py")]
+    used = set().union(*(uses_of_arguments(path, {"parse_args", "check_shared_flags"}) for path in files))
+    done_while_parsing = {
+        "help",
+        "local_rank",  # says that it has no job
+        "use_8bit_adam",  # becomes --optimizer
+        "train_shards_path_or_url",  # becomes args.shards
+        "max_train_samples",  # becomes args.num_samples
+        "vae_cache_ondemand",  # these become args.caches
+        "vae_cache_disable",
+    }
+    assert flags - used == done_while_parsing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """Stands in for a tracker: remembers names of pictures."""
+
+    def __init__(self, name):
+        self.name, self.pictures, self.writer = name, [], self
+
+    def log(self, values, step):
+        self.pictures += [(name, step) for name in values]
+
+    def add_image(self, name, picture, step, dataformats):
+        self.pictures.append((name, step))
+
+
+def test_every_tracker_gets_the_picture(tmp_path):
+    trackers = [Tracker("tensorboard"), Tracker("wandb"), Tracker("tensorboard")]
+    path = show_picture(SimpleNamespace(trackers=trackers), Image.new("RGB", (8, 8)), tmp_path, "grid", 3)
+    assert [tracker.pictures for tracker in trackers] == [[("grid", 3)]] * 3
+    assert Image.open(path).size == (8, 8)
+
+
+@pytest.mark.parametrize("spelling", ["--hub_token {}", "--hub_token={}", "--hub_tok {}", "--hub_t={}"])
+def test_the_hub_token_is_in_no_command_of_a_model_card(spelling):
+    assert "hf_secret" not in " ".join(hide_secrets(["x.py", *spelling.format("hf_secret").split(), "--seed", "1"]))
+
+
+def test_tensorboard_gets_curves_and_pictures_and_nobody_the_token(parse, tmp_path, monkeypatch):
+    flags = "--validation_steps 1 --report_to tensorboard --hub_token hf_secret"
+    monkeypatch.setattr(sys, "argv", ["train_lcm_distill_sd.py", *flags.split()])
+    script.main(parse(flags))
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert any("tfevents" in path.name for path in files)
-    assert not [path for path in files if b"hf_secret" in path.read_bytes()]
+    assert any(b"validation_seed" in path.read_bytes() for path in files)  # settings are logged, but for the token
+    assert [path for path in files if b"hf_secret" in path.read_bytes()] == []
+    (folder,) = {
+        path.parent for path in files if "tfevents" in path.name and path.parent.name == "text2image-fine-tune"
+    }
+    events = EventAccumulator(str(folder)).Reload().Tags()
+    assert "grid" in events["images"] and {"loss", "lr"} <= set(events["scalars"])
 
 
-def test_every_flag_is_read():
-    from tests.helpers import ROOT
-
-    parser_lines = ("add(", "add =")
-    code = ""
-    for path in [ROOT / "train_lcm_distill_sd.py", *sorted((ROOT / "common").glob("*.py"))]:
-        code += "\n".join(line for line in path.read_text().splitlines() if not line.strip().startswith(parser_lines))
-    args = script.parse_args([])
-    derived = {"toy", "shards", "caches", "num_samples", "notes"}
-    unread = [name for name in vars(args) if name not in derived and f"args.{name}" not in code]
-    assert unread == []
-
-
-def test_full_export(teacher, shards, tmp_path):
-    script.main(script.parse_args(flags(teacher, shards, tmp_path, "--num_ddim_timesteps", 25)))
-    plain = UNet2DConditionModel.from_pretrained(tmp_path)
-    half = UNet2DConditionModel.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
-    target = load_file(tmp_path / "checkpoint-1/target.safetensors")
-    for name, value in plain.state_dict().items():
-        assert torch.equal(value, target[name]) and torch.equal(half.state_dict()[name], value.half())
-    scheduler = LCMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
-    assert scheduler.config.original_inference_steps == 25
-
-
-@pytest.mark.parametrize("more", [["--lora_rank", 4, "--lora_alpha", 8], ["--lora_rank", 4, "--use_dora"]])
-def test_lora_export_is_what_was_trained(teacher, shards, tmp_path, monkeypatch, more):
-    """With alpha, which diffusers' files lack."""
-    kept = run(monkeypatch, flags(teacher, shards, tmp_path, *more, "--learning_rate", 1e-2, "--max_train_steps", 3))
-    pipeline = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None)
-    x, t, cond = question()
+@pytest.mark.parametrize("flags", ["--lora_rank 4 --lora_alpha 8", "--lora_rank 4 --lora_alpha 8 --use_dora"])
+def test_an_exported_lora_loads_in_the_stock_pipeline(flags, parse, teachers, monkeypatch, tmp_path):
+    networks = perturb(monkeypatch, randomize_adapters)
+    script.main(parse(f"{flags} --max_train_steps 2 --learning_rate 1e-2"))
+    pipe = StableDiffusionPipeline.from_pretrained(teachers["epsilon"])
+    x, t, cond = tiny_inputs()
     with torch.no_grad():
-        base = script.predict(pipeline.unet, x, t, cond)
-        pipeline.load_lora_weights(tmp_path)
-        loaded = script.predict(pipeline.unet, x, t, cond)
-        trained = script.predict(kept["load_networks"][1].eval(), x, t, cond)
-    torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=1e-5)
-    assert (loaded - base).abs().max() > 1e-3
+        base = pipe.unet(x, t, cond).sample
+        pipe.load_lora_weights(tmp_path / "out")
+        ours, loaded = (unet.eval()(x, t, cond).sample for unet in (networks[1], pipe.unet))
+    assert (loaded - base).abs().mean() > 1e-2
+    torch.testing.assert_close(loaded, ours, rtol=0, atol=1e-6)
 
 
-def test_reports_and_validation_can_be_off(teacher, shards, tmp_path):
-    script.main(script.parse_args(flags(teacher, shards, tmp_path)))  # both are, in flags()
-    assert not (tmp_path / "logs").exists()
-    assert json.loads((tmp_path / "checkpoint-1/state.json").read_text())["step"] == 1
+def test_an_exported_student_loads_in_stock_diffusers(parse, monkeypatch, tmp_path):
+    networks = perturb(monkeypatch, lambda *_: None)
+    script.main(parse("--num_ddim_timesteps 25 --timestep_scaling_factor 5 --learning_rate 1e-2"))
+    target = networks[2].state_dict()
+    for variant, dtype in ((None, torch.float32), ("fp16", torch.float16)):
+        unet = UNet2DConditionModel.from_pretrained(tmp_path / "out", variant=variant, dtype=dtype)
+        assert unet.config.time_cond_proj_dim == 256
+        assert all(torch.equal(value, target[name].to(dtype)) for name, value in unet.state_dict().items())
+    scheduler = LCMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
+    assert (scheduler.config.original_inference_steps, scheduler.config.timestep_scaling) == (25, 5.0)
+    assert scheduler.config.prediction_type == "epsilon"
