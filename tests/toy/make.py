@@ -1,8 +1,9 @@
-"""Makes the toy teachers and their data, from nothing but the world: `python -m tests.toy.make sd`.
+"""Makes the toy teachers and their data, from nothing but the world: `python -m tests.toy.make sd` (or `sdxl`).
 
 Stages run in order, each writes its result under `--work` and is skipped where that result stands, so that a run that
 was cut off goes on: autoencoder, latents of many scenes, text encoder, U-Net (EMA), and the pipeline folder with
-its shards under `--output`. On two CPU cores the SD teacher takes about 40 minutes.
+its shards under `--output`. On two CPU cores the SD teacher takes about 40 minutes. The SDXL teacher starts from the SD
+teacher's U-Net, which is made where it is missing, and takes about 30 minutes more.
 """
 
 import argparse
@@ -15,11 +16,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tests.toy import world
 
@@ -29,16 +36,20 @@ LATENT_CHANNELS = 8  # a flat world in 64 numbers per channel needs more of them
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher", choices=["sd"])
+    parser.add_argument("teacher", choices=["sd", "sdxl"])
     parser.add_argument(
-        "--output", type=Path, default=TOY, help="the pipeline goes to OUTPUT/sd, shards to OUTPUT/shards"
+        "--output", type=Path, default=TOY, help="sd: OUTPUT/sd, shards; sdxl: OUTPUT/sdxl, shards_sdxl"
     )
     parser.add_argument("--work", type=Path, default=TOY / ".build", help="unfinished work, kept between runs")
     parser.add_argument("--vae_steps", type=int, default=10_000)
     parser.add_argument("--scenes", type=int, default=100_000, help="scenes that the U-Net learns from")
     parser.add_argument("--unet_steps", type=int, default=16_000)
+    parser.add_argument("--sdxl_vae_steps", type=int, default=1500, help="from SD's autoencoder on")
+    parser.add_argument("--sdxl_views", type=int, default=90_000, help="pictures that SDXL's U-Net learns from")
+    parser.add_argument("--sdxl_steps", type=int, default=7_000, help="from SD's U-Net on")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--shard_samples", type=int, default=2048, help="images in the committed shards")
+    parser.add_argument("--shard_samples", type=int, default=2048, help="images in SD's committed shards")
+    parser.add_argument("--sdxl_shard_samples", type=int, default=1536, help="images in SDXL's committed shards")
     return parser.parse_args(argv)
 
 
@@ -83,39 +94,48 @@ def train_vae(work: Path, steps: int) -> AutoencoderKL:
     vae, path = new_vae(), work / "vae.safetensors"
     if not path.exists():
         torch.manual_seed(0)
-        vae = new_vae().to(memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
-        state, done = work / "vae.state", 0
-        if state.exists():
-            saved = torch.load(state, weights_only=True)
-            vae.load_state_dict(saved["vae"])
-            optimizer.load_state_dict(saved["optimizer"])
-            schedule.load_state_dict(saved["schedule"])
-            done = saved["done"]
-        start = time.time()
-        for step in range(done, steps):
+
+        def pictures(step):
             pixels = to_pixels(draw(10_000_000 + step, 32)[0])
             if step < 0.95 * steps:  # windows first: cheap, and many show an object
                 top, left = np.random.default_rng(step).integers(0, 5, 2) * 8
                 pixels = pixels[:, :, top : top + 32, left : left + 32]
-            posterior = vae.encode(pixels).latent_dist
-            error = vae.decode(posterior.sample()).sample - pixels
-            edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-            loss = error.abs().mean() + error.square().mean() + edges + 1e-7 * posterior.kl().mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            if (step + 1) % 250 == 0:
-                print(f"vae {step + 1}: error {error.abs().mean():.4f}, {time.time() - start:.0f} s", flush=True)
-                saved = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
-                save_state(state, saved | {"schedule": schedule.state_dict(), "done": step + 1})
-        vae = vae.to(memory_format=torch.contiguous_format)
-        save_file(vae.state_dict(), path)
+            return pixels
+
+        fit_vae(new_vae(), pictures, steps, 2e-3, path)
     vae.load_state_dict(load_file(path))
     return vae.eval().requires_grad_(False)
+
+
+def fit_vae(vae: AutoencoderKL, pictures, steps: int, rate: float, path: Path):
+    """Trains on `pictures(step)`, writes the weights to `path`."""
+    vae.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
+    state, done = path.with_suffix(".state"), 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        vae.load_state_dict(saved["vae"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        done = saved["done"]
+    start = time.time()
+    for step in range(done, steps):
+        pixels = pictures(step)
+        posterior = vae.encode(pixels).latent_dist
+        error = vae.decode(posterior.sample()).sample - pixels
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        loss = error.abs().mean() + error.square().mean() + edges + 1e-7 * posterior.kl().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if (step + 1) % 250 == 0:
+            print(f"vae {step + 1}: error {error.abs().mean():.4f}, {time.time() - start:.0f} s", flush=True)
+            saved = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
+            save_state(state, saved | {"schedule": schedule.state_dict(), "done": step + 1})
+    save_file(vae.to(memory_format=torch.contiguous_format).state_dict(), path)
 
 
 @torch.no_grad()
@@ -169,20 +189,26 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=384,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def text_config(tokenizer: CLIPTokenizer, layers: int, width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(text_config(tokenizer, layers=2, width=96))
+
+
+KINDS = (len(world.SHAPES), len(world.COLOUR_NAMES), len(world.SIZES), len(world.PLACES))
 
 
 def attribute_labels(scene: world.Scene) -> list[list[int]]:
@@ -195,6 +221,29 @@ def attribute_labels(scene: world.Scene) -> list[list[int]]:
     return [*rows, [-100, world.COLOUR_NAMES.index(scene.background), -100, -100]]
 
 
+def attribute_loss(logits, labels) -> torch.Tensor:
+    """Of shape, colour, size and place, [N, 4 + 8 + 2 + 9] and [N, 4]."""
+    parts = logits.split(KINDS, dim=1)
+    return sum(F.cross_entropy(each, labels[:, i], ignore_index=-100) for i, each in enumerate(parts))
+
+
+def random_texts(captions: list[str], step: int) -> list[str]:
+    rng = torch.Generator().manual_seed(step)
+    return [captions[i] for i in torch.randint(len(captions), (64,), generator=rng)]
+
+
+def phrase_ends(texts: list[str]) -> tuple[list[int], list[int]]:
+    """Text and token where each phrase (object, object, background) ends."""
+    rows, ends = [], []
+    for row, text in enumerate(texts):
+        words = 0
+        for phrase in text.replace(" on a ", "|on a ").replace(" and ", "|and ").split("|"):
+            words += len(phrase.split())
+            rows.append(row)
+            ends.append(words)  # one token a word, after the first of the text
+    return rows, ends
+
+
 def train_text_encoder(work: Path, tokenizer: CLIPTokenizer, captions: list[str], steps: int = 3000) -> CLIPTextModel:
     """What CLIP's training does for real teachers: the state after the last word of a phrase tells what it says.
 
@@ -205,25 +254,16 @@ def train_text_encoder(work: Path, tokenizer: CLIPTokenizer, captions: list[str]
     if path.exists():
         encoder.load_state_dict(load_file(path))
         return encoder.requires_grad_(False).eval()
-    heads = torch.nn.Linear(encoder.config.hidden_size, 4 + 8 + 2 + 9)
+    heads = torch.nn.Linear(encoder.config.hidden_size, sum(KINDS))
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
     for step in range(steps):
-        rng = torch.Generator().manual_seed(step)
-        rows, ends, labels = [], [], []
-        texts = [captions[i] for i in torch.randint(len(captions), (64,), generator=rng)]
-        for row, text in enumerate(texts):
-            words = 0
-            for phrase in text.replace(" on a ", "|on a ").replace(" and ", "|and ").split("|"):
-                words += len(phrase.split())
-                rows.append(row)
-                ends.append(words)  # one token a word, after the first of the text
-            labels += attribute_labels(world.read_caption(text))
+        texts = random_texts(captions, step)
+        rows, ends = phrase_ends(texts)
         states = encoder(tokenize(tokenizer, texts)).last_hidden_state[rows, ends]
-        logits = heads(states).split([4, 8, 2, 9], dim=1)
-        labels = torch.tensor(labels)
-        loss = sum(F.cross_entropy(each, labels[:, i], ignore_index=-100) for i, each in enumerate(logits))
+        labels = [label for text in texts for label in attribute_labels(world.read_caption(text))]
+        loss = attribute_loss(heads(states), torch.tensor(labels))
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -234,7 +274,7 @@ def train_text_encoder(work: Path, tokenizer: CLIPTokenizer, captions: list[str]
     return encoder.requires_grad_(False).eval()
 
 
-def new_unet() -> UNet2DConditionModel:
+def new_unet(cross_attention_dim: int = 96, **config) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=LATENT_CHANNELS,
@@ -243,9 +283,10 @@ def new_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(64, 128),
         layers_per_block=1,
-        cross_attention_dim=96,
+        cross_attention_dim=cross_attention_dim,
         attention_head_dim=4,
         norm_num_groups=16,
+        **config,
     )
 
 
@@ -312,6 +353,216 @@ def train_unet(work: Path, tokenizer, text_encoder, latents, captions, steps: in
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# SDXL: two text encoders, several aspect ratios, and a U-Net that is told how its picture was made
+# ---------------------------------------------------------------------------------------------------------------------
+
+BUCKETS = ((64, 64), (80, 48), (48, 80))  # height, width
+TIME_DIM = 32  # of each size id's embedding
+DROPPED = 0.2  # prompts: at w = 12 an error of what is learnt from them counts twelve times
+
+
+def draw_view(scene: world.Scene, rng: np.random.Generator, height: int, width: int):
+    """A picture of the bucket and its size ids: H and W of the original, top and left of the crop, H and W.
+
+    Most pictures are whole and sharp, of an original of that size or larger. Some originals were smaller: the picture
+    is blurred. Some were longer: the picture is a crop, and things are not where the caption says.
+    """
+    kind = rng.random()
+    if kind < 0.6:
+        zoom = max(1.0, rng.uniform(0.5, 2.0))
+        return world.draw_scene(scene, rng, height, width), (round(height * zoom), round(width * zoom), 0, 0)
+    if kind < 0.8:
+        zoom = rng.uniform(0.3, 0.75)
+        original = round(height * zoom), round(width * zoom)
+        small = Image.fromarray(world.draw_scene(scene, rng, *original))
+        return np.asarray(small.resize((width, height), Image.Resampling.BILINEAR)), (*original, 0, 0)
+    extra_y, extra_x = rng.permutation([rng.integers(8, 33), 0])  # along one side
+    top, left = rng.integers(0, extra_y + 1), rng.integers(0, extra_x + 1)
+    original = height + extra_y, width + extra_x
+    picture = world.draw_scene(scene, rng, *original)[top : top + height, left : left + width]
+    return picture, (*original, top, left)
+
+
+def draw_views(seed: int, count: int, height: int, width: int):
+    """Pictures [count, H, W, 3], size ids [count, 6], captions."""
+    rng = np.random.default_rng(seed)
+    scenes = [world.sample_scene(rng) for _ in range(count)]
+    pictures, sizes = zip(*(draw_view(scene, rng, height, width) for scene in scenes), strict=True)
+    sizes = np.array([(*size, height, width) for size in sizes], dtype=np.float32)
+    return np.stack(pictures), sizes, [world.caption(scene) for scene in scenes]
+
+
+def train_sdxl_vae(work: Path, sd_vae: AutoencoderKL, steps: int) -> AutoencoderKL:
+    """SD's, trained on with whole pictures of all buckets: in a narrow one things are smaller than SD's ever are."""
+    vae, path = new_vae(), work / "sdxl_vae.safetensors"
+    vae.load_state_dict(sd_vae.state_dict())
+    vae.register_to_config(scaling_factor=sd_vae.config.scaling_factor)  # of the latents that the U-Net starts from
+    if not path.exists():
+        torch.manual_seed(0)
+        fit_vae(
+            vae, lambda step: to_pixels(draw_views(60_000_000 + step, 12, *BUCKETS[step % 3])[0]), steps, 1e-3, path
+        )
+    vae.load_state_dict(load_file(path))
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_views(work: Path, vae: AutoencoderKL, count: int) -> list[tuple]:
+    """For each bucket: scaled latents, size ids, captions."""
+    path = work / "sdxl_latents.safetensors"
+    if not path.exists():
+        vae.to(memory_format=torch.channels_last)
+        tensors, captions = {}, []
+        for bucket, (height, width) in enumerate(BUCKETS):
+            latents, sizes, texts = [], [], []
+            for start in range(0, count // len(BUCKETS), 100):
+                pictures, ids, words = draw_views(40_000_000 + 1_000_000 * bucket + start, 100, height, width)
+                latents.append(vae.encode(to_pixels(pictures)).latent_dist.mean)
+                sizes.append(torch.from_numpy(ids))
+                texts += words
+            tensors |= {f"latents{bucket}": torch.cat(latents).contiguous(), f"sizes{bucket}": torch.cat(sizes)}
+            captions.append(texts)
+            print(f"latents of {height}x{width}: {len(texts)}", flush=True)
+        path.with_suffix(".json").write_text(json.dumps(captions))
+        save_file(tensors, path)
+        vae.to(memory_format=torch.contiguous_format)
+    tensors, captions = load_file(path), json.loads(path.with_suffix(".json").read_text())
+    scale = vae.config.scaling_factor
+    return [(tensors[f"latents{i}"] * scale, tensors[f"sizes{i}"], captions[i]) for i in range(len(BUCKETS))]
+
+
+def train_first_encoder(work: Path, tokenizer, sd_encoder, captions, steps: int = 2000) -> CLIPTextModel:
+    """SDXL reads the state before an encoder's last layer, without the norm that ends SD's.
+
+    The first encoder is SD's with a layer more, and learns to say there what SD's says at its end: so the U-Net that it
+    is made for, which starts from SD's, understands it.
+    """
+    torch.manual_seed(0)
+    path, encoder = work / "sdxl_text_encoder.safetensors", CLIPTextModel(text_config(tokenizer, layers=3, width=96))
+    if path.exists():
+        encoder.load_state_dict(load_file(path))
+        return encoder.requires_grad_(False).eval()
+    encoder.load_state_dict(encoder.state_dict() | sd_encoder.state_dict())
+    optimizer = torch.optim.AdamW(encoder.parameters(), 1e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
+    for step in range(steps):
+        tokens = tokenize(tokenizer, random_texts(captions, step))
+        with torch.no_grad():
+            wanted = sd_encoder(tokens).last_hidden_state
+        loss = F.mse_loss(encoder(tokens, output_hidden_states=True).hidden_states[-2], wanted)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if (step + 1) % 500 == 0:
+            print(f"first text encoder {step + 1}: loss {loss:.4f} of {wanted.var():.4f}", flush=True)
+    save_file(encoder.state_dict(), path)
+    return encoder.requires_grad_(False).eval()
+
+
+def train_second_encoder(work: Path, tokenizer, captions, steps: int = 3000) -> CLIPTextModelWithProjection:
+    """Trained as SD's, on the state that SDXL reads, and so that its pooled output tells every attribute of a text."""
+    torch.manual_seed(1)
+    path = work / "sdxl_text_encoder_2.safetensors"
+    encoder = CLIPTextModelWithProjection(text_config(tokenizer, layers=3, width=64))
+    if path.exists():
+        encoder.load_state_dict(load_file(path))
+        return encoder.requires_grad_(False).eval()
+    of_phrase = torch.nn.Linear(encoder.config.hidden_size, sum(KINDS))
+    of_text = torch.nn.Linear(encoder.config.projection_dim, 3 * sum(KINDS))  # two objects and the background
+    parameters = [*encoder.parameters(), *of_phrase.parameters(), *of_text.parameters()]
+    optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
+    for step in range(steps):
+        texts = random_texts(captions, step)
+        rows, ends = phrase_ends(texts)
+        out = encoder(tokenize(tokenizer, texts), output_hidden_states=True)
+        labels = [attribute_labels(world.read_caption(text)) for text in texts]
+        flat = torch.tensor([label for phrases in labels for label in phrases])
+        filled = torch.tensor([[*phrases[:-1], *[[-100] * 4] * (3 - len(phrases)), phrases[-1]] for phrases in labels])
+        loss = attribute_loss(of_phrase(out.hidden_states[-2][rows, ends]), flat)
+        loss = loss + attribute_loss(of_text(out.text_embeds).view(-1, sum(KINDS)), filled.view(-1, 4))
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if (step + 1) % 500 == 0:
+            print(f"second text encoder {step + 1}: loss {loss:.4f}", flush=True)
+    save_file(encoder.state_dict(), path)
+    return encoder.requires_grad_(False).eval()
+
+
+def new_sdxl_unet(sd_unet: UNet2DConditionModel, sd_width: int, width: int, pooled: int) -> UNet2DConditionModel:
+    """Starts as SD's U-Net, which sees the first encoder alone and no size ids."""
+    unet = new_unet(
+        cross_attention_dim=sd_width + width,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_DIM,
+        projection_class_embeddings_input_dim=6 * TIME_DIM + pooled,
+    )
+    start = sd_unet.state_dict()
+    for name, weight in unet.state_dict().items():
+        if name in start and weight.shape != start[name].shape:  # keys and values of the text
+            start[name] = F.pad(start[name], (0, width))
+    expected = {f"add_embedding.linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")}
+    missing, unexpected = unet.load_state_dict(start, strict=False)
+    assert set(missing) == expected and not unexpected, (missing, unexpected)
+    torch.nn.init.zeros_(unet.add_embedding.linear_2.weight)
+    torch.nn.init.zeros_(unet.add_embedding.linear_2.bias)
+    return unet
+
+
+def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, batch_size: int):
+    """On the velocity, each batch of one bucket; what is returned is the moving average."""
+    unet.to(memory_format=torch.channels_last)
+    parameters = list(unet.parameters())
+    ema = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, 8e-4, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-4, steps, pct_start=0.05)
+    state, done = work / "sdxl_unet.state", 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        unet.load_state_dict(saved["unet"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        ema, done = saved["ema"], saved["done"]
+
+    tokens = [tokenize(tokenizer, captions) for _, _, captions in views]
+    noise_scheduler = new_scheduler()
+    start, running = time.time(), 0.0
+    for step in range(done, steps):
+        rng = torch.Generator().manual_seed(step)
+        bucket = step % len(views)
+        latents, sizes, _ = views[bucket]
+        pick = torch.randint(len(latents), (batch_size,), generator=rng)
+        x0, eps = latents[pick], torch.randn((batch_size, *latents.shape[1:]), generator=rng)
+        t = (1000 * torch.rand(batch_size, generator=rng) ** 0.415).long().clamp(max=999)  # as for SD
+        kept = (torch.rand(batch_size, generator=rng) >= DROPPED).float()  # an empty prompt is zeros, as for SDXL
+        with torch.no_grad():
+            both = [encoder(tokens[bucket][pick], output_hidden_states=True) for encoder in encoders]
+            cond = torch.cat([out.hidden_states[-2] for out in both], dim=-1) * kept[:, None, None]
+            added = {"text_embeds": both[1].text_embeds * kept[:, None], "time_ids": sizes[pick]}
+        x_t = noise_scheduler.add_noise(x0, eps, t)
+        out = unet(x_t, t, cond, added_cond_kwargs=added).sample
+        loss = F.mse_loss(out, noise_scheduler.get_velocity(x0, eps, t))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1.0 - min(0.999, (step + 1) / (step + 10)))
+        running += loss.detach()
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            print(f"sdxl unet {step + 1}: loss {running / 500:.4f}, {time.time() - start:.0f} s", flush=True)
+            running = 0.0
+            saved = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
+            save_state(state, saved | {"schedule": schedule.state_dict(), "done": step + 1})
+    for p, average in zip(parameters, ema, strict=True):
+        p.data.copy_(average)
+    return unet.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Shards
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -322,9 +573,9 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes):
     tar.addfile(info, io.BytesIO(data))
 
 
-def write_shards(folder: Path, count: int, shards: int = 4):
+def write_shards(folder: Path, images: list[np.ndarray], captions: list[str], shards: int = 4):
     folder.mkdir(parents=True, exist_ok=True)
-    images, captions = draw(30_000_000, count)
+    count = len(images)
     for shard in range(shards):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for i in range(shard * count // shards, (shard + 1) * count // shards):
@@ -334,7 +585,25 @@ def write_shards(folder: Path, count: int, shards: int = 4):
                 add_member(tar, f"{i:06d}.txt", captions[i].encode())
 
 
-def make_sd(args):
+def draw_originals(seed: int, count: int):
+    """Whole pictures around SDXL's buckets: three in four of a bucket's own size, the others smaller or longer."""
+    rng = np.random.default_rng(seed)
+    images, captions = [], []
+    for i in range(count):
+        height, width = BUCKETS[i % len(BUCKETS)]
+        kind = rng.random()
+        if kind < 0.125:
+            height, width = height // 2, width // 2
+        elif kind < 0.25:
+            height, width = (height + 8, width) if rng.random() < 0.5 else (height, width + 8)
+        scene = world.sample_scene(rng)
+        images.append(world.draw_scene(scene, rng, height, width))
+        captions.append(world.caption(scene))
+    return images, captions
+
+
+def train_sd(args):
+    """Autoencoder, tokenizer, text encoder and U-Net of the SD teacher, and the captions they were trained on."""
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(args.work / "tokenizer")
     vae = train_vae(args.work, args.vae_steps)
@@ -342,14 +611,37 @@ def make_sd(args):
     vae.register_to_config(scaling_factor=scale)
     text_encoder = train_text_encoder(args.work, tokenizer, captions)
     unet = train_unet(args.work, tokenizer, text_encoder, latents, captions, args.unet_steps, args.batch_size)
+    return vae, tokenizer, text_encoder, unet, captions
+
+
+def make_sd(args):
+    vae, tokenizer, text_encoder, unet, _ = train_sd(args)
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, new_scheduler(), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
     pipeline.to(torch.float16).save_pretrained(args.output / "sd")
-    write_shards(args.output / "shards", args.shard_samples)
+    images, captions = draw(30_000_000, args.shard_samples)
+    write_shards(args.output / "shards", list(images), captions)
+
+
+def make_sdxl(args):
+    sd_vae, tokenizer, sd_encoder, sd_unet, captions = train_sd(args)
+    vae = train_sdxl_vae(args.work, sd_vae, args.sdxl_vae_steps)
+    first = train_first_encoder(args.work, tokenizer, sd_encoder, captions)
+    second = train_second_encoder(args.work, tokenizer, captions)
+    views = encode_views(args.work, vae, args.sdxl_views)
+    widths = (first.config.hidden_size, second.config.hidden_size, second.config.projection_dim)
+    unet = new_sdxl_unet(sd_unet, *widths)
+    unet = train_sdxl_unet(args.work, unet, tokenizer, (first, second), views, args.sdxl_steps, args.batch_size)
+    pipeline = StableDiffusionXLPipeline(
+        vae, first, second, tokenizer, tokenizer, unet, new_scheduler(), force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )  # fmt: skip
+    pipeline.to(torch.float16).save_pretrained(args.output / "sdxl")
+    write_shards(args.output / "shards_sdxl", *draw_originals(50_000_000, args.sdxl_shard_samples))
 
 
 if __name__ == "__main__":
     arguments = parse_args()
-    {"sd": make_sd}[arguments.teacher](arguments)
+    {"sd": make_sd, "sdxl": make_sdxl}[arguments.teacher](arguments)
