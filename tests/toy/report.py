@@ -16,20 +16,39 @@ TEACHER_STEPS = (50, 4, 2)
 STUDENT_STEPS = (1, 2, 4, 8)
 
 
-def report(pictures, folder: Path, samples: int = SAMPLES) -> str:
-    """Table of adherence, and of distance to the teacher's 50-step samples with other seeds, as Markdown.
+def report(pictures, folder: Path, sizes=((64, 64),), samples: int = SAMPLES) -> str:
+    """Tables of adherence, and of distance to the teacher's 50-step samples with other seeds, as Markdown.
 
-    `pictures(which, prompts, steps, seed)` draws. Distance closed at n steps is
-    (d(teacher 4) - d(student n)) / (d(teacher 4) - d(teacher 50)).
+    `pictures(which, prompts, steps, seed, size=(height, width))` draws. report.json holds the rows by sampler; with
+    several sizes, by size and sampler.
     """
     rng = np.random.default_rng(99)
     prompts = [world.caption(world.sample_scene(rng)) for _ in range(samples)]
+    results, text = {}, ""
+    for size in sizes:
+        name = f"{size[0]}x{size[1]}"
+        rows, sheet = measure(pictures, prompts, size)
+        path = folder / ("report.png" if size == sizes[0] else f"report-{name}.png")
+        sheet.save(path)
+        results[name] = rows
+        table = markdown(rows, f"{samples} prompts of the toy world" + f", {name}" * (len(sizes) > 1))
+        print(f"\n{table}The picture: {path}")
+        text += table
+    (folder / "report.json").write_text(json.dumps(results if len(sizes) > 1 else rows, indent=2))
+    return text
+
+
+def measure(pictures, prompts: list[str], size: tuple[int, int]):
+    """Rows by sampler, and a sheet of pictures.
+
+    Distance closed at n steps is (d(teacher 4) - d(student n)) / (d(teacher 4) - d(teacher 50)).
+    """
 
     def sample(which: str, steps: int, seed: int = 1_000_000):
         start, drawn = time.time(), []
-        for i in range(0, samples, CHUNK):
-            drawn += pictures(which, prompts[i : i + CHUNK], steps, seed + i)
-        return np.stack([np.asarray(picture) for picture in drawn]), (time.time() - start) / samples
+        for i in range(0, len(prompts), CHUNK):
+            drawn += pictures(which, prompts[i : i + CHUNK], steps, seed + i, size=size)
+        return np.stack([np.asarray(picture) for picture in drawn]), (time.time() - start) / len(prompts)
 
     reference = world.features(sample("teacher", 50, seed=2_000_000)[0])
     rows, strips, labels = {}, [], []
@@ -46,11 +65,12 @@ def report(pictures, folder: Path, samples: int = SAMPLES) -> str:
     few, many = rows["teacher 4"]["distance"], rows["teacher 50"]["distance"]
     for row in rows.values():
         row["distance closed"] = (few - row["distance"]) / (few - many)
+    return rows, labelled_grid(strips, labels, prompts[:8])
 
-    (folder / "report.json").write_text(json.dumps(rows, indent=2))
-    labelled_grid(strips, labels, prompts[:8]).save(folder / "report.png")
+
+def markdown(rows: dict, title: str) -> str:
     lines = [
-        f"## Results on {samples} prompts of the toy world",
+        f"## Results on {title}",
         "",
         "| sampler, steps | prompts followed | Fréchet distance to 50 steps | distance closed | s per picture |",
         "|---|---|---|---|---|",
@@ -60,6 +80,4 @@ def report(pictures, folder: Path, samples: int = SAMPLES) -> str:
             f"| {name} | {row['adherence']:.1%} | {row['distance']:.4f} | {row['distance closed']:.1%}"
             f" | {row['seconds per picture']:.3f} |"
         )
-    table = "\n".join(lines) + "\n\n"
-    print("\n" + table + f"The picture: {folder / 'report.png'}")
-    return table
+    return "\n".join(lines) + "\n\n"
