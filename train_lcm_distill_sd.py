@@ -29,7 +29,6 @@ To fork it for another model, edit "The model" and the flags above it; the rest 
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import math
@@ -58,8 +57,9 @@ from common.data import ImageReader, NoGoodSamples, count_samples, expand_shards
 from common.diffusion import DDIMSolver, boundary_scalings, consistency_loss, expand_to, guidance_embedding, to_x0_eps
 from common.encoding import SampleEncoder, open_stores
 from common.export import create_hub_repository, push_to_hub, write_model_card
+from common.lcm import adapters_off, draw_for, middle_w, with_uncond
 from common.optim import make_optimizer, update_ema
-from common.stream import gather_states, open_batches, sample_generator
+from common.stream import gather_states, open_batches
 from common.validation import init_trackers, labelled_grid, show_picture, side_by_side, validation_prompts
 
 LORA_TARGETS = (
@@ -174,6 +174,7 @@ def toy_recipe(args) -> dict:
 PIPELINE = StableDiffusionPipeline
 TEXT_FOLDERS = ("text_encoder", "tokenizer")
 COMPILED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+TOY_SIZES = ((64, 64),)  # height, width
 
 
 def hub_options(args) -> dict:
@@ -200,6 +201,10 @@ def vae_source(args) -> dict:
     return {"model": args.pretrained_teacher_model, "subfolder": "vae", "revision": args.teacher_revision}
 
 
+def vae_dtype(args, weight_dtype: torch.dtype) -> torch.dtype:
+    return weight_dtype
+
+
 def load_vae(args, device, dtype: torch.dtype) -> AutoencoderKL:
     source = vae_source(args)
     vae = AutoencoderKL.from_pretrained(
@@ -223,6 +228,11 @@ def encode_prompts(text_encoder, prompts: list[str]) -> dict[str, torch.Tensor]:
     )
     mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
     return {"prompt_embeds": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]}
+
+
+def encode_empty_prompt(args, encoder: SampleEncoder) -> dict[str, torch.Tensor]:
+    """What guidance leads away from."""
+    return encoder.encode_text([""])
 
 
 def encode_pixels(vae, pixels) -> dict[str, torch.Tensor]:
@@ -268,8 +278,8 @@ def predict(unet, x, t, cond: dict[str, torch.Tensor], w_embedding=None):
 
 
 @torch.no_grad()
-def draw(args, vae, unet, scheduler, text, uncond, steps: int, guidance_scale: float, seed: int):
-    """Pictures by the stock pipeline, one per row of text; picture i starts from the noise of seed + i."""
+def draw(args, vae, unet, scheduler, text, uncond, size, steps: int, guidance_scale: float, seed: int):
+    """Pictures [height, width] by the stock pipeline, one per row of text; picture i starts from noise of seed + i."""
     pipeline = PIPELINE(
         vae, None, None, unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
@@ -277,7 +287,7 @@ def draw(args, vae, unet, scheduler, text, uncond, steps: int, guidance_scale: f
     count = len(text["prompt_embeds"])
     return pipeline(
         prompt_embeds=text["prompt_embeds"], negative_prompt_embeds=uncond["prompt_embeds"].repeat(count, 1, 1),
-        height=args.resolution, width=args.resolution, num_inference_steps=steps, guidance_scale=guidance_scale,
+        height=size[0], width=size[1], num_inference_steps=steps, guidance_scale=guidance_scale,
         generator=[torch.Generator().manual_seed(seed + i) for i in range(count)],
     ).images  # fmt: skip
 
@@ -324,23 +334,6 @@ def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
 # =====================================================================================================================
 
 
-def middle_w(args) -> float:
-    """The w of validation pictures, inside the trained range: a student that takes w knows no other."""
-    middle, wanted = (args.w_min + args.w_max) / 2.0, args.validation_guidance
-    return middle if wanted is None else min(max(wanted - 1.0, args.w_min), args.w_max)
-
-
-@contextlib.contextmanager
-def adapters_off(unet, wanted: bool = True):
-    if wanted:
-        unet.disable_adapters()
-    try:
-        yield
-    finally:
-        if wanted:
-            unet.enable_adapters()
-
-
 def load_networks(args, accelerator, weight_dtype):
     """Teacher, student and target. With LoRA all three are one U-Net."""
     lora = args.model_type == "lora"
@@ -374,10 +367,12 @@ def open_encoder(args, accelerator, weight_dtype) -> tuple[SampleEncoder, ImageR
     if args.caches != "off":
         text_weights = [weights_identity(args.pretrained_teacher_model, f, args.teacher_revision) for f in TEXT_FOLDERS]
         crops = geometry[:-1] if args.center_crop and not args.random_flip else geometry  # the seed decides nothing
-        vae_identity = identity(vae=weights_identity(**vae_source(args)), geometry=crops, dtype=weight_dtype)
+        vae_identity = identity(
+            vae=weights_identity(**vae_source(args)), geometry=crops, dtype=vae_dtype(args, weight_dtype)
+        )
         latents, text = open_stores(args, vae_identity, identity(text=text_weights, dtype=weight_dtype))
     encoder = SampleEncoder(
-        load_vae=lambda: load_vae(args, device, weight_dtype),
+        load_vae=lambda: load_vae(args, device, vae_dtype(args, weight_dtype)),
         encode_pixels=encode_pixels,
         load_text=lambda: load_text_encoder(args, device, weight_dtype),
         encode_prompts=encode_prompts,
@@ -391,21 +386,6 @@ def open_encoder(args, accelerator, weight_dtype) -> tuple[SampleEncoder, ImageR
         prompts = ["", *validation_prompts(args)]
         encoder.fill(accelerator, args.shards, replace(reader, filling=True), prompts, args.dataloader_num_workers)
     return encoder, reader
-
-
-def draw_for(args, position: int, shape):
-    """index, w, whether the prompt is dropped, and two noises, of the sample at this place in the global sequence."""
-    rng = sample_generator(args.seed, position)
-    index = torch.randint(args.num_ddim_timesteps, (), generator=rng)
-    w = args.w_min + (args.w_max - args.w_min) * torch.rand((), generator=rng)
-    dropped = torch.rand((), generator=rng) < args.proportion_empty_prompts
-    return index, w, dropped, torch.randn(shape, generator=rng), torch.randn(shape, generator=rng)
-
-
-def with_uncond(cond, uncond) -> dict[str, torch.Tensor]:
-    """Batch of 2B: as conditioned, and with the empty prompt's embeddings."""
-    rows = {name: uncond[name].expand_as(v) if name in uncond else v for name, v in cond.items()}
-    return {name: torch.cat([v, rows[name]]) for name, v in cond.items()}
 
 
 def main(args):
@@ -478,7 +458,7 @@ def main(args):
 
     # ---- Data: lists of samples, each with latents from the cache or with pixels ----
     encoder, reader = open_encoder(args, accelerator, weight_dtype)
-    uncond = encoder.encode_text([""])
+    uncond = encode_empty_prompt(args, encoder)
     batches = open_batches(args, accelerator, reader, stream_state)
 
     # ---- Checkpoints and pictures ----
@@ -497,7 +477,7 @@ def main(args):
         accelerator.wait_for_everyone()
         return folder
 
-    def pictures(which: str, prompts: list[str], steps: int, seed: int, guidance_scale: float | None = None):
+    def pictures(which: str, prompts: list[str], steps: int, seed: int, guidance_scale=None, size=None):
         """By `teacher` or `student`, each with its own sampler."""
         text, with_teacher = encoder.encode_text(prompts), which == "teacher"
         sampler = scheduler if with_teacher else student_scheduler(args, scheduler)
@@ -506,7 +486,8 @@ def main(args):
         unet = teacher if with_teacher else target
         unet.eval()
         with accelerator.autocast(), adapters_off(unet, lora and with_teacher):
-            drawn = draw(args, encoder.vae, unet, sampler, text, uncond, steps, guidance_scale, seed)
+            size = size or (args.resolution, args.resolution)
+            drawn = draw(args, encoder.vae, unet, sampler, text, uncond, size, steps, guidance_scale, seed)
         network.train()
         return drawn
 
@@ -637,7 +618,7 @@ def main(args):
         if args.toy:  # its world can judge pictures
             from tests.toy.report import report
 
-            results = report(pictures, output_dir)
+            results = report(pictures, output_dir, TOY_SIZES)
         write_model_card(
             output_dir, title=f"LCM of {Path(args.pretrained_teacher_model).name}", tags=["lcm", args.model_type],
             usage=usage, settings=vars(args), results=results, picture="samples.png",

@@ -1,0 +1,654 @@
+"""Latent consistency distillation of SDXL.
+
+Latent Consistency Models (Luo et al. 2023, arXiv 2310.04378, algorithm 1); LCM-LoRA (arXiv 2311.05556).
+
+Networks
+    teacher   the frozen diffusion U-Net
+    student   full: a copy that also takes the guidance w; lora: the teacher itself with adapters switched on
+    target    full: moving average (EMA) of the student; lora: the student, without gradient
+
+Algorithm, for each batch of latents and prompts
+    index ~ U{0..N-1},  t = grid[index],  w ~ U[w_min, w_max],  eps ~ N(0, 1)
+    x_t       = alpha_t * latents + sigma_t * eps
+    out       = out_cond + w * (out_cond - out_uncond)                      teacher, at x_t
+    x_prev    = DDIM step from t to t_prev with the teacher's x0 and eps
+    f(x, t)   = c_skip(t) * x + c_out(t) * x0(x, t, prompt, w)              so that f(x, 0) = x
+    loss      = d(f_student(x_t, t), f_target(x_prev, t_prev))
+    target    = ema_decay * target + (1 - ema_decay) * student              full
+
+Conditions
+    both text encoders' states before their last layer, the second's pooled output, and six size ids: H and W of the
+    original, top and left of the crop, H and W of the crop. The empty prompt is zeros where the teacher's pipeline says
+    so (force_zeros_for_empty_prompt), with the same size ids.
+
+Guidance
+    w is the paper's: cond + w * (cond - uncond). The usual guidance_scale is 1 + w, also at inference: a full student
+    trained with w in [w_min, w_max] takes guidance_scale in [1 + w_min, 1 + w_max]; a LoRA takes guidance_scale 1.
+
+Launch
+    accelerate launch train_lcm_distill_sdxl.py --w_min 1 --w_max 12        distils the toy teacher, on a CPU, in minutes
+    accelerate launch train_lcm_distill_sdxl.py --pretrained_teacher_model stabilityai/stable-diffusion-xl-base-1.0 \\
+        --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \\
+        --train_shards_path_or_url "data/{00000..00099}.tar" --lora_rank 64 --mixed_precision bf16
+
+To fork it for another model, edit "The model" and the flags above it; the rest asks nothing of the model.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import is_xformers_available
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from tqdm import tqdm
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+from common.cache import identity, weights_identity
+from common.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
+from common.config import add_shared_flags, check_shared_flags, parse_with_config
+from common.data import ImageReader, NoGoodSamples, count_samples, expand_shards, is_local
+from common.diffusion import DDIMSolver, boundary_scalings, consistency_loss, expand_to, guidance_embedding, to_x0_eps
+from common.encoding import SampleEncoder, open_stores
+from common.export import create_hub_repository, push_to_hub, write_model_card
+from common.lcm import adapters_off, draw_for, middle_w, with_uncond
+from common.optim import make_optimizer, update_ema
+from common.stream import gather_states, open_batches
+from common.validation import init_trackers, labelled_grid, show_picture, side_by_side, validation_prompts
+
+LORA_TARGETS = (
+    "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,"
+    "downsamplers.0.conv,upsamplers.0.conv,time_emb_proj"
+)
+TOY = Path(__file__).parent / "tests" / "toy"
+LOG_EVERY = 10  # optimizer steps; the only place where the loop waits for the device
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # fmt: off
+    add = parser.add_argument_group("models").add_argument
+    add("--pretrained_teacher_model", type=str, help="folder or hub name of the pipeline; default: the toy teacher, by its own recipe")
+    add("--teacher_revision", type=str, help="the teacher's branch, tag or commit on the hub")
+    add("--pretrained_vae_model_name_or_path", type=str, help="another VAE, to run in --mixed_precision; default: the teacher's, in fp32")
+    add("--revision", type=str, help="that VAE's branch, tag or commit on the hub")
+    add("--resolution", type=int, default=1024, help="training pixels, a multiple of 8")
+
+    add = parser.add_argument_group("student").add_argument
+    add("--model_type", type=str, choices=["full", "lora"], help="default: lora where a --lora_* flag or --use_dora is given, else full")
+    add("--unet_time_cond_proj_dim", type=int, default=256, help="full: width of the guidance embedding")
+    add("--ema_decay", type=float, default=0.95, help="full: of the target, per optimizer step")
+    add("--lora_rank", type=int, help="default 64")
+    add("--lora_alpha", type=int, help="default 64; the adapter is scaled by alpha / rank")
+    add("--lora_dropout", type=float, help="default 0")
+    add("--lora_target_modules", type=str, help=f"names or suffixes of modules, with commas; default {LORA_TARGETS}")
+    add("--use_dora", action="store_true", help="weight-decomposed LoRA")
+
+    add = parser.add_argument_group("latent consistency distillation").add_argument
+    add("--w_min", type=float, default=3.0, help="smallest guidance w; guidance_scale = 1 + w")
+    add("--w_max", type=float, default=15.0, help="largest guidance w; guidance_scale = 1 + w")
+    add("--num_ddim_timesteps", type=int, default=50, help="N, steps of the teacher's solver; must divide its timesteps")
+    add("--loss_type", type=str, default="l2", choices=["l2", "huber"])
+    add("--huber_c", type=float, default=0.001, help="c of sqrt(d^2 + c^2) - c; smaller is nearer to |d|")
+    add("--timestep_scaling_factor", type=float, default=10.0, help="s of c_skip and c_out; larger makes c_skip fall faster")
+    add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, default=True, help="keep the teacher in --mixed_precision; --no-cast_teacher_unet: in fp32, under autocast")
+    # fmt: on
+    add_shared_flags(parser)
+    parser.set_defaults(vae_encode_batch_size=8)
+
+    args = parse_with_config(parser, argv, family="sdxl", method="lcm", recipe=toy_recipe)
+    check_shared_flags(parser, args)
+    lora = {"lora_rank": 64, "lora_alpha": 64, "lora_dropout": 0.0, "lora_target_modules": LORA_TARGETS}
+    args.model_type = args.model_type or wants(args)
+    if args.model_type == "full" and wants(args) == "lora":
+        parser.error("--model_type full: takes no --lora_* flag and no --use_dora")
+    for name, default in lora.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if not 0.0 <= args.w_min <= args.w_max < math.inf:
+        parser.error(f"--w_min {args.w_min} and --w_max {args.w_max}: need 0 <= w_min <= w_max")
+    for name in ("resolution", "num_ddim_timesteps", "unet_time_cond_proj_dim", "lora_rank", "lora_alpha"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("huber_c", "timestep_scaling_factor"):
+        if not 0.0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name} {getattr(args, name)}: must be positive")
+    for name in ("ema_decay", "lora_dropout"):
+        if not 0.0 <= getattr(args, name) < 1.0:
+            parser.error(f"--{name} {getattr(args, name)}: must be in [0, 1)")
+    if args.resolution % 8:
+        parser.error(f"--resolution {args.resolution}: must be a multiple of 8, the VAE's factor")
+    if args.train_shards_path_or_url is None:
+        parser.error("--train_shards_path_or_url: needed with --pretrained_teacher_model")
+    args.shards = expand_shards(args.train_shards_path_or_url)
+    if missing := [shard for shard in args.shards if is_local(shard) and not Path(shard).is_file()]:
+        parser.error(f"--train_shards_path_or_url: {missing[0]} does not exist ({len(missing)} of {len(args.shards)})")
+    remote = not all(map(is_local, args.shards))
+    args.caches = "ondemand" if args.vae_cache_ondemand else "off" if args.vae_cache_disable or remote else "fill"
+    args.num_samples = args.max_train_samples or count_samples(args.shards)
+    if args.max_train_steps is None and args.num_samples is None:
+        parser.error(
+            "--max_train_steps or --max_train_samples: one is needed, shards that are not local are not counted"
+        )
+    args.notes = [
+        f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type})."
+    ] * args.toy
+    if remote and args.caches == "off" and not args.vae_cache_disable:
+        args.notes.append("The shards are not local: nothing is cached. --vae_cache_ondemand keeps what is encoded.")
+    if args.validation_guidance is not None and middle_w(args) != args.validation_guidance - 1.0:
+        args.notes.append(
+            f"--validation_guidance {args.validation_guidance:g}: trained is {1 + args.w_min:g} to {1 + args.w_max:g},"
+            f" {1 + middle_w(args):g} is taken"
+        )
+    if args.allow_tf32 and not torch.cuda.is_available():
+        args.notes.append("--allow_tf32: no job without a CUDA GPU")
+    if args.local_rank != -1:
+        args.notes.append("--local_rank: no job, accelerate sets it")
+    return args
+
+
+def wants(args) -> str:
+    """full or lora, from the other flags."""
+    given = (args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    return "lora" if args.use_dora or any(value is not None for value in given) else "full"
+
+
+def toy_recipe(args) -> dict:
+    recipe = json.loads((TOY / "sdxl_recipe.json").read_text())
+    paths = {
+        "pretrained_teacher_model": str(TOY / "sdxl"),
+        "train_shards_path_or_url": str(TOY / "shards_sdxl/{00000..00003}.tar"),
+    }
+    return paths | recipe["shared"] | recipe[args.model_type or wants(args)]
+
+
+# =====================================================================================================================
+# The model: what a fork for another one edits
+# =====================================================================================================================
+
+PIPELINE = StableDiffusionXLPipeline
+TEXT_FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+COMPILED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+TOY_SIZES = ((64, 64), (80, 48), (48, 80))  # height, width
+
+
+def hub_options(args) -> dict:
+    return {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+
+
+def load_scheduler(args) -> DDIMScheduler:
+    return DDIMScheduler.from_pretrained(args.pretrained_teacher_model, subfolder="scheduler", **hub_options(args))
+
+
+def load_unet(args, dtype: torch.dtype) -> UNet2DConditionModel:
+    unet, loading = UNet2DConditionModel.from_pretrained(
+        args.pretrained_teacher_model, subfolder="unet", dtype=dtype, output_loading_info=True, **hub_options(args)
+    )
+    missing, unexpected = loading["missing_keys"], loading["unexpected_keys"]
+    if missing or unexpected:  # diffusers only warns, and leaves what is missing at random
+        raise SystemExit(f"the teacher's weights do not fit its config: {missing} missing, {unexpected} unexpected")
+    return unet.requires_grad_(False).eval()
+
+
+def vae_source(args) -> dict:
+    if args.pretrained_vae_model_name_or_path:
+        return {"model": args.pretrained_vae_model_name_or_path, "subfolder": None, "revision": args.revision}
+    return {"model": args.pretrained_teacher_model, "subfolder": "vae", "revision": args.teacher_revision}
+
+
+def vae_dtype(args, weight_dtype: torch.dtype) -> torch.dtype:
+    return weight_dtype if args.pretrained_vae_model_name_or_path else torch.float32  # SDXL's own overflows in fp16
+
+
+def load_vae(args, device, dtype: torch.dtype) -> AutoencoderKL:
+    source = vae_source(args)
+    vae = AutoencoderKL.from_pretrained(
+        source["model"], subfolder=source["subfolder"], revision=source["revision"], cache_dir=args.cache_dir,
+        dtype=dtype,
+    )  # fmt: skip
+    return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+
+
+def load_text_encoder(args, device, dtype: torch.dtype):
+    name, loaded = args.pretrained_teacher_model, []
+    for suffix, model in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, subfolder="tokenizer" + suffix, use_fast=False, **hub_options(args)
+        )
+        encoder = model.from_pretrained(name, subfolder="text_encoder" + suffix, dtype=dtype, **hub_options(args))
+        loaded.append((tokenizer, encoder.requires_grad_(False).eval().to(device)))
+    return loaded
+
+
+def encode_prompts(text_encoders, prompts: list[str]) -> dict[str, torch.Tensor]:
+    states = []
+    for tokenizer, encoder in text_encoders:
+        tokens = tokenizer(
+            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
+        out = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
+        states.append(out.hidden_states[-2])  # before the last layer, without the final norm
+    return {"prompt_embeds": torch.cat(states, dim=-1), "text_embeds": out.text_embeds}
+
+
+def encode_empty_prompt(args, encoder: SampleEncoder) -> dict[str, torch.Tensor]:
+    """What guidance leads away from."""
+    empty = encoder.encode_text([""])
+    config = PIPELINE.load_config(args.pretrained_teacher_model, **hub_options(args))
+    zeros = config.get("force_zeros_for_empty_prompt", True)  # the pipeline's own default
+    return {name: torch.zeros_like(values) for name, values in empty.items()} if zeros else empty
+
+
+def encode_pixels(vae, pixels) -> dict[str, torch.Tensor]:
+    """Scaled mean and deviation, so that each visit of an image samples anew. [B, 3, H, W] -> [B, C, h, w] each."""
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype, memory_format=torch.channels_last)).latent_dist
+    return {name: getattr(posterior, name) * vae.config.scaling_factor for name in ("mean", "std")}
+
+
+def add_guidance_input(teacher: UNet2DConditionModel, time_cond_proj_dim: int) -> UNet2DConditionModel:
+    """An fp32 copy of the teacher that also takes w; its new projection is zero, so that it starts as the teacher."""
+    config = dict(teacher.config) | {"time_cond_proj_dim": time_cond_proj_dim}
+    student = UNet2DConditionModel.from_config(config)
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    if unexpected or set(missing) - {"time_embedding.cond_proj.weight"}:
+        raise SystemExit(f"the student does not fit its teacher: {missing} missing, {unexpected} unexpected")
+    if missing:
+        torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    return student
+
+
+def add_lora(teacher: UNet2DConditionModel, args) -> UNet2DConditionModel:
+    """The teacher itself, with fp32 adapters that start at zero."""
+    modules = [name.strip() for name in args.lora_target_modules.split(",")]
+    teacher.add_adapter(
+        LoraConfig(
+            r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora,
+            target_modules=modules,
+        )
+    )  # fmt: skip
+    cast_training_params(teacher, dtype=torch.float32)
+    return teacher
+
+
+def conditions(text: dict[str, torch.Tensor], images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All that the U-Net is told of a batch, but for x, t and w."""
+    return text | {"time_ids": images["size_ids"].float()}  # fp32: bf16 turns 1023 into 1024
+
+
+def predict(unet, x, t, cond: dict[str, torch.Tensor], w_embedding=None):
+    """The network's output at x_t: noise, velocity or clean sample, whichever the teacher was trained on."""
+    embeds, added = cond["prompt_embeds"], {name: cond[name] for name in ("text_embeds", "time_ids")}
+    x = x.to(embeds.dtype)
+    return unet(x, t, encoder_hidden_states=embeds, timestep_cond=w_embedding, added_cond_kwargs=added).sample
+
+
+@torch.no_grad()
+def draw(args, vae, unet, scheduler, text, uncond, size, steps: int, guidance_scale: float, seed: int):
+    """Pictures [height, width] by the stock pipeline, one per row of text; picture i starts from noise of seed + i."""
+    pipeline = PIPELINE(vae, None, None, None, None, unet, scheduler, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    count = len(text["prompt_embeds"])
+    latents = pipeline(
+        prompt_embeds=text["prompt_embeds"], negative_prompt_embeds=uncond["prompt_embeds"].repeat(count, 1, 1),
+        pooled_prompt_embeds=text["text_embeds"], negative_pooled_prompt_embeds=uncond["text_embeds"].repeat(count, 1),
+        height=size[0], width=size[1], num_inference_steps=steps, guidance_scale=guidance_scale, output_type="latent",
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(count)],
+    ).images  # fmt: skip
+    with torch.autocast(vae.device.type, enabled=False):  # the VAE is in fp32 for a reason
+        chunks = (latents.to(vae.dtype) / vae.config.scaling_factor).split(args.vae_encode_batch_size)
+        decoded = torch.cat([vae.decode(chunk).sample for chunk in chunks])
+    return pipeline.image_processor.postprocess(decoded.float(), output_type="pil")
+
+
+def student_scheduler(args, scheduler) -> LCMScheduler:
+    return LCMScheduler.from_config(
+        scheduler.config,
+        original_inference_steps=args.num_ddim_timesteps,
+        timestep_scaling=args.timestep_scaling_factor,
+    )
+
+
+def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
+    """Writes what stock diffusers loads. Returns the files' names and the lines of code that load them."""
+    student_scheduler(args, scheduler).save_pretrained(folder / "scheduler")
+    base = args.pretrained_teacher_model
+    if args.model_type == "lora":
+        layers = {name: value.contiguous() for name, value in get_peft_model_state_dict(unet).items()}
+        adapter = unet.peft_config["default"].to_dict()
+        adapter = {key: sorted(value) if isinstance(value, set) else value for key, value in adapter.items()}
+        PIPELINE.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=adapter)
+        files = ["pytorch_lora_weights.safetensors"]
+        load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{base}")\npipeline.load_lora_weights("{folder}")\n'
+        scale = 1.0
+    else:
+        unet.save_pretrained(folder)
+        copy.deepcopy(unet).to(torch.float16).save_pretrained(folder, variant="fp16")
+        files = ["config.json", "diffusion_pytorch_model*.safetensors*"]
+        load = (
+            f'unet = UNet2DConditionModel.from_pretrained("{folder}")\n'
+            f'pipeline = {PIPELINE.__name__}.from_pretrained("{base}", unet=unet)\n'
+        )
+        scale = 1.0 + middle_w(args)
+    usage = (
+        f"from diffusers import LCMScheduler, {PIPELINE.__name__}, UNet2DConditionModel\n\n{load}"
+        f'pipeline.scheduler = LCMScheduler.from_pretrained("{folder}", subfolder="scheduler")\n'
+        f'image = pipeline("your prompt", num_inference_steps=4, guidance_scale={scale}).images[0]\n'
+    )
+    return ["scheduler", *files], usage
+
+
+# =====================================================================================================================
+# Training
+# =====================================================================================================================
+
+
+def load_networks(args, accelerator, weight_dtype):
+    """Teacher, student and target. With LoRA all three are one U-Net."""
+    lora = args.model_type == "lora"
+    # channels_last is faster on CUDA and CPU, but DoRA's norms view convolutions as matrices
+    layout = {"memory_format": torch.preserve_format if args.use_dora else torch.channels_last}
+    teacher = load_unet(args, weight_dtype if lora or args.cast_teacher_unet else torch.float32)
+    teacher.to(accelerator.device, **layout)
+    student = add_lora(teacher, args) if lora else add_guidance_input(teacher, args.unet_time_cond_proj_dim)
+    student.to(accelerator.device, **({} if lora else layout))
+    target = student if lora else copy.deepcopy(student).requires_grad_(False).eval()
+    xformers = args.enable_xformers_memory_efficient_attention
+    if xformers and not is_xformers_available():
+        accelerator.print("--enable_xformers_memory_efficient_attention: not installed, PyTorch's SDPA is in use")
+    for network in {id(network): network for network in (teacher, student, target)}.values():
+        if xformers and is_xformers_available():
+            network.enable_xformers_memory_efficient_attention()
+        if args.compile:  # in place and block by block: names of weights stay, and equal blocks share their code
+            for block in network.modules():
+                if type(block).__name__ in COMPILED_BLOCKS:
+                    block.compile()
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    return teacher, student.train(), target
+
+
+def open_encoder(args, accelerator, weight_dtype) -> tuple[SampleEncoder, ImageReader]:
+    """What turns samples into latents and embeddings, and what reads samples; with full caches unless told otherwise."""
+    device = accelerator.device
+    geometry = (args.resolution, args.interpolation_type, args.center_crop, args.random_flip, args.seed)
+    latents, text = None, None
+    if args.caches != "off":
+        text_weights = [weights_identity(args.pretrained_teacher_model, f, args.teacher_revision) for f in TEXT_FOLDERS]
+        crops = geometry[:-1] if args.center_crop and not args.random_flip else geometry  # the seed decides nothing
+        vae_identity = identity(
+            vae=weights_identity(**vae_source(args)), geometry=crops, dtype=vae_dtype(args, weight_dtype)
+        )
+        latents, text = open_stores(args, vae_identity, identity(text=text_weights, dtype=weight_dtype))
+    encoder = SampleEncoder(
+        load_vae=lambda: load_vae(args, device, vae_dtype(args, weight_dtype)),
+        encode_pixels=encode_pixels,
+        load_text=lambda: load_text_encoder(args, device, weight_dtype),
+        encode_prompts=encode_prompts,
+        latents=latents,
+        text=text,
+        vae_batch_size=args.vae_encode_batch_size,
+        device=device,
+    )
+    reader = ImageReader(*geometry, latents)
+    if args.caches == "fill":
+        prompts = ["", *validation_prompts(args)]
+        encoder.fill(accelerator, args.shards, replace(reader, filling=True), prompts, args.dataloader_num_workers)
+    return encoder, reader
+
+
+def main(args):
+    # ---- Set-up ----
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to.split(","),
+        project_config=ProjectConfiguration(args.output_dir, str(output_dir / args.logging_dir)),
+    )
+    say, device, processes = accelerator.print, accelerator.device, accelerator.num_processes
+    for line in args.notes:
+        say(line)
+    if accelerator.mixed_precision == "fp16" and device.type == "cpu":
+        raise SystemExit("--mixed_precision fp16: needs a GPU; a CPU takes no or bf16")
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    if args.toy and device.type == "cpu":  # accelerate launch leaves a process one thread
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    repository = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
+
+    # ---- Noise schedule, solver, networks ----
+    scheduler = load_scheduler(args)
+    prediction_type = scheduler.config.prediction_type
+    abar = scheduler.alphas_cumprod.float()
+    if prediction_type == "epsilon" and abar[-1] < 1e-6:
+        raise SystemExit(
+            "the teacher predicts noise at zero terminal SNR, where x0 cannot be told: a v_prediction one can"
+        )
+    if len(abar) % args.num_ddim_timesteps:
+        raise SystemExit(
+            f"--num_ddim_timesteps {args.num_ddim_timesteps}: must divide the teacher's {len(abar)} timesteps"
+        )
+    solver = DDIMSolver(abar, args.num_ddim_timesteps).to(device)
+    alphas, sigmas = abar.sqrt().to(device), (1.0 - abar).sqrt().to(device)
+    lora = args.model_type == "lora"
+    teacher, network, target = load_networks(args, accelerator, weight_dtype)
+
+    # ---- Optimizer ----
+    trained = [p for p in network.parameters() if p.requires_grad]
+    averaged = [] if lora else list(target.parameters())
+    batch = args.train_batch_size * args.gradient_accumulation_steps * processes  # of one optimizer step
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * max(1, args.num_samples // batch)
+    optimizer = make_optimizer(args, trained, args.learning_rate * (batch if args.scale_lr else 1), device)
+    lr_schedule = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+    student, optimizer = accelerator.prepare(network, optimizer)
+    saved = {"student": network} if lora else {"student": network, "target": target}
+
+    # ---- Resume ----
+    step, stream_state, skipped = 0, None, Counter()
+    if args.resume_from_checkpoint and (checkpoint := find_checkpoint(output_dir, args.resume_from_checkpoint)):
+        state = load_checkpoint(checkpoint, saved, {"student": optimizer.optimizer})
+        step, stream_state, skipped = state["step"], state["stream"], Counter(state["skipped"])
+        lr_schedule.load_state_dict(state["lr_schedule"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        say(f"resumed from {checkpoint}")
+    elif args.resume_from_checkpoint:
+        say(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} yet, starting at step 0")
+
+    first_step = step
+
+    # ---- Data: lists of samples, each with latents from the cache or with pixels ----
+    encoder, reader = open_encoder(args, accelerator, weight_dtype)
+    uncond = encode_empty_prompt(args, encoder)
+    batches = open_batches(args, accelerator, reader, stream_state)
+
+    # ---- Checkpoints and pictures ----
+    def save():
+        """Every process takes part: states may be sharded, and each knows its own place in the data."""
+        encoder.flush()
+        stream, faults = gather_states(batches, accelerator)
+        state = {
+            "stream": stream,
+            "skipped": skipped + faults,
+            "lr_schedule": lr_schedule.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        }
+        optimizers, limit = {"student": optimizer.optimizer}, args.checkpoints_total_limit
+        folder = save_checkpoint(output_dir, step, saved, optimizers, state, limit, accelerator.is_main_process)
+        accelerator.wait_for_everyone()
+        return folder
+
+    def pictures(which: str, prompts: list[str], steps: int, seed: int, guidance_scale=None, size=None):
+        """By `teacher` or `student`, each with its own sampler."""
+        text, with_teacher = encoder.encode_text(prompts), which == "teacher"
+        sampler = scheduler if with_teacher else student_scheduler(args, scheduler)
+        if guidance_scale is None:
+            guidance_scale = 1.0 if lora and not with_teacher else 1.0 + middle_w(args)
+        unet = teacher if with_teacher else target
+        unet.eval()
+        with accelerator.autocast(), adapters_off(unet, lora and with_teacher):
+            size = size or (args.resolution, args.resolution)
+            drawn = draw(args, encoder.vae, unet, sampler, text, uncond, size, steps, guidance_scale, seed)
+        network.train()
+        return drawn
+
+    teacher_rows = {}  # its pictures do not change
+
+    def validate():
+        """One grid: steps down, prompts across, the teacher's picture beside the student's."""
+        prompts, rows, labels = validation_prompts(args), [], []
+        for steps in args.validation_num_inference_steps:
+            row = pictures("student", prompts, steps, args.validation_seed)
+            if not args.disable_benchmark:
+                if steps not in teacher_rows:
+                    teacher_rows[steps] = pictures("teacher", prompts, steps, args.validation_seed)
+                row = [side_by_side(*pair) for pair in zip(teacher_rows[steps], row, strict=True)]
+            rows.append(row)
+            labels.append(f"{steps} step" + "s" * (steps > 1))
+        who = "student: " if args.disable_benchmark else "teacher | student: "
+        grid = labelled_grid(rows, labels, [who + prompt for prompt in prompts])
+        show_picture(accelerator, grid, output_dir / "validation", "grid", step)
+        if args.caches == "fill":
+            encoder.release()
+        return grid
+
+    # ---- Training loop: algorithm 1 ----
+    init_trackers(args, accelerator)
+    say(f"training {sum(p.numel() for p in trained):,} parameters for {args.max_train_steps} steps of {batch} samples")
+    bar = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
+    loss_sum, started = torch.zeros((), device=device), time.time()
+    stop, stopping = StopSignal(), False
+    while step < args.max_train_steps and not stopping:
+        with accelerator.accumulate(student):
+            # 1. A batch, and each sample's own draws: they follow from the seed and its place in the global sequence
+            try:
+                samples = next(batches)
+            except NoGoodSamples as error:
+                raise SystemExit(f"--train_shards_path_or_url: {error}") from None
+            images, text = encoder.encode_images(samples), encoder.encode_text([sample.caption for sample in samples])
+            draws = [draw_for(args, sample.position, images["mean"][0].shape) for sample in samples]
+            index, w, dropped, latent_noise, eps = (
+                torch.stack(column).to(device) for column in zip(*draws, strict=True)
+            )
+            text = {name: torch.where(expand_to(dropped, v), uncond[name], v) for name, v in text.items()}
+            cond = conditions(text, images)
+
+            # 2. Noisy latents, fp32
+            latents = images["mean"].float() + images["std"].float() * latent_noise
+            t, t_prev = solver.timesteps[index], solver.timesteps_prev[index]
+            x_t = expand_to(alphas[t], latents) * latents + expand_to(sigmas[t], latents) * eps
+
+            with torch.no_grad(), accelerator.autocast():
+                # 3. Teacher with guidance: both halves in one forward, whose peak is below that of the student's backward
+                with adapters_off(teacher, lora):
+                    both = predict(teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), with_uncond(cond, uncond))
+                out_cond, out_uncond = both.float().chunk(2)
+                out = out_cond + expand_to(w, x_t) * (out_cond - out_uncond)
+                x0_teacher, eps_teacher = to_x0_eps(out, x_t, alphas[t], sigmas[t], prediction_type)
+
+                # 4. One solver step
+                x_prev = solver.step(x0_teacher, eps_teacher, index)
+
+                # 5. Target at x_prev
+                w_embedding = None if lora else guidance_embedding(w, args.unet_time_cond_proj_dim)
+                if lora and args.lora_dropout:
+                    network.eval()
+                out = predict(target, x_prev, t_prev, cond, w_embedding)
+                if lora and args.lora_dropout:
+                    network.train()
+                x0_target, _ = to_x0_eps(out, x_prev, alphas[t_prev], sigmas[t_prev], prediction_type)
+                c_skip, c_out = (expand_to(c, x_t) for c in boundary_scalings(t_prev, args.timestep_scaling_factor))
+                f_target = c_skip * x_prev + c_out * x0_target
+
+            # 6. Student at x_t
+            torch.manual_seed(args.seed + samples[0].position)  # of dropout: a resumed run draws the same
+            out = predict(student, x_t, t, cond, w_embedding)
+            x0_student, _ = to_x0_eps(out, x_t, alphas[t], sigmas[t], prediction_type)
+            c_skip, c_out = (expand_to(c, x_t) for c in boundary_scalings(t, args.timestep_scaling_factor))
+            f_student = c_skip * x_t + c_out * x0_student
+            loss = consistency_loss(f_student, f_target, args.loss_type, args.huber_c)
+
+            # 7. Optimizer and EMA
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss_sum += loss.detach()
+        if not accelerator.sync_gradients:
+            continue
+        if not accelerator.optimizer_step_was_skipped:  # fp16's scaler found an overflow
+            lr_schedule.step()
+            if not lora:
+                update_ema(averaged, trained, args.ema_decay)
+        step += 1
+        bar.update()
+
+        if step % LOG_EVERY == 0 or step == args.max_train_steps:
+            steps = step % LOG_EVERY or LOG_EVERY
+            mean = accelerator.reduce(loss_sum, "mean").item() / (steps * args.gradient_accumulation_steps)
+            if not math.isfinite(mean):
+                last = find_checkpoint(output_dir, "latest")
+                raise SystemExit(f"the loss is not finite at step {step}; the last good checkpoint is {last}")
+            rate = steps * batch / (time.time() - started)
+            bar.set_postfix(loss=f"{mean:.4g}", samples_per_s=f"{rate:.1f}")
+            accelerator.log({"loss": mean, "lr": lr_schedule.get_last_lr()[0], "samples_per_s": rate}, step=step)
+            loss_sum, started = torch.zeros((), device=device), time.time()
+        if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
+            validate()
+        if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step < args.max_train_steps:
+            save()
+        if processes == 1 or step % LOG_EVERY == 0:
+            stopping = stop.agreed(accelerator)
+    bar.close()
+
+    # ---- The end: a checkpoint always, the model where training is complete ----
+    if step == first_step and Path(output_dir, f"checkpoint-{step}", "state.json").exists():  # nothing was trained
+        say(f"checkpoint-{step} is already there")
+    else:
+        say(f"saved {save()}")
+    _, faults = gather_states(batches, accelerator)
+    for cause, count in (skipped + faults).most_common():
+        say(f"skipped {count} x {cause}")
+    if stopping:
+        say("stopped by a signal; go on with --resume_from_checkpoint latest")
+    elif accelerator.is_main_process:
+        validate().save(output_dir / "samples.png")
+        files, usage = export(args, output_dir, target, scheduler)
+        results = ""
+        if args.toy:  # its world can judge pictures
+            from tests.toy.report import report
+
+            results = report(pictures, output_dir, TOY_SIZES)
+        write_model_card(
+            output_dir, title=f"LCM of {Path(args.pretrained_teacher_model).name}", tags=["lcm", args.model_type],
+            usage=usage, settings=vars(args), results=results, picture="samples.png",
+        )  # fmt: skip
+        if repository:
+            push_to_hub(args, repository, ["README.md", "samples.png", *files])
+        say(f"\nThe model is in {output_dir}:\n\n{usage}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
