@@ -49,7 +49,7 @@ def parse_args(argv=None):
     parser.add_argument("--sdxl_steps", type=int, default=7_000, help="from SD's U-Net on")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--shard_samples", type=int, default=2048, help="images in SD's committed shards")
-    parser.add_argument("--sdxl_shard_samples", type=int, default=1536, help="images in SDXL's committed shards")
+    parser.add_argument("--sdxl_shard_samples", type=int, default=1280, help="images in SDXL's committed shards")
     return parser.parse_args(argv)
 
 
