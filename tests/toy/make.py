@@ -280,7 +280,9 @@ def train_unet(work: Path, tokenizer, text_encoder, latents, captions, steps: in
         schedule.load_state_dict(saved["schedule"])
         ema, done = saved["ema"], saved["done"]
 
-    tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+    tokens = tokenize(tokenizer, captions)
+    with torch.no_grad():
+        uncond = text_encoder(tokenize(tokenizer, [""])).last_hidden_state.expand(batch_size // 4, -1, -1)
     noise_scheduler = new_scheduler()
     start, running = time.time(), 0.0
     for step in range(done, steps):
@@ -289,11 +291,16 @@ def train_unet(work: Path, tokenizer, text_encoder, latents, captions, steps: in
         x0, eps = latents[pick], torch.randn((batch_size, *latents.shape[1:]), generator=rng)
         # Half of the samples above 750: there it is decided what stands where, and that is the hardest to learn.
         t = (1000 * torch.rand(batch_size, generator=rng) ** 0.415).long().clamp(max=999)
-        dropped = torch.rand(batch_size, 1, generator=rng) < 0.1  # for classifier-free guidance
+        x_t, v = noise_scheduler.add_noise(x0, eps, t), noise_scheduler.get_velocity(x0, eps, t)
         with torch.no_grad():
-            cond = text_encoder(torch.where(dropped, empty, tokens[pick])).last_hidden_state
-        out = unet(noise_scheduler.add_noise(x0, eps, t), t, cond).sample
-        loss = F.mse_loss(out, noise_scheduler.get_velocity(x0, eps, t))
+            cond = torch.cat([text_encoder(tokens[pick]).last_hidden_state, uncond])
+        # Some are seen with the empty prompt too, for classifier-free guidance. Below t = 500 a noisy picture says all
+        # that its caption says, so that the two predictions must agree: guidance multiplies what is left of it.
+        twice = len(uncond)
+        out = unet(torch.cat([x_t, x_t[:twice]]), torch.cat([t, t[:twice]]), cond).sample
+        out, out_uncond = out.split([batch_size, twice])
+        v_uncond = torch.where((t < 500)[:twice, None, None, None], out.detach()[:twice], v[:twice])
+        loss = F.mse_loss(out, v) + 0.25 * F.mse_loss(out_uncond, v_uncond)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
