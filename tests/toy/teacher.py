@@ -45,9 +45,8 @@ def main(argv=None):
         "DDIM": DDIMScheduler.from_config(pipeline.scheduler.config),
         "DPM-Solver++": DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config),
     }
-    print(
-        "| guidance scale | sampler | steps | prompts followed | Fréchet distance to DDIM's 50 steps |\n|---|---|---|---|---|"
-    )
+    print("| guidance scale | sampler | steps | prompts followed | Fréchet distance to DDIM's 50 steps |")
+    print("|---|---|---|---|---|")
     for scale in args.guidance_scale:
         pipeline.scheduler = samplers["DDIM"]
         reference = world.features(sample(pipeline, prompts, 50, scale, 2_000_000))
