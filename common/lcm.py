@@ -1,4 +1,4 @@
-"""What every LCM script does alike: the draws of a sample, both prompts in one batch, adapters off, pictures' guidance."""
+"""What every LCM script does alike: a sample's draws, both prompts in one batch, adapters off, guidance of pictures."""
 
 import contextlib
 

@@ -41,8 +41,8 @@ def report(pictures, folder: Path, sizes=((64, 64),), samples: int = SAMPLES) ->
 def measure(pictures, prompts: list[str], size: tuple[int, int]):
     """Rows by sampler, the teacher's few steps, and a sheet of pictures.
 
-    Distance closed at n steps is (d(teacher few) - d(student n)) / (d(teacher few) - d(teacher 50)), where few is 4, or 2
-    where the teacher is too good at 4 steps for the gap to be measured.
+    Distance closed at n steps is (d(teacher few) - d(student n)) / (d(teacher few) - d(teacher 50)), where few is 4, or
+    2 where the teacher is too good at 4 steps for the gap to be measured.
     """
 
     def sample(which: str, steps: int, seed: int = 1_000_000):
