@@ -47,7 +47,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import is_xformers_available
@@ -63,7 +63,15 @@ from common.data import ImageReader, NoGoodSamples, count_samples, expand_shards
 from common.diffusion import DDIMSolver, boundary_scalings, consistency_loss, expand_to, guidance_embedding, to_x0_eps
 from common.encoding import SampleEncoder, open_stores
 from common.export import create_hub_repository, push_to_hub, write_model_card
-from common.lcm import adapters_off, draw_for, middle_w, with_uncond
+from common.lcm import (
+    adapters_off,
+    check_lcm_flags,
+    draw_for,
+    middle_w,
+    student_scheduler,
+    wanted_student,
+    with_uncond,
+)
 from common.optim import make_optimizer, update_ema
 from common.stream import gather_states, open_batches
 from common.validation import init_trackers, labelled_grid, show_picture, side_by_side, validation_prompts
@@ -95,6 +103,7 @@ def parse_args(argv=None):
     add("--lora_dropout", type=float, help="default 0")
     add("--lora_target_modules", type=str, help=f"names or suffixes of modules, with commas; default {LORA_TARGETS}")
     add("--use_dora", action="store_true", help="weight-decomposed LoRA")
+    add("--export_pipeline", action="store_true", help="full: also write all of the pipeline, in fp16, so that from_pretrained(OUTPUT_DIR) loads it")
 
     add = parser.add_argument_group("latent consistency distillation").add_argument
     add("--w_min", type=float, default=3.0, help="smallest guidance w; guidance_scale = 1 + w")
@@ -110,25 +119,8 @@ def parse_args(argv=None):
 
     args = parse_with_config(parser, argv, family="sdxl", method="lcm", recipe=toy_recipe)
     check_shared_flags(parser, args)
-    lora = {"lora_rank": 64, "lora_alpha": 64, "lora_dropout": 0.0, "lora_target_modules": LORA_TARGETS}
-    args.model_type = args.model_type or wants(args)
-    if args.model_type == "full" and wants(args) == "lora":
-        parser.error("--model_type full: takes no --lora_* flag and no --use_dora")
-    for name, default in lora.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    if not 0.0 <= args.w_min <= args.w_max < math.inf:
-        parser.error(f"--w_min {args.w_min} and --w_max {args.w_max}: need 0 <= w_min <= w_max")
-    for name in ("resolution", "num_ddim_timesteps", "unet_time_cond_proj_dim", "lora_rank", "lora_alpha"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("huber_c", "timestep_scaling_factor"):
-        if not 0.0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name} {getattr(args, name)}: must be positive")
-    for name in ("ema_decay", "lora_dropout"):
-        if not 0.0 <= getattr(args, name) < 1.0:
-            parser.error(f"--{name} {getattr(args, name)}: must be in [0, 1)")
-    if args.resolution % 8:
+    check_lcm_flags(parser, args, LORA_TARGETS)
+    if args.resolution < 8 or args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 8, the VAE's factor")
     if args.train_shards_path_or_url is None:
         parser.error("--train_shards_path_or_url: needed with --pretrained_teacher_model")
@@ -159,19 +151,13 @@ def parse_args(argv=None):
     return args
 
 
-def wants(args) -> str:
-    """full or lora, from the other flags."""
-    given = (args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
-    return "lora" if args.use_dora or any(value is not None for value in given) else "full"
-
-
 def toy_recipe(args) -> dict:
     recipe = json.loads((TOY / "sdxl_recipe.json").read_text())
     paths = {
         "pretrained_teacher_model": str(TOY / "sdxl"),
         "train_shards_path_or_url": str(TOY / "shards_sdxl/{00000..00003}.tar"),
     }
-    return paths | recipe["shared"] | recipe[args.model_type or wants(args)]
+    return paths | recipe["shared"] | recipe[args.model_type or wanted_student(args)]
 
 
 # =====================================================================================================================
@@ -312,14 +298,6 @@ def draw(args, vae, unet, scheduler, text, uncond, size, steps: int, guidance_sc
     return pipeline.image_processor.postprocess(decoded.float(), output_type="pil")
 
 
-def student_scheduler(args, scheduler) -> LCMScheduler:
-    return LCMScheduler.from_config(
-        scheduler.config,
-        original_inference_steps=args.num_ddim_timesteps,
-        timestep_scaling=args.timestep_scaling_factor,
-    )
-
-
 def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
     """Writes what stock diffusers loads. Returns the files' names and the lines of code that load them."""
     student_scheduler(args, scheduler).save_pretrained(folder / "scheduler")
@@ -333,14 +311,23 @@ def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
         load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{base}")\npipeline.load_lora_weights("{folder}")\n'
         scale = 1.0
     else:
+        half = copy.deepcopy(unet).to(torch.float16)
         unet.save_pretrained(folder)
-        copy.deepcopy(unet).to(torch.float16).save_pretrained(folder, variant="fp16")
+        half.save_pretrained(folder, variant="fp16")
         files = ["config.json", "diffusion_pytorch_model*.safetensors*"]
         load = (
             f'unet = UNet2DConditionModel.from_pretrained("{folder}")\n'
             f'pipeline = {PIPELINE.__name__}.from_pretrained("{base}", unet=unet)\n'
         )
         scale = 1.0 + middle_w(args)
+        if args.export_pipeline:
+            replaced = {"unet": half, "scheduler": student_scheduler(args, scheduler)}
+            if args.pretrained_vae_model_name_or_path:
+                replaced["vae"] = load_vae(args, unet.device, torch.float16)
+            whole = PIPELINE.from_pretrained(base, dtype=torch.float16, **replaced, **hub_options(args))
+            whole.save_pretrained(folder)
+            files += ["model_index.json", *whole.components]
+            load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{folder}")\n'
     usage = (
         f"from diffusers import LCMScheduler, {PIPELINE.__name__}, UNet2DConditionModel\n\n{load}"
         f'pipeline.scheduler = LCMScheduler.from_pretrained("{folder}", subfolder="scheduler")\n'

@@ -1,10 +1,42 @@
-"""What every LCM script does alike: a sample's draws, both prompts in one batch, adapters off, guidance of pictures."""
+"""What every LCM script does alike: rules of its flags, a sample's draws, adapters off, the student's sampler."""
 
 import contextlib
+import math
 
 import torch
+from diffusers import LCMScheduler
 
 from common.stream import sample_generator
+
+
+def wanted_student(args) -> str:
+    """full or lora, from the other flags."""
+    given = (args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    return "lora" if args.use_dora or any(value is not None for value in given) else "full"
+
+
+def check_lcm_flags(parser, args, lora_targets: str):
+    """Every rule of the student's and the method's flags; fills in the LoRA's defaults."""
+    args.model_type = args.model_type or wanted_student(args)
+    if args.model_type == "full" and wanted_student(args) == "lora":
+        parser.error("--model_type full: takes no --lora_* flag and no --use_dora")
+    if args.model_type == "lora" and args.export_pipeline:
+        parser.error("--export_pipeline: is for a full student; a LoRA loads into its teacher's pipeline")
+    lora = {"lora_rank": 64, "lora_alpha": 64, "lora_dropout": 0.0, "lora_target_modules": lora_targets}
+    for name, default in lora.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if not 0.0 <= args.w_min <= args.w_max < math.inf:
+        parser.error(f"--w_min {args.w_min} and --w_max {args.w_max}: need 0 <= w_min <= w_max")
+    for name in ("num_ddim_timesteps", "unet_time_cond_proj_dim", "lora_rank", "lora_alpha"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("huber_c", "timestep_scaling_factor"):
+        if not 0.0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name} {getattr(args, name)}: must be positive")
+    for name in ("ema_decay", "lora_dropout"):
+        if not 0.0 <= getattr(args, name) < 1.0:
+            parser.error(f"--{name} {getattr(args, name)}: must be in [0, 1)")
 
 
 def draw_for(args, position: int, shape):
@@ -37,3 +69,11 @@ def middle_w(args) -> float:
     """The w of validation pictures, inside the trained range: a student that takes w knows no other."""
     middle, wanted = (args.w_min + args.w_max) / 2.0, args.validation_guidance
     return middle if wanted is None else min(max(wanted - 1.0, args.w_min), args.w_max)
+
+
+def student_scheduler(args, scheduler) -> LCMScheduler:
+    return LCMScheduler.from_config(
+        scheduler.config,
+        original_inference_steps=args.num_ddim_timesteps,
+        timestep_scaling=args.timestep_scaling_factor,
+    )

@@ -8,9 +8,15 @@ import tarfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tests.toy.make import add_member, draw, make_tokenizer
 
@@ -35,24 +41,23 @@ def tiny_unet(**config) -> UNet2DConditionModel:
     )
 
 
-def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", **scheduler) -> Path:
-    """A Stable Diffusion folder with random weights, for pictures of 32x32."""
-    torch.manual_seed(1)
-    tokenizer = make_tokenizer(folder / "tokenizer")
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def tiny_text_config(tokenizer, layers: int = 1, width: int = 16) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=20,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    vae = AutoencoderKL(
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4, 4, 4, 4),
@@ -62,11 +67,50 @@ def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", **scheduler) -
         mid_block_add_attention=False,
         sample_size=32,
     )
-    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-    settings |= {"set_alpha_to_one": False, "steps_offset": 1, "prediction_type": prediction_type}
+
+
+def sd_scheduler(prediction_type: str, **settings) -> DDIMScheduler:
+    return DDIMScheduler(
+        **{
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+            "prediction_type": prediction_type,
+        }
+        | settings
+    )
+
+
+def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", **scheduler) -> Path:
+    """A Stable Diffusion folder with random weights, for pictures of 32x32."""
+    torch.manual_seed(1)
+    tokenizer = make_tokenizer(folder / "tokenizer")
     StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, tiny_unet(), DDIMScheduler(**settings | scheduler), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        tiny_vae(), CLIPTextModel(tiny_text_config(tokenizer)), tokenizer, tiny_unet(),
+        sd_scheduler(prediction_type, **scheduler), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def tiny_sdxl_pipeline(folder: Path, prediction_type: str = "epsilon", force_zeros: bool = True) -> Path:
+    """An SDXL folder with random weights, for pictures of 32x32."""
+    torch.manual_seed(1)
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    first = CLIPTextModel(tiny_text_config(tokenizer, layers=2))
+    second = CLIPTextModelWithProjection(tiny_text_config(tokenizer, layers=2, width=24))
+    unet = tiny_unet(
+        cross_attention_dim=16 + 24,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+    )
+    StableDiffusionXLPipeline(
+        tiny_vae(), first, second, tokenizer, tokenizer, unet, sd_scheduler(prediction_type),
+        force_zeros_for_empty_prompt=force_zeros, add_watermarker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 

@@ -91,9 +91,14 @@ def consistency(scheduler: LCMScheduler, out, t: int, x):
     return scheduler.step(out, t, x).denoised
 
 
-def lcm_in_float64(args):
+def sd_conditions(pipe, sample) -> tuple[dict, dict]:
+    """What the U-Net takes, with the prompt and with the empty one."""
+    return tuple({"encoder_hidden_states": embeds} for embeds in pipe.encode_prompt(sample.caption, "cpu", 1, True, ""))
+
+
+def lcm_in_float64(args, pipeline=StableDiffusionPipeline, conditions=sd_conditions):
     """Sample by sample, from pixels and captions, by diffusers' pipeline and schedulers: losses, student, target."""
-    pipe = StableDiffusionPipeline.from_pretrained(args.pretrained_teacher_model, dtype=torch.float64)
+    pipe = pipeline.from_pretrained(args.pretrained_teacher_model, dtype=torch.float64)
     n = args.num_ddim_timesteps
     ddim = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     ddim.set_timesteps(n)
@@ -122,15 +127,15 @@ def lcm_in_float64(args):
             t = ddim.timesteps[n - 1 - index].item()
             t_prev = max(t - 1000 // n, 0)
             x_t = ddim.add_noise(latents, eps[None].double(), torch.tensor([t]))
-            cond, uncond = pipe.encode_prompt(sample.caption, "cpu", 1, True, "")
-            out_cond, out_uncond = teacher(x_t, t, cond).sample, teacher(x_t, t, uncond).sample
+            cond, uncond = conditions(pipe, sample)
+            out_cond, out_uncond = teacher(x_t, t, **cond).sample, teacher(x_t, t, **uncond).sample
             out = out_uncond + (1 + w.item()) * (out_cond - out_uncond)
             x_prev = ddim.step(out, t, x_t).prev_sample
             embedding = pipe.get_guidance_scale_embedding(w[None], 256).double()  # fp32 there too
             f_target.append(
-                consistency(lcm, target(x_prev, t_prev, cond, timestep_cond=embedding).sample, t_prev, x_prev)
+                consistency(lcm, target(x_prev, t_prev, timestep_cond=embedding, **cond).sample, t_prev, x_prev)
             )
-            f_student.append(consistency(lcm, student(x_t, t, cond, timestep_cond=embedding).sample, t, x_t))
+            f_student.append(consistency(lcm, student(x_t, t, timestep_cond=embedding, **cond).sample, t, x_t))
         distance = torch.cat(f_student) - torch.cat(f_target).detach()
         c = args.huber_c
         loss = (distance**2).mean() if args.loss_type == "l2" else ((distance**2 + c**2).sqrt() - c).mean()
@@ -506,7 +511,9 @@ def test_every_flag_is_read(monkeypatch):
         script.parse_args(["--help"])
     flags = {action.dest for action in parsers[0]._actions}
     files = [ROOT / "train_lcm_distill_sd.py", *(ROOT / "common").glob("*.py")]
-    used = set().union(*(uses_of_arguments(path, {"parse_args", "check_shared_flags"}) for path in files))
+    used = set().union(
+        *(uses_of_arguments(path, {"parse_args", "check_shared_flags", "check_lcm_flags"}) for path in files)
+    )
     done_while_parsing = {
         "help",
         "local_rank",  # says that it has no job

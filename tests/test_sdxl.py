@@ -1,0 +1,263 @@
+"""The SDXL script's model: what the networks are told, a whole step in float64, starts, and exports.
+
+What both LCM scripts do alike is tested on the SD script; tests/test_scripts.py holds them to it.
+"""
+
+import io
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_lcm_distill_sdxl as script
+from tests import test_method
+from tests.helpers import tiny_sdxl_pipeline, toy_shards, write_shard
+from tests.test_method import (  # noqa: F401
+    lcm_in_float64,
+    load,
+    one_process,
+    parse,
+    perturb,
+    randomize_adapters,
+    shards,
+    watch,
+)
+
+ODD_SIZE = (257, 515)  # height and width of an original; bf16 has neither
+
+
+@pytest.fixture(autouse=True)
+def sdxl(monkeypatch):
+    """The helpers of the SD script's tests run this script."""
+    monkeypatch.setattr(test_method, "script", script)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """By prediction type, and one whose empty prompt is encoded."""
+    folders = {name: tiny_sdxl_pipeline(tmp_path_factory.mktemp(name), name) for name in ("epsilon", "v_prediction")}
+    return folders | {"encodes": tiny_sdxl_pipeline(tmp_path_factory.mktemp("encodes"), force_zeros=False)}
+
+
+@pytest.fixture
+def odd_shard(tmp_path):
+    """Samples of an odd size."""
+    rng = torch.Generator().manual_seed(0)
+    samples = []
+    for i in range(4):
+        file = io.BytesIO()
+        pixels = torch.randint(0, 256, (*ODD_SIZE, 3), generator=rng, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(file, "png")
+        samples.append({"png": file.getvalue(), "txt": f"noise {i}".encode()})
+    return write_shard(tmp_path / "odd.tar", samples)
+
+
+def tiny_conditions(batch: int = 2) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(4)
+    sizes = torch.tensor([[32.0, 40.0, 0.0, 4.0, 32.0, 32.0]]).repeat(batch, 1)
+    embeds = torch.randn(batch, 32, 40, generator=rng)
+    return {"prompt_embeds": embeds, "text_embeds": torch.randn(batch, 20, generator=rng), "time_ids": sizes}
+
+
+def tiny_inputs():
+    return torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(4)), torch.tensor([999, 19])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm, restated
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sdxl_conditions(pipe, sample) -> tuple[dict, dict]:
+    """By the pipeline's own encoding; whether the empty prompt is zeros is its own business."""
+    embeds, no_embeds, pooled, no_pooled = pipe.encode_prompt(
+        sample.caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
+    sizes = torch.tensor([[32.0, 40.0, 0.0, 4.0, 32.0, 32.0]], dtype=torch.float64)  # of the shards, cut to 32x32
+    return (
+        {"encoder_hidden_states": embeds, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}},
+        {"encoder_hidden_states": no_embeds, "added_cond_kwargs": {"text_embeds": no_pooled, "time_ids": sizes}},
+    )
+
+
+@pytest.mark.parametrize("teacher", ["epsilon", "v_prediction", "encodes"])
+def test_training_steps_equal_the_algorithm_restated_in_float64(teacher, parse, teachers, monkeypatch, tmp_path):  # noqa: F811
+    flags = "--max_train_steps 2 --learning_rate 1e-2 --adam_epsilon 1e-3 --max_grad_norm 0.01"
+    args = parse(flags, teachers[teacher])
+    losses, student, target = lcm_in_float64(args, StableDiffusionXLPipeline, sdxl_conditions)
+    ours = watch(monkeypatch, "consistency_loss")
+    script.main(args)
+    torch.testing.assert_close([loss.item() for _, loss in ours], losses, rtol=5e-5, atol=0)
+    start = load_file(teachers[teacher] / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, expected in (("student", student), ("target", target)):
+        weights = load_file(tmp_path / "out" / "checkpoint-2" / f"{name}.safetensors")
+        assert weights.keys() == expected.keys()
+        assert max((expected[key] - start[key]).abs().max() for key in start) > 3e-4  # thousand times the tolerance
+        assert max((weights[key] - expected[key]).abs().max() for key in expected) < 3e-7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the networks are told
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_size_ids_reach_the_sinusoid_in_fp32_in_a_bf16_run(parse, odd_shard, monkeypatch):  # noqa: F811
+    """bf16 makes 256 of 257 and 516 of 515."""
+    seen = []
+
+    def listen(teacher, student, target):
+        for network in (teacher, student, target):
+            network.add_time_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+
+    perturb(monkeypatch, listen)
+    script.main(parse(f"--mixed_precision bf16 --train_shards_path_or_url {odd_shard} --validation_steps 0"))
+    resized = round(515 * 32 / 257)
+    ids = torch.tensor([257.0, 515.0, 0.0, (resized - 32) // 2, 32.0, 32.0])
+    for values, batch in zip(seen[:3], (8, 4, 4), strict=True):  # teacher with both prompts, target, student
+        assert values.dtype == torch.float32 and torch.equal(values.view(batch, 6), ids.repeat(batch, 1))
+
+
+@pytest.mark.parametrize("teacher", ["epsilon", "encodes"])
+def test_the_empty_prompt_is_what_the_teacher_s_pipeline_says(teacher, parse, teachers, monkeypatch):  # noqa: F811
+    calls = watch(monkeypatch, "predict")
+    script.main(parse("--proportion_empty_prompts 0.5 --train_batch_size 8", teachers[teacher]))
+    pipe = StableDiffusionXLPipeline.from_pretrained(teachers[teacher])
+    _, embeds, _, pooled = pipe.encode_prompt("anything", device="cpu")
+    assert (embeds.abs().max() == 0) == (teacher == "epsilon")
+    (_, _, _, both, *_), _ = calls[0]
+    for name, expected in (("prompt_embeds", embeds), ("text_embeds", pooled)):
+        rows = both[name]
+        torch.testing.assert_close(rows[8:], expected.expand_as(rows[8:]), rtol=0, atol=1e-6)
+        dropped = [torch.allclose(row, expected[0], rtol=0, atol=1e-6) for row in rows[:8]]
+        assert 0 < sum(dropped) < 8  # dropped prompts are this too
+    assert torch.equal(both["time_ids"][:8], both["time_ids"][8:])
+
+
+def test_prompts_are_encoded_as_by_the_pipeline(parse, teachers):  # noqa: F811
+    prompts = ["a small red circle", "at the top on a blue background " * 20]  # the latter is cut off
+    encoders = script.load_text_encoder(parse(), torch.device("cpu"), torch.float32)
+    ours = script.encode_prompts(encoders, prompts)
+    pipe = StableDiffusionXLPipeline.from_pretrained(teachers["epsilon"])
+    embeds, _, pooled, _ = pipe.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)
+    torch.testing.assert_close(ours, {"prompt_embeds": embeds, "text_embeds": pooled})
+
+
+def test_pictures_are_the_pipeline_s_own_at_any_size(parse, teachers):  # noqa: F811
+    """Drawn from embeddings, at a bucket's size, they are those that a user gets from the prompt."""
+    args, prompt = parse(), "a large white cross on the left"
+    pipe = StableDiffusionXLPipeline.from_pretrained(teachers["epsilon"])
+    embeds, no_embeds, pooled, no_pooled = pipe.encode_prompt(prompt, device="cpu")
+    (ours,) = script.draw(
+        args, pipe.vae, pipe.unet, pipe.scheduler, {"prompt_embeds": embeds, "text_embeds": pooled},
+        {"prompt_embeds": no_embeds, "text_embeds": no_pooled}, (48, 32), 3, 4.0, 7,
+    )  # fmt: skip
+    noise = torch.Generator().manual_seed(7)
+    stock = pipe(prompt, height=48, width=32, num_inference_steps=3, guidance_scale=4.0, generator=noise).images[0]
+    assert ours.size == (32, 48) and ours.tobytes() == stock.tobytes()
+
+
+@pytest.mark.parametrize("override", [False, True])
+def test_the_vae_is_in_fp32_unless_another_is_given(override, parse, teachers, monkeypatch, tmp_path):  # noqa: F811
+    other = AutoencoderKL.from_pretrained(teachers["epsilon"], subfolder="vae")
+    torch.nn.init.normal_(other.decoder.conv_out.weight, generator=torch.Generator().manual_seed(0))
+    other.save_pretrained(tmp_path / "vae")
+    encoded, drawn = watch(monkeypatch, "encode_pixels"), watch(monkeypatch, "draw")
+    script.main(parse("--mixed_precision bf16" + f" --pretrained_vae_model_name_or_path {tmp_path / 'vae'}" * override))
+    for vae in (encoded[0][0][0], drawn[0][0][1]):
+        assert vae.dtype == (torch.bfloat16 if override else torch.float32)
+        same = torch.allclose(vae.decoder.conv_out.weight.float(), other.decoder.conv_out.weight, atol=2e-2)
+        assert same == override
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Student, teacher, exports
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("w", [1.0, 12.0])
+def test_a_full_student_starts_as_its_teacher_for_every_w(w, parse):  # noqa: F811
+    teacher, student, target = load(parse())
+    x, t = tiny_inputs()
+    embedding = script.guidance_embedding(torch.full((2,), w), 256)
+    expected = script.predict(teacher, x, t, tiny_conditions())
+    for network in (student, target):
+        assert torch.equal(script.predict(network, x, t, tiny_conditions(), embedding), expected)
+
+
+@pytest.mark.parametrize("flags", ["--lora_rank 4", "--use_dora", "--lora_rank 4 --mixed_precision bf16"])
+def test_without_adapters_the_network_is_the_teacher_bit_for_bit(flags, parse):  # noqa: F811
+    args = parse(flags)
+    dtype = torch.bfloat16 if args.mixed_precision else torch.float32
+    teacher, student, target = script.load_networks(args, Accelerator(), dtype)
+    assert teacher is student is target
+    randomize_adapters(student)
+    base = script.load_unet(args, dtype)
+    base.to(memory_format=torch.contiguous_format if args.use_dora else torch.channels_last)
+    x, t = tiny_inputs()
+    cond = {name: v if name == "time_ids" else v.to(dtype) for name, v in tiny_conditions().items()}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        expected = script.predict(base, x, t, cond)
+        with script.adapters_off(student):
+            assert torch.equal(script.predict(student, x, t, cond), expected)
+        assert (script.predict(student, x, t, cond) - expected).abs().mean() > 1e-2
+
+
+@pytest.mark.parametrize("flags", ["--lora_rank 4 --lora_alpha 8", "--lora_rank 4 --lora_alpha 8 --use_dora"])
+def test_an_exported_lora_loads_in_the_stock_pipeline(flags, parse, teachers, monkeypatch, tmp_path):  # noqa: F811
+    networks = perturb(monkeypatch, randomize_adapters)
+    script.main(parse(f"{flags} --max_train_steps 2 --learning_rate 1e-2"))
+    pipe = StableDiffusionXLPipeline.from_pretrained(teachers["epsilon"])
+    (x, t), cond = tiny_inputs(), tiny_conditions()
+    with torch.no_grad():
+        base = script.predict(pipe.unet, x, t, cond)
+        pipe.load_lora_weights(tmp_path / "out")
+        ours, loaded = (script.predict(unet.eval(), x, t, cond) for unet in (networks[1], pipe.unet))
+    assert (loaded - base).abs().mean() > 1e-2
+    torch.testing.assert_close(loaded, ours, rtol=0, atol=1e-6)
+
+
+def test_an_exported_student_is_a_network_and_where_asked_a_whole_pipeline(parse, monkeypatch, tmp_path):  # noqa: F811
+    networks = perturb(monkeypatch, lambda *_: None)
+    script.main(parse("--num_ddim_timesteps 25 --learning_rate 1e-2 --export_pipeline"))
+    target = networks[2].state_dict()
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "out")
+    assert unet.config.time_cond_proj_dim == 256
+    assert all(torch.equal(value, target[name]) for name, value in unet.state_dict().items())
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "out")
+    assert isinstance(pipe.scheduler, LCMScheduler) and pipe.scheduler.config.original_inference_steps == 25
+    assert pipe.config.force_zeros_for_empty_prompt and pipe.unet.config.time_cond_proj_dim == 256
+    assert all(torch.equal(value.half(), target[name].half()) for name, value in pipe.unet.state_dict().items())
+    assert pipe("a red circle", height=32, width=32, num_inference_steps=2, guidance_scale=9.0).images[0].size == (
+        32,
+        32,
+    )
+
+
+def test_without_asking_nothing_but_the_student_is_written(parse, tmp_path):  # noqa: F811
+    script.main(parse())
+    assert not {"model_index.json", "unet", "vae", "text_encoder"} & {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_diffusers_sdxl_scripts(tmp_path):
+    shards = toy_shards(tmp_path, shards=1, samples=2)  # noqa: F811
+    args = script.parse_args(["--pretrained_teacher_model", "x", "--train_shards_path_or_url", shards])
+    expected = {"resolution": 1024, "w_min": 3.0, "w_max": 15.0, "vae_encode_batch_size": 8, "lora_rank": 64}
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("flags", ["", "--model_type lora"])
+def test_the_first_line_of_the_readme_is_the_toy_recipe(flags):
+    args = script.parse_args(["--w_min", "1", "--w_max", "12", *flags.split()])
+    assert args.toy and (args.w_min, args.w_max, args.resolution) == (1.0, 12.0, 64)
+    without = script.parse_args(flags.split())
+    assert vars(without) == vars(args)
