@@ -1,4 +1,4 @@
-"""Where the time and the memory of a training step go: `python -m tests.bench sd`.
+"""Where the time and the memory of a training step go: `python -m tests.bench sd` (or `sdxl`).
 
 The real script runs, and at intervals stops for as many bare steps with its own networks: the evaluations that the
 method cannot do without (student forward and backward, teacher on both prompts, target), the optimizer's step, and,
@@ -8,6 +8,7 @@ On a GPU: `python -m tests.bench sd --size real --batch_size 12 --mixed_precisio
 """
 
 import argparse
+import importlib
 import json
 import resource
 import statistics
@@ -30,8 +31,10 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "4090": 165.0}  # de
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", choices=["sd"])
-    parser.add_argument("--size", choices=["toy", "real"], default="toy", help="real: SD 1.5's shapes, random weights")
+    parser.add_argument("script", choices=["sd", "sdxl"])
+    parser.add_argument(
+        "--size", choices=["toy", "real"], default="toy", help="real: SD 1.5's or SDXL's shapes, random weights"
+    )
     parser.add_argument("--scenario", choices=SCENARIOS, help="one only; default: all, each in a process of its own")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--block", type=int, default=25, help="steps between two measurements of the floor")
@@ -58,29 +61,78 @@ def measure(function, times: int) -> list[float]:
     return seconds
 
 
-def real_teacher(folder: Path) -> Path:
+VAE_SHAPE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+
+
+def text_config(tokenizer, width: int, layers: int, heads: int):
+    from transformers import CLIPTextConfig
+
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return CLIPTextConfig(
+        vocab_size=49408, max_position_embeddings=tokenizer.model_max_length, hidden_size=width, projection_dim=width,
+        intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads, **ids,
+    )  # fmt: skip
+
+
+def real_sd(folder: Path) -> Path:
     """Stable Diffusion 1.5's shapes with random weights."""
     if not (folder / "model_index.json").exists():
         from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
+        from transformers import CLIPTextModel
 
         from tests.toy.make import make_tokenizer
 
         tokenizer = make_tokenizer(folder / "tokenizer")
-        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-        positions = tokenizer.model_max_length
-        vae = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
         StableDiffusionPipeline(
-            AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **vae
-            ),
-            CLIPTextModel(CLIPTextConfig(vocab_size=49408, max_position_embeddings=positions, **text, **ids)),
+            AutoencoderKL(**VAE_SHAPE),
+            CLIPTextModel(text_config(tokenizer, 768, 12, 12)),
             tokenizer,
             UNet2DConditionModel(sample_size=64, cross_attention_dim=768),  # the class's defaults are SD 1.5's
             DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def real_sdxl(folder: Path) -> Path:
+    """SDXL's shapes with random weights, in fp16 on disk."""
+    if not (folder / "model_index.json").exists():
+        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        from tests.toy.make import make_tokenizer
+
+        tokenizer = make_tokenizer(folder / "tokenizer")
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=6 * 256 + 1280,
+        )
+        pipeline = StableDiffusionXLPipeline(
+            AutoencoderKL(**VAE_SHAPE, scaling_factor=0.13025),
+            CLIPTextModel(text_config(tokenizer, 768, 12, 12)),
+            CLIPTextModelWithProjection(text_config(tokenizer, 1280, 32, 20)),
+            tokenizer,
+            tokenizer,
+            unet,
+            DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
+            add_watermarker=False,
+        )
+        pipeline.to(torch.float16).save_pretrained(folder)
     return folder
 
 
@@ -220,8 +272,7 @@ class Bench:
 
 
 def run_scenario(options) -> dict:
-    import train_lcm_distill_sd as script
-
+    script = importlib.import_module(f"train_lcm_distill_{options.script}")
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--output_dir", folder, "--train_batch_size", options.batch_size, "--report_to", "none"]
         flags += ["--validation_steps", 0, "--checkpointing_steps", 0, "--mixed_precision", options.mixed_precision]
@@ -235,9 +286,10 @@ def run_scenario(options) -> dict:
         flags += ["--compile"] * options.compile
         flags += ["--validation_num_inference_steps", 1]
         if options.size == "real":
+            side, real_teacher = {"sd": (512, real_sd), "sdxl": (1024, real_sdxl)}[options.script]
             teacher = real_teacher(options.work or Path(folder, "teacher"))
-            flags += ["--pretrained_teacher_model", teacher, "--resolution", 512]
-            flags += ["--train_shards_path_or_url", toy_shards(Path(folder, "shards"), 4, 64, 512, 512)]
+            flags += ["--pretrained_teacher_model", teacher, "--resolution", side]
+            flags += ["--train_shards_path_or_url", toy_shards(Path(folder, "shards"), 4, 64, side, side)]
         flags += {"cached": [], "streaming": ["--vae_cache_disable"], "lora": ["--lora_rank", 64]}[options.scenario]
         args = script.parse_args([str(flag) for flag in flags])
         bench = Bench(script, options, args)
