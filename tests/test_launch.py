@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import ROOT, launch, tiny_pipeline, toy_shards
+from tests.helpers import ROOT, launch, tiny_pipeline, tiny_sdxl_pipeline, toy_shards
 
-SCRIPT = "train_lcm_distill_sd.py"
+SCRIPT, SDXL = "train_lcm_distill_sd.py", "train_lcm_distill_sdxl.py"
 PROMPT = "a small red circle at the top on a blue background"
 
 
@@ -19,6 +19,11 @@ PROMPT = "a small red circle at the top on a blue background"
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     return tiny_pipeline(folder / "teacher"), toy_shards(folder / "shards")
+
+
+@pytest.fixture(scope="module")
+def sdxl_world(tmp_path_factory, world):
+    return tiny_sdxl_pipeline(tmp_path_factory.mktemp("sdxl") / "teacher"), world[1]
 
 
 def flags(world, folder, *more):
@@ -49,7 +54,18 @@ def test_train_resume_finish_load(world, tmp_path, student):
     assert "resumed from" in done.stdout and "checkpoint-4" in done.stdout
     assert json.loads((folder / "checkpoint-7" / "state.json").read_text())["step"] == 7
 
-    # The model card's own lines, with the prompt, seed and size of the run's picture.
+    repeat_picture(folder, tmp_path)
+
+
+@pytest.mark.parametrize("student", [["--model_type", "full", "--export_pipeline"], ["--use_dora"]])
+def test_sdxl_trains_and_loads(sdxl_world, tmp_path, student):
+    folder = tmp_path / "out"
+    launch(SDXL, *flags(sdxl_world, folder, "--max_train_steps", 3, *student))
+    repeat_picture(folder, tmp_path)
+
+
+def repeat_picture(folder, tmp_path):
+    """The model card's own lines, with the prompt, seed and size of the run's picture, in a fresh process."""
     usage = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
     usage = usage.replace('"your prompt"', repr(PROMPT)).replace(
         "num_inference_steps=4",
