@@ -264,20 +264,6 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     return padded.input_ids
 
 
-def paired_loss(out, v, t) -> torch.Tensor:
-    """Of predictions with captions [B, ...], and then of some of the same pictures with the empty prompt.
-
-    Classifier-free guidance multiplies whatever tells the two predictions apart, so they are pulled together: at low
-    noise, where a picture says all that its caption says, their difference is error; at high noise a smaller one lets
-    the teacher bear a large guidance scale.
-    """
-    out, out_uncond = out.split([len(v), len(out) - len(v)])
-    twice = len(out_uncond)
-    pull = torch.where(t[:twice] < 500, 10.0, 1.0)
-    apart = (pull * (out[:twice] - out_uncond).square().mean((1, 2, 3))).mean()
-    return F.mse_loss(out, v) + 0.5 * (F.mse_loss(out_uncond, v[:twice]) + apart)
-
-
 def train_unet(work: Path, tokenizer, text_encoder, latents, captions, steps: int, batch_size: int):
     """On the velocity; what is returned is the moving average."""
     torch.manual_seed(0)
@@ -296,7 +282,7 @@ def train_unet(work: Path, tokenizer, text_encoder, latents, captions, steps: in
 
     tokens = tokenize(tokenizer, captions)
     with torch.no_grad():
-        uncond = text_encoder(tokenize(tokenizer, [""])).last_hidden_state.expand(batch_size // 2, -1, -1)
+        uncond = text_encoder(tokenize(tokenizer, [""])).last_hidden_state.expand(batch_size // 4, -1, -1)
     noise_scheduler = new_scheduler()
     start, running = time.time(), 0.0
     for step in range(done, steps):
@@ -308,9 +294,13 @@ def train_unet(work: Path, tokenizer, text_encoder, latents, captions, steps: in
         x_t, v = noise_scheduler.add_noise(x0, eps, t), noise_scheduler.get_velocity(x0, eps, t)
         with torch.no_grad():
             cond = torch.cat([text_encoder(tokens[pick]).last_hidden_state, uncond])
+        # Some are seen with the empty prompt too, for classifier-free guidance. Below t = 500 a noisy picture says all
+        # that its caption says, so that the two predictions must agree: guidance multiplies what is left of it.
         twice = len(uncond)
         out = unet(torch.cat([x_t, x_t[:twice]]), torch.cat([t, t[:twice]]), cond).sample
-        loss = paired_loss(out, v, t)
+        out, out_uncond = out.split([batch_size, twice])
+        v_uncond = torch.where((t < 500)[:twice, None, None, None], out.detach()[:twice], v[:twice])
+        loss = F.mse_loss(out, v) + 0.25 * F.mse_loss(out_uncond, v_uncond)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
