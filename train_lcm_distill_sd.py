@@ -97,7 +97,7 @@ def parse_args(argv=None):
     add("--lora_dropout", type=float, help="default 0")
     add("--lora_target_modules", type=str, help=f"names or suffixes of modules, with commas; default {LORA_TARGETS}")
     add("--use_dora", action="store_true", help="weight-decomposed LoRA")
-    add("--export_pipeline", action="store_true", help="full: also write all of the pipeline, in fp16, so that from_pretrained(OUTPUT_DIR) loads it")
+    add("--export_pipeline", action="store_true", help="full: write all of the pipeline, in fp32, so that from_pretrained(OUTPUT_DIR) loads it; default: the U-Net and its scheduler alone")
 
     add = parser.add_argument_group("latent consistency distillation").add_argument
     add("--w_min", type=float, default=5.0, help="smallest guidance w; guidance_scale = 1 + w")
@@ -291,9 +291,8 @@ def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
         load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{base}")\npipeline.load_lora_weights("{folder}")\n'
         scale = 1.0
     else:
-        half = copy.deepcopy(unet).to(torch.float16)
         unet.save_pretrained(folder)
-        half.save_pretrained(folder, variant="fp16")
+        copy.deepcopy(unet).to(torch.float16).save_pretrained(folder, variant="fp16")
         files = ["config.json", "diffusion_pytorch_model*.safetensors*"]
         load = (
             f'unet = UNet2DConditionModel.from_pretrained("{folder}")\n'
@@ -301,10 +300,10 @@ def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
         )
         scale = 1.0 + middle_w(args)
         if args.export_pipeline:
-            replaced = {"unet": half, "scheduler": student_scheduler(args, scheduler)}
+            replaced = {"unet": unet, "scheduler": student_scheduler(args, scheduler)}
             if args.pretrained_vae_model_name_or_path:
-                replaced["vae"] = load_vae(args, unet.device, torch.float16)
-            whole = PIPELINE.from_pretrained(base, dtype=torch.float16, **replaced, **hub_options(args))
+                replaced["vae"] = load_vae(args, unet.device, torch.float32)
+            whole = PIPELINE.from_pretrained(base, dtype=torch.float32, **replaced, **hub_options(args))
             whole.save_pretrained(folder)
             files += ["model_index.json", *whole.components]
             load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{folder}")\n'

@@ -46,7 +46,7 @@ def parse_args(argv=None):
     parser.add_argument("--unet_steps", type=int, default=16_000)
     parser.add_argument("--sdxl_vae_steps", type=int, default=1500, help="from SD's autoencoder on")
     parser.add_argument("--sdxl_views", type=int, default=90_000, help="pictures that SDXL's U-Net learns from")
-    parser.add_argument("--sdxl_steps", type=int, default=6_000, help="from SD's U-Net on")
+    parser.add_argument("--sdxl_steps", type=int, default=5_000, help="from SD's U-Net on")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--shard_samples", type=int, default=2048, help="images in SD's committed shards")
     parser.add_argument("--sdxl_shard_samples", type=int, default=1280, help="images in SDXL's committed shards")
@@ -305,21 +305,6 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     return padded.input_ids
 
 
-def paired_loss(out, v, t, pull_in_noise: float = 1.0) -> torch.Tensor:
-    """Of predictions with captions [B, ...], and then of some of the same pictures with the empty prompt.
-
-    Classifier-free guidance multiplies whatever tells the two predictions apart, so they are pulled together: at low
-    noise, where a picture says all that its caption says, their difference is error; at high noise a smaller one lets
-    the teacher bear a large guidance scale. With a pull of p a guidance scale of s has the effect that one of
-    (p + s) / (1 + 1.5 p) has on the exact predictions.
-    """
-    out, out_uncond = out.split([len(v), len(out) - len(v)])
-    twice = len(out_uncond)
-    pull = torch.where(t[:twice] < 500, 10.0, pull_in_noise)
-    apart = (pull * (out[:twice] - out_uncond).square().mean((1, 2, 3))).mean()
-    return F.mse_loss(out, v) + 0.5 * (F.mse_loss(out_uncond, v[:twice]) + apart)
-
-
 def train_unet(work: Path, tokenizer, text_encoder, latents, captions, steps: int, batch_size: int):
     """On the velocity; what is returned is the moving average."""
     torch.manual_seed(0)
@@ -338,7 +323,7 @@ def train_unet(work: Path, tokenizer, text_encoder, latents, captions, steps: in
 
     tokens = tokenize(tokenizer, captions)
     with torch.no_grad():
-        uncond = text_encoder(tokenize(tokenizer, [""])).last_hidden_state.expand(batch_size // 2, -1, -1)
+        uncond = text_encoder(tokenize(tokenizer, [""])).last_hidden_state.expand(batch_size // 4, -1, -1)
     noise_scheduler = new_scheduler()
     start, running = time.time(), 0.0
     for step in range(done, steps):
@@ -350,9 +335,13 @@ def train_unet(work: Path, tokenizer, text_encoder, latents, captions, steps: in
         x_t, v = noise_scheduler.add_noise(x0, eps, t), noise_scheduler.get_velocity(x0, eps, t)
         with torch.no_grad():
             cond = torch.cat([text_encoder(tokens[pick]).last_hidden_state, uncond])
+        # Some are seen with the empty prompt too, for classifier-free guidance. Below t = 500 a noisy picture says all
+        # that its caption says, so that the two predictions must agree: guidance multiplies what is left of it.
         twice = len(uncond)
         out = unet(torch.cat([x_t, x_t[:twice]]), torch.cat([t, t[:twice]]), cond).sample
-        loss = paired_loss(out, v, t)
+        out, out_uncond = out.split([batch_size, twice])
+        v_uncond = torch.where((t < 500)[:twice, None, None, None], out.detach()[:twice], v[:twice])
+        loss = F.mse_loss(out, v) + 0.25 * F.mse_loss(out_uncond, v_uncond)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -376,7 +365,8 @@ def train_unet(work: Path, tokenizer, text_encoder, latents, captions, steps: in
 
 BUCKETS = ((64, 64), (80, 48), (48, 80))  # height, width
 TIME_DIM = 32  # of each size id's embedding
-PULL_IN_NOISE = 3.0  # guidance scales of 2 to 13 then act like 0.9 to 2.9
+MOST_GUIDANCE = 12.0  # w that the teacher must bear
+START_GUIDED = 500  # steps: before, it does not know yet what zeros and size ids mean
 
 
 def draw_view(scene: world.Scene, rng: np.random.Generator, height: int, width: int):
@@ -530,8 +520,28 @@ def new_sdxl_unet(sd_unet: UNet2DConditionModel, sd_width: int, width: int, pool
     return unet
 
 
+def guided_states(predict, rows, abar, x0, eps, t, t_from, w):
+    """x_t as one step of a guided sampler, from t_from on, makes it.
+
+    `predict(x, t, rows, prompted)` gives velocities for rows of the batch, without a prompt after the first `prompted`.
+    """
+    a, s, a_from, s_from, w = (
+        values.view(-1, 1, 1, 1)
+        for values in (abar[t].sqrt(), (1 - abar[t]).sqrt(), abar[t_from].sqrt(), (1 - abar[t_from]).sqrt(), w)
+    )
+    x = a_from * x0 + s_from * eps
+    v, v_uncond = predict(torch.cat([x, x]), torch.cat([t_from, t_from]), rows, len(x)).chunk(2)
+    v = v + w * (v - v_uncond)
+    return a * (a_from * x - s_from * v) + s * (s_from * x + a_from * v)
+
+
 def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, batch_size: int):
-    """As SD's, each batch of one bucket, and an empty prompt is zeros; what is returned is the moving average."""
+    """As SD's, each batch of one bucket, and an empty prompt is zeros; what is returned is the moving average.
+
+    A large guidance scale drives x_t to where noised pictures never are, and there a network that has seen nothing else
+    goes on in the same direction. So half of each batch is what a guided step makes of such pictures: the network
+    learns to lead back from there.
+    """
     unet.to(memory_format=torch.channels_last)
     parameters = list(unet.parameters())
     ema = [p.detach().clone() for p in parameters]
@@ -547,6 +557,7 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
 
     tokens = [tokenize(tokenizer, captions) for _, _, captions in views]
     noise_scheduler = new_scheduler()
+    abar = noise_scheduler.alphas_cumprod
     start, running = time.time(), 0.0
     for step in range(done, steps):
         rng = torch.Generator().manual_seed(step)
@@ -555,15 +566,36 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
         pick = torch.randint(len(latents), (batch_size,), generator=rng)
         x0, eps = latents[pick], torch.randn((batch_size, *latents.shape[1:]), generator=rng)
         t = (1000 * torch.rand(batch_size, generator=rng) ** 0.415).long().clamp(max=999)  # as for SD
-        x_t, v = noise_scheduler.add_noise(x0, eps, t), noise_scheduler.get_velocity(x0, eps, t)
         with torch.no_grad():
             both = [encoder(tokens[bucket][pick], output_hidden_states=True) for encoder in encoders]
             cond, pooled = torch.cat([out.hidden_states[-2] for out in both], dim=-1), both[1].text_embeds
-        rows = torch.cat([torch.arange(batch_size), torch.arange(batch_size // 2)])  # the last ones: no prompt, zeros
-        kept = (torch.arange(len(rows)) < batch_size).float()
-        added = {"text_embeds": pooled[rows] * kept[:, None], "time_ids": sizes[pick][rows]}
-        out = unet(x_t[rows], t[rows], cond[rows] * kept[:, None, None], added_cond_kwargs=added).sample
-        loss = paired_loss(out, v, t, PULL_IN_NOISE)
+
+        def predict(x, t, rows, prompted, cond=cond, pooled=pooled, sizes=sizes[pick]):
+            """Velocities for these rows of the batch; those without a prompt get zeros."""
+            told = (torch.arange(len(rows)) < prompted).float()
+            added = {"text_embeds": pooled[rows] * told[:, None], "time_ids": sizes[rows]}
+            return unet(x, t, cond[rows] * told[:, None, None], added_cond_kwargs=added).sample
+
+        x_t, v = noise_scheduler.add_noise(x0, eps, t), noise_scheduler.get_velocity(x0, eps, t)
+        half = torch.arange(batch_size // 2)  # these rows come from the sampler
+        if step >= START_GUIDED:
+            t[half] = t[half].clamp(100, 979)  # below, the way back is too short for one step
+            t_from = (t[half] + 20 + (280 * torch.rand(len(half), generator=rng)).long()).clamp(max=999)
+            w = MOST_GUIDANCE * torch.rand(len(half), generator=rng)
+            with torch.no_grad():
+                x_t[half] = guided_states(
+                    predict, torch.cat([half, half]), abar, x0[half], eps[half], t[half], t_from, w
+                )
+            a, s = abar[t].sqrt().view(-1, 1, 1, 1), (1 - abar[t]).sqrt().view(-1, 1, 1, 1)
+            v[half] = ((a * x_t - x0) / s)[half]
+        twice = torch.arange(0, batch_size, 2)  # these are seen with the empty prompt too
+        out = predict(
+            torch.cat([x_t, x_t[twice]]), torch.cat([t, t[twice]]), torch.cat([torch.arange(batch_size), twice]),
+            batch_size,
+        )  # fmt: skip
+        out, out_uncond = out.split([batch_size, len(twice)])
+        v_uncond = torch.where((t < 500)[twice, None, None, None], out.detach()[twice], v[twice])
+        loss = F.mse_loss(out, v) + 0.5 * F.mse_loss(out_uncond, v_uncond)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
