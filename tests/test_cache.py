@@ -18,7 +18,7 @@ from safetensors import safe_open
 import train_lcm_distill_sd as script
 from common import cache
 from common.cache import TensorStore, identity, text_key, weights_identity
-from common.data import expand_shards, read_shard
+from common.shards import expand_shards, read_shard
 from tests.helpers import encoded, launch, tiny_pipeline, toy_shards, write_shard
 
 
@@ -44,7 +44,7 @@ def opened(teacher, shards, folder, *more, dtype=torch.float32):
     flags = ["--pretrained_teacher_model", teacher, "--train_shards_path_or_url", shards, "--output_dir", folder]
     args = script.parse_args([str(flag) for flag in [*flags, "--resolution", 32, "--train_batch_size", 4, *more]])
     loads = {"vae": 0, "text": 0}
-    encoder, reader = script.open_encoder(args, Accelerator(), dtype)
+    encoder, readers = script.open_encoder(args, Accelerator(), dtype)
     load_vae, load_text = encoder.load_vae, encoder.load_text
 
     def counted(name, load):
@@ -56,7 +56,7 @@ def opened(teacher, shards, folder, *more, dtype=torch.float32):
 
     encoder.load_vae, encoder.load_text = counted("vae", load_vae), counted("text", load_text)
     encoder.release()
-    return encoder, script.open_batches(args, Accelerator(), reader, None), loads
+    return encoder, script.open_batches(args, Accelerator(), readers, None), loads
 
 
 def epoch(encoder, batches, count: int = 4):
@@ -95,9 +95,9 @@ def test_full_cache_loads_no_encoder_and_agrees_with_streaming(teacher, shards, 
 
 def test_on_demand_encodes_what_it_meets_once(teacher, shards, tmp_path):
     encoder, batches, loads = opened(teacher, shards, tmp_path, "--vae_cache_ondemand")
-    assert len(encoder.latents.index) == 0
+    assert len(encoder.latents[0].index) == 0
     first = epoch(encoder, batches, 2)
-    assert loads == {"vae": 1, "text": 1} and len(encoder.latents.waiting) == 8
+    assert loads == {"vae": 1, "text": 1} and len(encoder.latents[0].waiting) == 8
     encoder.flush()
     encoder, batches, loads = opened(teacher, shards, tmp_path, "--vae_cache_ondemand")
     assert_same(first, epoch(encoder, batches, 2))
