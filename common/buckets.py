@@ -14,6 +14,7 @@ CROP_ASPECTS = ("square", "preserve")
 CROP_STYLES = ("center", "random", "corner")
 MEGAPIXEL = 1e6
 MOST_DECIMALS = 9
+MOST_RATIO = 8.0  # of a bucket's longer side to the shorter one
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def target_size(height: int, width: int, rules: Rules) -> tuple[int, int]:
     """The bucket of an image: all of the same rounded ratio share it."""
     side, ratio = square_side(rules), 1.0
     if not one_bucket(rules):
-        ratio = max(round(width / height, rules.decimals), 10.0**-rules.decimals)
+        ratio = min(max(round(width / height, rules.decimals), 1.0 / MOST_RATIO), MOST_RATIO)
     if rules.resolution_type == "pixel":  # the shorter side
         height, width = side / min(ratio, 1.0), side * max(ratio, 1.0)
     else:
