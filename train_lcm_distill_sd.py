@@ -55,7 +55,7 @@ from common.buckets import Rules
 from common.cache import identity, weights_identity
 from common.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
 from common.config import add_shared_flags, check_shared_flags, parse_with_config
-from common.data import ImageReader, NoGoodSamples
+from common.data import ImageReader, NoGoodSamples, open_readers
 from common.datasets import count_epoch, open_datasets, plan_buckets
 from common.diffusion import DDIMSolver, boundary_scalings, consistency_loss, expand_to, guidance_embedding, to_x0_eps
 from common.encoding import SampleEncoder, open_stores
@@ -371,13 +371,7 @@ def open_encoder(args, accelerator, weight_dtype) -> tuple[SampleEncoder, list[I
     """What turns samples into latents and embeddings, and each dataset's reader; with full caches unless told otherwise."""
     device = accelerator.device
     plan_buckets(args, accelerator)
-    readers = [
-        ImageReader(
-            dataset.rules, args.interpolation_type, args.random_flip, args.seed, dataset=i,
-            caption_strategy=dataset.caption_strategy, merged=dataset.merged,
-        )
-        for i, dataset in enumerate(args.datasets)
-    ]  # fmt: skip
+    readers = open_readers(args)
     latents, text = None, None
     if args.caches != "off":
         vae_weights = weights_identity(**vae_source(args))

@@ -142,7 +142,6 @@ def add_bucket_flags(parser: argparse.ArgumentParser):
     add("--dataset_config_name", type=str, help="which of that dataset's configurations")
     add("--image_column", type=str, default="image", help="of a parquet file or dataset")
     add("--caption_column", type=str, default="text", help="of a parquet file, a dataset or metadata.jsonl; text, or a list of alternatives")
-    add("--encode_batch_size", type=int, dest="vae_encode_batch_size", default=argparse.SUPPRESS, help="the same as --vae_encode_batch_size")
     add("--ignore_final_epochs", action="store_true", help="--max_train_steps alone ends the run, as it always does where it is given")
 # fmt: on
 
@@ -163,9 +162,14 @@ def check_bucket_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
         crop_style=args.crop_style or ("center" if args.center_crop else "random"),
         fixed_size_ids=args.use_fix_crop_and_size,
     )
-    keys = ("aspect_bucket_rounding", "minimum_image_size", "maximum_image_size", "target_downsample_size")
+    settings = {
+        "aspect_bucket_rounding": args.aspect_bucket_rounding,
+        "minimum_image_size": args.minimum_image_size,
+        "maximum_image_size": args.maximum_image_size,
+        "target_downsample_size": args.target_downsample_size,
+    }
     try:
-        return with_settings(base, {key: getattr(args, key) for key in keys}, "--", args.notes)
+        return with_settings(base, settings, "--", args.notes)
     except ValueError as error:
         parser.error(str(error))
 

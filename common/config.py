@@ -42,7 +42,7 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--vae_cache_ondemand", action="store_true", help="encode what is missing when training meets it, and keep it; default: before training")
     add("--vae_cache_disable", action="store_true", help="encode always, keep nothing; default for shards that are not local")
     add("--compress_disk_cache", action="store_true", help="zlib, about 10%% smaller latents for some CPU time")
-    add("--vae_encode_batch_size", type=int, default=32, help="images that the VAE encodes at a time")
+    add("--vae_encode_batch_size", "--encode_batch_size", type=int, default=32, help="images that the VAE encodes at a time")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--train_batch_size", type=int, default=16, help="samples per process and forward pass")

@@ -201,3 +201,14 @@ def open_image(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
         raise BadSample("image bomb") from None
     except Exception:  # PIL's decoders raise nearly anything on wrong bytes
         raise BadSample("broken image") from None
+
+
+def open_readers(args) -> list[ImageReader]:
+    """One for each dataset."""
+    return [
+        ImageReader(
+            dataset.rules, args.interpolation_type, args.random_flip, args.seed, dataset=i,
+            caption_strategy=dataset.caption_strategy, merged=dataset.merged,
+        )
+        for i, dataset in enumerate(args.datasets)
+    ]  # fmt: skip

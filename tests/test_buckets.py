@@ -9,8 +9,9 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 
 from common.buckets import Rules, add_bucket_flags, check_bucket_flags, place, target_size
 from common.config import add_shared_flags, parse_with_config
-from common.data import BadSample, ImageReader
+from common.data import BadSample, open_readers
 from common.datasets import count_epoch, open_datasets, plan_buckets
 from common.sources import part_fingerprint, read_part
 from common.stream import PATIENCE, Batches, ShardStream, open_batches, plan_lanes
@@ -171,13 +172,10 @@ def entry(folder, **changes) -> dict:
     return base | {"resolution_type": "area", "crop": False} | changes
 
 
-def samples_of(args, visit: str = "v", **more) -> dict:
+def samples_of(args, visit: str = "v") -> dict:
     """All good samples by the file's name, and what was wrong with the others."""
     found, faults = {}, Counter()
-    for i, dataset in enumerate(args.datasets):
-        reader = ImageReader(
-            dataset.rules, "bilinear", False, 0, dataset=i, caption_strategy=dataset.caption_strategy, **more
-        )
+    for dataset, reader in zip(args.datasets, open_readers(args), strict=True):
         for key, members in itertools.chain.from_iterable(map(read_part, dataset.parts)):
             name = key.rpartition("/")[2]
             try:
@@ -601,7 +599,7 @@ def test_no_table_where_discovery_is_skipped_or_data_are_remote(tmp_path):
 def test_images_of_small_buckets_are_cut_for_another(tmp_path):
     args = toy_sized(many(tmp_path / "f", {(64, 64): 5, (32, 128): 1}), "--train_batch_size", 4)
     plan_buckets(args, Accelerator())
-    found = samples_of(args, merged=args.datasets[0].merged)
+    found = samples_of(args)
     assert {sample.bucket for name, sample in found.items() if name != "faults"} == {(64, 64)}
     assert found["32_128_000"].size_ids[:2] == (32, 128) and found["32_128_000"].pixels.shape == (3, 64, 64)
 
@@ -611,18 +609,11 @@ def test_images_of_small_buckets_are_cut_for_another(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def readers_of(args):
-    return [
-        ImageReader(d.rules, "bilinear", False, 0, dataset=i, caption_strategy=d.caption_strategy)
-        for i, d in enumerate(args.datasets)
-    ]
-
-
 def open_stream(args, batch_size, state=None, workers=0, process=0, processes=1, lanes=None, buffer=16) -> Batches:
     parts = [(i, part) for i, dataset in enumerate(args.datasets) for part in dataset.parts * (dataset.repeats + 1)]
     planned, workers = plan_lanes(len(parts), processes, workers, lanes)
     stream = ShardStream(
-        parts, readers_of(args), seed=0, batch_size=batch_size, process=process, processes=processes, lanes=planned,
+        parts, open_readers(args), seed=0, batch_size=batch_size, process=process, processes=processes, lanes=planned,
         shuffle_buffer=buffer, state=state,
     )  # fmt: skip
     return Batches(stream, workers)
@@ -749,10 +740,8 @@ def test_resuming_around_a_batch_that_was_filled_up(tmp_path):
 
 def test_one_bucket_reads_in_the_order_of_the_sequence(mixed):
     """As it was before there were buckets: batch k of process p has the samples p, p + P, ... from k on."""
-    square = Namespace(datasets=[d for d in mixed.datasets])
-    square.datasets = [
-        SimpleNamespace(**vars(mixed.datasets[0]) | {"rules": Rules(64, alignment=16, crop_style="center")})
-    ]
+    one = replace(mixed.datasets[0], rules=Rules(64, alignment=16, crop_style="center"))
+    square = Namespace(**vars(mixed) | {"datasets": [one]})
     for processes in (1, 2):
         for process in range(processes):
             for k, batch in enumerate(batches_of(square, 4, 12, process=process, processes=processes)):
@@ -764,9 +753,9 @@ def test_open_batches_takes_repeats_and_names_the_source(tmp_path, folder):
     accelerator = Accelerator()
     accelerator.num_processes = 9
     with pytest.raises(SystemExit, match="--data_backend_config: 8 shards cannot feed 9 processes"):
-        open_batches(args, accelerator, readers_of(args), None)
+        open_batches(args, accelerator, open_readers(args), None)
     accelerator.num_processes = 8
-    assert open_batches(args, accelerator, readers_of(args), None).stream.lanes == 8
+    assert open_batches(args, accelerator, open_readers(args), None).stream.lanes == 8
 
 
 def test_headers_are_read_fast(tmp_path):

@@ -512,7 +512,6 @@ def test_every_flag_is_read(monkeypatch):
         "local_rank",  # says that it has no job
         "use_8bit_adam",  # becomes --optimizer
         "train_shards_path_or_url",  # becomes args.datasets
-        "data_backend_config",  # likewise
         "max_train_samples",  # becomes args.num_samples
         "vae_cache_ondemand",  # these become args.caches
         "vae_cache_disable",
