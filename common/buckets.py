@@ -217,18 +217,18 @@ def size_limit(name: str, value: float, resolution_type: str, notes: list[str]) 
 def check_rules(rules: Rules, where: str):
     """What can only be said of settings that are put together."""
     if (rules.maximum is None) != (rules.downsample is None):
-        raise ValueError(f"{where}: maximum_image_size and target_downsample_size: one needs the other")
+        raise ValueError(f"{where}maximum_image_size and target_downsample_size: one needs the other")
     if not 0.0 < rules.resolution < math.inf:
-        raise ValueError(f"{where}: resolution {rules.resolution:g}: must be positive")
+        raise ValueError(f"{where}resolution {rules.resolution:g}: must be positive")
     if rules.resolution_type == "area" and rules.resolution > 100.0:
         raise ValueError(
-            f"{where}: resolution {rules.resolution:g} with resolution_type area is in megapixels; "
+            f"{where}resolution {rules.resolution:g} with resolution_type area is in megapixels; "
             "pixel_area takes a side in pixels"
         )
     if rules.resolution_type != "area" and rules.resolution <= 10.0:
         raise ValueError(
-            f"{where}: resolution {rules.resolution:g} with resolution_type {rules.resolution_type} is in pixels; "
+            f"{where}resolution {rules.resolution:g} with resolution_type {rules.resolution_type} is in pixels; "
             "area takes megapixels"
         )
     if square_side(rules) < rules.alignment / 2:
-        raise ValueError(f"{where}: resolution {rules.resolution:g}: less than the alignment of {rules.alignment}")
+        raise ValueError(f"{where}resolution {rules.resolution:g}: less than the alignment of {rules.alignment}")

@@ -62,24 +62,28 @@ def open_datasets(parser: argparse.ArgumentParser, args: argparse.Namespace, rul
     given = [name for name in SOURCES if getattr(args, name, None)]
     given = [name for name in given if getattr(args, name) != parser.get_default(name)] or given
     flags = [f"--{name}" for name in SOURCES if hasattr(args, name)]
-    if not given:
-        parser.error(f"{flags[0]}: needed with --pretrained_teacher_model; or {', '.join(flags[1:])}")
     if len(given) > 1:
         parser.error(f"--{given[0]} and --{given[1]}: one or the other")
+    usual = Path(args.output_dir, "multidatabackend.json")  # where the quickstarts put it
+    if not given and usual.is_file():
+        args.data_backend_config, given = str(usual), ["data_backend_config"]
+        args.notes.append(f"--data_backend_config: {usual} is taken, as no other data are named.")
+    if not given:
+        parser.error(f"{flags[0]}: needed with --pretrained_teacher_model; or {', '.join(flags[1:])}")
     args.data_source = f"--{given[0]}"
     source = getattr(args, given[0])
     try:
         if given[0] == "data_backend_config":
-            datasets = read_backend(args, Path(source), rules)
-        elif given[0] == "train_shards_path_or_url":
-            check_rules(rules, "--resolution")
-            datasets = [Dataset("shards", open_shards(source), rules)]
-        else:
-            check_rules(rules, "--resolution")
-            datasets = [open_table_or_folder(args, source, rules)]
+            return read_backend(args, Path(source), rules)
+        check_rules(rules, "--")
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        if given[0] == "train_shards_path_or_url":
+            return [Dataset("shards", open_shards(source), rules)]
+        return [open_table_or_folder(args, source, rules)]
     except ValueError as error:
         parser.error(f"{args.data_source}: {error}")
-    return datasets
 
 
 def open_shards(spec: str) -> list[str]:
@@ -175,7 +179,7 @@ def open_entry(args, entry: dict, rules: Rules, where: str) -> Dataset:
     if "instance_data_dir" not in entry:
         raise ValueError(f"{where} has no instance_data_dir, the images' folder or the shards' path or URL")
     rules = with_settings(rules, entry, f"{where}: ", args.notes)
-    check_rules(rules, where)
+    check_rules(rules, f"{where}: ")
     source, strategy = entry["instance_data_dir"], entry.get("caption_strategy")
     if entry["type"] == "webdataset":
         parts = open_shards(source)

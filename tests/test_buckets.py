@@ -375,6 +375,13 @@ def test_flags_that_cannot_be(folder, refused, words, named):
     assert named in refused("--train_data_dir", folder, *words.split())
 
 
+def test_the_usual_place_of_a_dataset_file(tmp_path, folder):
+    backend(tmp_path, entry(folder))
+    args = parse("--output_dir", tmp_path)
+    assert [dataset.id for dataset in args.datasets] == ["images"] and "multidatabackend.json" in args.notes[0]
+    assert parse("--output_dir", tmp_path, "--train_data_dir", folder).notes == []
+
+
 def test_no_source_and_two_entries_of_one_name(tmp_path, folder, refused):
     assert "--train_shards_path_or_url: needed with --pretrained_teacher_model" in refused()
     assert "two datasets have the id 'images'" in refused(
