@@ -50,10 +50,12 @@ from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModel
 
+from common.buckets import Rules
 from common.cache import identity, weights_identity
 from common.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
 from common.config import add_shared_flags, check_shared_flags, parse_with_config
-from common.data import ImageReader, NoGoodSamples, count_samples, expand_shards, is_local
+from common.data import ImageReader, NoGoodSamples, open_readers
+from common.datasets import count_epoch, open_datasets, plan_buckets
 from common.diffusion import DDIMSolver, boundary_scalings, consistency_loss, expand_to, guidance_embedding, to_x0_eps
 from common.encoding import SampleEncoder, open_stores
 from common.export import create_hub_repository, push_to_hub, write_model_card
@@ -67,6 +69,7 @@ from common.lcm import (
     with_uncond,
 )
 from common.optim import make_optimizer, update_ema
+from common.shards import is_local
 from common.stream import gather_states, open_batches
 from common.validation import init_trackers, labelled_grid, show_picture, side_by_side, validation_prompts
 
@@ -112,24 +115,24 @@ def parse_args(argv=None):
 
     args = parse_with_config(parser, argv, family="sd", method="lcm", recipe=toy_recipe)
     check_shared_flags(parser, args)
+    args.notes = []
     check_lcm_flags(parser, args, LORA_TARGETS)
+    if args.toy:
+        args.notes.append(
+            f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type})."
+        )
     if args.resolution < 8 or args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 8, the VAE's factor")
-    if args.train_shards_path_or_url is None:
-        parser.error("--train_shards_path_or_url: needed with --pretrained_teacher_model")
-    args.shards = expand_shards(args.train_shards_path_or_url)
-    if missing := [shard for shard in args.shards if is_local(shard) and not Path(shard).is_file()]:
-        parser.error(f"--train_shards_path_or_url: {missing[0]} does not exist ({len(missing)} of {len(args.shards)})")
-    remote = not all(map(is_local, args.shards))
+    args.picture_size = (args.resolution, args.resolution)
+    rules = Rules(args.resolution, alignment=8, crop_style="center" if args.center_crop else "random")
+    args.datasets = open_datasets(parser, args, rules)
+    remote = not all(is_local(part) for dataset in args.datasets for part in dataset.parts)
     args.caches = "ondemand" if args.vae_cache_ondemand else "off" if args.vae_cache_disable or remote else "fill"
-    args.num_samples = args.max_train_samples or count_samples(args.shards)
+    args.num_samples = args.max_train_samples or count_epoch(args.datasets)
     if args.max_train_steps is None and args.num_samples is None:
         parser.error(
             "--max_train_steps or --max_train_samples: one is needed, shards that are not local are not counted"
         )
-    args.notes = [
-        f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type})."
-    ] * args.toy
     if remote and args.caches == "off" and not args.vae_cache_disable:
         args.notes.append("The shards are not local: nothing is cached. --vae_cache_ondemand keeps what is encoded.")
     if args.validation_guidance is not None and middle_w(args) != args.validation_guidance - 1.0:
@@ -146,10 +149,9 @@ def parse_args(argv=None):
 
 def toy_recipe(args) -> dict:
     recipe = json.loads((TOY / "sd_recipe.json").read_text())
-    paths = {
-        "pretrained_teacher_model": str(TOY / "sd"),
-        "train_shards_path_or_url": str(TOY / "shards/{00000..00003}.tar"),
-    }
+    paths = {"pretrained_teacher_model": str(TOY / "sd")}
+    if args.data_backend_config is None:
+        paths["train_shards_path_or_url"] = str(TOY / "shards/{00000..00003}.tar")
     return paths | recipe["shared"] | recipe[args.model_type or wanted_student(args)]
 
 
@@ -345,18 +347,19 @@ def load_networks(args, accelerator, weight_dtype):
     return teacher, student.train(), target
 
 
-def open_encoder(args, accelerator, weight_dtype) -> tuple[SampleEncoder, ImageReader]:
-    """What turns samples into latents and embeddings, and what reads samples; with full caches unless told otherwise."""
+def open_encoder(args, accelerator, weight_dtype) -> tuple[SampleEncoder, list[ImageReader]]:
+    """What turns samples into latents and embeddings, and each dataset's reader; with full caches unless told otherwise."""
     device = accelerator.device
-    geometry = (args.resolution, args.interpolation_type, args.center_crop, args.random_flip, args.seed)
+    plan_buckets(args, accelerator)
+    readers = open_readers(args)
     latents, text = None, None
     if args.caches != "off":
+        vae_weights = weights_identity(**vae_source(args))
         text_weights = [weights_identity(args.pretrained_teacher_model, f, args.teacher_revision) for f in TEXT_FOLDERS]
-        crops = geometry[:-1] if args.center_crop and not args.random_flip else geometry  # the seed decides nothing
-        vae_identity = identity(
-            vae=weights_identity(**vae_source(args)), geometry=crops, dtype=vae_dtype(args, weight_dtype)
-        )
-        latents, text = open_stores(args, vae_identity, identity(text=text_weights, dtype=weight_dtype))
+        dtype = vae_dtype(args, weight_dtype)
+        identities = [identity(vae=vae_weights, geometry=reader.geometry(), dtype=dtype) for reader in readers]
+        latents, text = open_stores(args, identities, identity(text=text_weights, dtype=weight_dtype))
+        readers = [replace(reader, cache=store) for reader, store in zip(readers, latents, strict=True)]
     encoder = SampleEncoder(
         load_vae=lambda: load_vae(args, device, vae_dtype(args, weight_dtype)),
         encode_pixels=encode_pixels,
@@ -367,11 +370,11 @@ def open_encoder(args, accelerator, weight_dtype) -> tuple[SampleEncoder, ImageR
         vae_batch_size=args.vae_encode_batch_size,
         device=device,
     )
-    reader = ImageReader(*geometry, latents)
     if args.caches == "fill":
         prompts = ["", *validation_prompts(args)]
-        encoder.fill(accelerator, args.shards, replace(reader, filling=True), prompts, args.dataloader_num_workers)
-    return encoder, reader
+        filling = [replace(reader, filling=True) for reader in readers]
+        encoder.fill(accelerator, args.datasets, filling, prompts, args.dataloader_num_workers)
+    return encoder, readers
 
 
 def main(args):
@@ -443,9 +446,9 @@ def main(args):
     first_step = step
 
     # ---- Data: lists of samples, each with latents from the cache or with pixels ----
-    encoder, reader = open_encoder(args, accelerator, weight_dtype)
+    encoder, readers = open_encoder(args, accelerator, weight_dtype)
     uncond = encode_empty_prompt(args, encoder)
-    batches = open_batches(args, accelerator, reader, stream_state)
+    batches = open_batches(args, accelerator, readers, stream_state)
 
     # ---- Checkpoints and pictures ----
     def save():
@@ -472,7 +475,7 @@ def main(args):
         unet = teacher if with_teacher else target
         unet.eval()
         with accelerator.autocast(), adapters_off(unet, lora and with_teacher):
-            size = size or (args.resolution, args.resolution)
+            size = size or args.picture_size
             drawn = draw(args, encoder.vae, unet, sampler, text, uncond, size, steps, guidance_scale, seed)
         network.train()
         return drawn
@@ -509,7 +512,7 @@ def main(args):
             try:
                 samples = next(batches)
             except NoGoodSamples as error:
-                raise SystemExit(f"--train_shards_path_or_url: {error}") from None
+                raise SystemExit(f"{args.data_source}: {error}") from None
             images, text = encoder.encode_images(samples), encoder.encode_text([sample.caption for sample in samples])
             draws = [draw_for(args, sample.position, images["mean"][0].shape) for sample in samples]
             index, w, dropped, latent_noise, eps = (

@@ -46,8 +46,8 @@ def text_key(text: str) -> str:
 class TensorStore:
     """get(key) -> tensors by name, or None; put(key, tensors) keeps them. `key in store` asks the index alone."""
 
-    def __init__(self, folder: Path, compress: bool = False):
-        self.folder, self.compress = Path(folder), compress
+    def __init__(self, folder: Path, compress: bool = False, records_per_file: int = RECORDS_PER_FILE):
+        self.folder, self.compress, self.records_per_file = Path(folder), compress, records_per_file
         self.folder.mkdir(parents=True, exist_ok=True)
         self.index: dict[str, Path] = {}
         self.waiting: dict[str, dict[str, torch.Tensor]] = {}
@@ -102,7 +102,7 @@ class TensorStore:
 
     def put(self, key: str, tensors: dict[str, torch.Tensor]):
         self.waiting[key] = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        if len(self.waiting) >= RECORDS_PER_FILE:
+        if len(self.waiting) >= self.records_per_file:
             self.flush()
 
     def flush(self):

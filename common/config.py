@@ -27,6 +27,7 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     """Flags of data, caches, optimizer, precision, checkpoints, validation, trackers and hub."""
     add = parser.add_argument_group("data").add_argument
     add("--train_shards_path_or_url", type=str, help="WebDataset shards: path, https: or pipe: URL, braces expand; several joined by ::")
+    add("--data_backend_config", type=str, help="JSON file of datasets (multidatabackend.json): folders of images, shards, caches")
     add("--interpolation_type", type=str, default="bilinear", choices=["bilinear", "bicubic", "box", "nearest", "nearest_exact", "hamming", "lanczos"])
     add("--center_crop", action="store_true", help="crop from the centre; default: at random")
     add("--random_flip", action="store_true", help="mirror half of the images")
@@ -41,7 +42,7 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--vae_cache_ondemand", action="store_true", help="encode what is missing when training meets it, and keep it; default: before training")
     add("--vae_cache_disable", action="store_true", help="encode always, keep nothing; default for shards that are not local")
     add("--compress_disk_cache", action="store_true", help="zlib, about 10%% smaller latents for some CPU time")
-    add("--vae_encode_batch_size", type=int, default=32, help="images that the VAE encodes at a time")
+    add("--vae_encode_batch_size", "--encode_batch_size", type=int, default=32, help="images that the VAE encodes at a time")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--train_batch_size", type=int, default=16, help="samples per process and forward pass")
@@ -97,9 +98,11 @@ def add_shared_flags(parser: argparse.ArgumentParser):
 
 def check_shared_flags(parser: argparse.ArgumentParser, args: argparse.Namespace):
     """Every rule between shared flags that can be known before anything loads."""
-    for name in ("train_batch_size", "gradient_accumulation_steps", "vae_encode_batch_size", "num_train_epochs"):
+    for name in ("train_batch_size", "gradient_accumulation_steps", "vae_encode_batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.num_train_epochs < (1 if args.max_train_steps is None else 0):
+        parser.error(f"--num_train_epochs {args.num_train_epochs}: must be at least 1, or 0 with --max_train_steps")
     for name in ("max_train_steps", "max_train_samples", "checkpoints_total_limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -174,8 +177,6 @@ def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method
             parser.error(f"--config {path}: {key} is {value!r}, and this script is for {ours!r}")
     if config.pop("delete_problematic_images", False) is not False:
         parser.error(f"--config {path}: delete_problematic_images: this program never deletes your files")
-    if backend := config.pop("data_backend_config", None):
-        config |= read_backend(parser, Path(backend))
 
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     settings = {}
@@ -205,27 +206,6 @@ def check_value(parser, path: Path, key: str, value, action):
     if action.choices and value not in action.choices:
         parser.error(f"--config {path}: {key} is {value!r}, and must be one of {', '.join(action.choices)}")
     return value
-
-
-def read_backend(parser, path: Path) -> dict:
-    """Settings from a dataset file (multidatabackend.json): its enabled entries of type webdataset."""
-    entries = read_json(parser, path)
-    shards, settings = [], {}
-    for entry in entries if isinstance(entries, list) else [entries]:
-        if not isinstance(entry, dict):
-            parser.error(f"{path}: {entry!r}: must be a list of objects, one for each dataset")
-        if entry.get("disabled"):
-            continue
-        if entry.get("dataset_type") == "text_embeds":
-            settings["cache_dir_text"] = entry.get("cache_dir")
-        elif entry.get("type") == "webdataset":
-            if not isinstance(entry.get("instance_data_dir"), str):
-                parser.error(f"{path}: {entry.get('id')!r} has no instance_data_dir, the shards' path or URL")
-            shards.append(entry["instance_data_dir"])
-            settings |= {"cache_dir_vae": entry["cache_dir_vae"]} if "cache_dir_vae" in entry else {}
-        else:
-            parser.error(f"{path}: {entry.get('id')!r} is of type {entry.get('type')!r}; this script reads webdataset")
-    return settings | ({"train_shards_path_or_url": "::".join(shards)} if shards else {})
 
 
 def read_json(parser, path: Path):

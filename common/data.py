@@ -1,37 +1,30 @@
-"""Images and captions from WebDataset shards.
+"""One sample: image and caption, from the members of a shard or what stands for them.
 
 Nothing is decoded but images, text and JSON. A bad sample is skipped and counted by its cause.
 """
 
 import gzip
 import hashlib
-import http.client
 import io
 import json
 import random
-import subprocess
-import tarfile
-import urllib.request
 import warnings
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
-from braceexpand import braceexpand
 from PIL import Image, ImageOps
 
+from common.buckets import Rules, place, square_side, target_size, too_small
 from common.cache import TensorStore
+from common.shards import IMAGE_MEMBERS, MOST_MEMBER_BYTES
+from common.sources import true_size
 
-SHARD_ERRORS = (OSError, EOFError, http.client.HTTPException, tarfile.TarError, zlib.error)
-IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp")
 CAPTION_MEMBERS = ("text", "txt", "caption")
 JSON_CAPTION_KEYS = ("caption", "text", "txt", "prompt")
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
-MOST_MEMBER_BYTES = 1 << 28
-EXIF_ORIENTATION = 0x0112
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -54,116 +47,19 @@ class NoGoodSamples(Exception):
 @dataclass
 class Sample:
     key: str  # hash of the image's bytes
-    caption: str
+    captions: list[str]  # all there are to choose from
+    caption: str  # this visit's
     latents: dict[str, torch.Tensor] | None  # what the cache has of it
     pixels: torch.Tensor | None  # uint8 [3, H, W], where the cache has nothing
     size_ids: tuple[int, ...]  # H and W of the original, top and left of the crop, H and W of the crop
+    dataset: int = 0  # which one
     position: int = -1  # in the global sequence
     cursor: tuple[int, ...] = ()  # lane, epoch, shard in the lane, members of it that were read
     faults: Counter = field(default_factory=Counter)  # samples skipped since the one before, by cause
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def expand_shards(spec: str) -> list[str]:
-    """Paths and URLs of a brace-expanded string; `::` separates several."""
-    return [shard for part in spec.split("::") for shard in braceexpand(part)]
-
-
-def is_local(shard: str) -> bool:
-    return not shard.startswith(("pipe:", "http://", "https://"))
-
-
-def shard_fingerprint(shard: str) -> str:
-    """Changes where a local shard does."""
-    path = Path(shard).resolve()
-    status = path.stat()
-    return hashlib.blake2b(f"{path} {status.st_size} {status.st_mtime_ns}".encode(), digest_size=8).hexdigest()
-
-
-class StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a header that is damaged or cut off for the archive's end; here it is an error."""
-
-    @classmethod
-    def fromtarfile(cls, tar):
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from None
-
-
-def open_shard(shard: str):
-    """A readable binary stream, and what to call once it is at its end."""
-    if shard.startswith("pipe:"):
-        # In a session of its own, or Ctrl-C would cut the shard off before the last checkpoint is saved.
-        process = subprocess.Popen(shard[len("pipe:") :], shell=True, stdout=subprocess.PIPE, start_new_session=True)
-        return process.stdout, process.wait
-    if shard.startswith(("http://", "https://")):
-        return urllib.request.urlopen(shard, timeout=60), lambda: 0
-    return open(shard, "rb"), lambda: 0
-
-
-def read_shard(shard: str):
-    """Yields (key, members) for each sample of a tar, or (key, cause) for one that cannot be used."""
-    seen, key, members = set(), None, {}
-
-    def finished():
-        return (key, "duplicate key") if key in seen else (key, members)
-
-    try:
-        stream, at_end = open_shard(shard)
-        with stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictTarInfo) as tar:
-            for info in tar:
-                if not info.isfile():
-                    continue
-                folder, _, name = info.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if f"{folder}/{stem}" != key or extension.lower() in members:
-                    if members:
-                        yield finished()
-                        seen.add(key)
-                    key, members = f"{folder}/{stem}", {}
-                if info.size > MOST_MEMBER_BYTES:
-                    members[extension.lower()] = b""
-                else:
-                    members[extension.lower()] = tar.extractfile(info).read()
-            # What follows the archive's end is padding: read it, or the program behind a pipe dies of SIGPIPE.
-            while stream.read(1 << 20):
-                pass
-        if members:
-            yield finished()
-        if at_end() != 0:
-            yield key, "shard's command failed"
-    except SHARD_ERRORS:
-        yield key, "unreadable shard" if key is None else "truncated shard"
-
-
-def count_samples(shards: list[str]) -> int | None:
-    """Samples in local shards, from the tar headers alone; None where a shard is not local."""
-    if not all(map(is_local, shards)):
-        return None
-    total = 0
-    for shard in shards:
-        keys = set()
-        try:
-            with tarfile.open(shard) as tar:
-                for info in tar:
-                    folder, _, name = info.name.rpartition("/")
-                    keys.add((folder, name.partition(".")[0]))
-        except SHARD_ERRORS:
-            pass  # counted as faults when the shard is read
-        total += len(keys)
-    return total
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One sample
-# ---------------------------------------------------------------------------------------------------------------------
+    @property
+    def bucket(self) -> tuple[int, ...]:
+        return self.size_ids[4:]
 
 
 def member_bytes(members: dict[str, bytes], names) -> tuple[str, bytes] | None:
@@ -180,22 +76,29 @@ def member_bytes(members: dict[str, bytes], names) -> tuple[str, bytes] | None:
     return None
 
 
-def read_caption(members: dict[str, bytes]) -> str:
+def read_captions(members: dict[str, bytes], strategy: str | None, name: str) -> list[str]:
+    """All captions to choose from: of a `textfile` each line, else the text as it is, or a list in JSON."""
     try:
-        if found := member_bytes(members, CAPTION_MEMBERS):
-            text = found[1].decode("utf-8")
+        if strategy == "filename":
+            name.encode()  # a file system may hold names that are no text
+            texts = [name.replace("_", " ")]
+        elif found := member_bytes(members, CAPTION_MEMBERS):
+            text = found[1].decode("utf-8-sig" if strategy else "utf-8")
+            texts = text.splitlines() if strategy == "textfile" else [text]
         elif found := member_bytes(members, ["json"]):
             values = json.loads(found[1])
-            text = next((values[key] for key in JSON_CAPTION_KEYS if isinstance(values.get(key), str)), "")
+            given = [values[key] for key in JSON_CAPTION_KEYS if isinstance(values.get(key), str | list)]
+            texts = given[:1] if given and isinstance(given[0], str) else given[0] if given else []
         else:
-            text = ""
-    except UnicodeDecodeError:
+            texts = []
+    except UnicodeError:
         raise BadSample("caption is not UTF-8") from None
     except (ValueError, AttributeError, RecursionError):
         raise BadSample("broken JSON") from None
-    if not text.strip():
+    texts = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    if not texts:
         raise BadSample("missing caption")
-    return text.strip()
+    return texts
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -210,62 +113,102 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass
 class ImageReader:
-    """Turns the members of a sample into pixels: the shorter side becomes `resolution`, then one square crop."""
+    """Turns the members of a sample of one dataset into pixels of its bucket."""
 
-    resolution: int
+    rules: Rules
     interpolation_type: str
-    center_crop: bool
     random_flip: bool
     seed: int
     cache: TensorStore | None = None  # of latents; crop and flip then follow from the image and not from the visit
     filling: bool = False  # ask the cache's index alone
+    dataset: int = 0
+    caption_strategy: str | None = None
+    merged: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # buckets, and where they go instead
 
-    def __call__(self, members: dict[str, bytes], visit: str) -> Sample:
+    def __call__(self, members: dict[str, bytes], visit: str, name: str = "") -> Sample:
+        """`visit` is another one each time, and decides all that is drawn; `name` is the file's."""
         found = member_bytes(members, IMAGE_MEMBERS)
         if found is None:
             raise BadSample("no image")
         data = found[1]
         if not data:
             raise BadSample("empty image")
-        caption = read_caption(members)
+        captions = read_captions(members, self.caption_strategy, name)
+        caption = captions[0]
+        if len(captions) > 1:
+            caption = random.Random(f"{self.seed} caption {visit}").choice(captions)
         key = hashlib.blake2b(data, digest_size=16).hexdigest()
+        drawn_from = f"{self.seed} {visit if self.cache is None else key}"
+        if self.cache is not None and self.merged:  # a record of its own for what is not in its own bucket
+            _, original = open_image(data)
+            own, target = target_size(*original, self.rules), self.target(original)
+            key += f"-{target[0]}x{target[1]}" if target != own else ""
         latents, pixels, size_ids = None, None, ()
         if self.cache is not None:
             latents = ({} if key in self.cache else None) if self.filling else self.cache.get(key)
-        if latents is None:
-            rng = random.Random(f"{self.seed} {visit if self.cache is None else key}")
-            pixels, size_ids = self.read_pixels(data, rng)
+        if latents:
+            size_ids = tuple(latents["size_ids"].tolist())
+        elif latents is None:
+            pixels, size_ids = self.read_pixels(data, random.Random(drawn_from))
         ignored = {"pickle member (ignored)": 1} if any(name.split(".")[0] in PICKLES for name in members) else {}
-        return Sample(key, caption, latents, pixels, size_ids, faults=Counter(ignored))
+        return Sample(key, captions, caption, latents, pixels, size_ids, self.dataset, faults=Counter(ignored))
+
+    def geometry(self) -> list:
+        """All that shapes a cached record besides the image and its encoder."""
+        seed = self.seed if self.random_flip or self.rules.crop_style == "random" else None
+        rules = asdict(self.rules) | {"resolution": float(self.rules.resolution)}
+        return [*rules.items(), self.interpolation_type, self.random_flip, seed]
+
+    def target(self, original: tuple[int, int]) -> tuple[int, int]:
+        target = target_size(*original, self.rules)
+        return self.merged.get(target, target)
 
     def read_pixels(self, data: bytes, rng: random.Random):
+        image, original = open_image(data)
+        if too_small(*original, self.rules):
+            raise BadSample("below minimum_image_size")
+        placed = place(*original, self.target(original), self.rules, rng)
+        (height, width), (rows, columns) = placed.resized, placed.target
+        if height * width > Image.MAX_IMAGE_PIXELS:
+            raise BadSample("image bomb")  # a line of pixels
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = Image.open(io.BytesIO(data))
-            original = image.size
-            if image.getexif().get(EXIF_ORIENTATION, 1) >= 5:  # lies on its side
-                original = original[::-1]
             # JPEG decodes at a half, a quarter or an eighth for free, as long as that leaves twice what is needed.
-            image.draft("RGB", (2 * self.resolution, 2 * self.resolution))
+            lies = image.size != original[::-1]
+            image.draft("RGB", (2 * height, 2 * width) if lies else (2 * width, 2 * height))
             image = to_rgb(ImageOps.exif_transpose(image))
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise BadSample("image bomb") from None
         except Exception:  # PIL's decoders raise nearly anything on wrong bytes
             raise BadSample("broken image") from None
-        size, short = self.resolution, min(image.size)
-        resized = tuple(max(size, round(side * size / short)) for side in image.size)
-        if resized[0] * resized[1] > Image.MAX_IMAGE_PIXELS:
-            raise BadSample("image bomb")  # a line of pixels
-        image = image.resize(resized, RESAMPLING[self.interpolation_type])
-        spare_x, spare_y = image.width - size, image.height - size
-        if self.center_crop:
-            left, top = spare_x // 2, spare_y // 2
-        else:
-            left, top = rng.randint(0, spare_x), rng.randint(0, spare_y)
-        image = image.crop((left, top, left + size, top + size))
+        top, left = placed.top, placed.left
+        image = image.resize((width, height), RESAMPLING[self.interpolation_type])
+        image = image.crop((left, top, left + columns, top + rows))
         if self.random_flip and rng.random() < 0.5:
             image = ImageOps.mirror(image)
-            left = spare_x - left  # where the crop lies in the mirrored picture
+            left = width - columns - left  # where the crop lies in the mirrored picture
+        if self.rules.fixed_size_ids:
+            original, top, left = (round(square_side(self.rules)),) * 2, 0, 0
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # [H, W, 3] -> [3, H, W]
-        return pixels, (original[1], original[0], top, left, size, size)
+        return pixels, (*original, top, left, rows, columns)
+
+
+def open_image(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
+    """The image, not yet decoded, and its true height and width."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+        return image, true_size(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadSample("image bomb") from None
+    except Exception:  # PIL's decoders raise nearly anything on wrong bytes
+        raise BadSample("broken image") from None
+
+
+def open_readers(args) -> list[ImageReader]:
+    """One for each dataset."""
+    return [
+        ImageReader(
+            dataset.rules, args.interpolation_type, args.random_flip, args.seed, dataset=i,
+            caption_strategy=dataset.caption_strategy, merged=dataset.merged,
+        )
+        for i, dataset in enumerate(args.datasets)
+    ]  # fmt: skip

@@ -7,13 +7,16 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.cache import TensorStore, text_key
-from common.data import Sample, is_local, shard_fingerprint
+from common.cache import RECORDS_PER_FILE, TensorStore, identity, text_key
+from common.data import Sample
+from common.datasets import Dataset
+from common.shards import is_local
+from common.sources import part_fingerprint
 from common.stream import ShardPass
 
 
 class SampleEncoder:
-    """Latents and text embeddings of samples. `latents` and `text` are stores, or None for no cache.
+    """Latents and text embeddings of samples. `text` is a store, `latents` are the datasets' stores, None for no cache.
 
     `load_vae() -> vae`, `encode_pixels(vae, pixels) -> {name: [B, ...]}`, `load_text() -> encoder` and
     `encode_prompts(encoder, prompts) -> {name: [B, ...]}` are the model's own.
@@ -40,10 +43,14 @@ class SampleEncoder:
 
     @torch.no_grad()
     def encode_images(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
-        """{name: [B, ...]} on the device; what was not cached is encoded, and kept where there is a cache."""
+        """{name: [B, ...]} on the device; what was not cached is encoded, and kept where there is a cache.
+
+        All samples are of one bucket.
+        """
         rows = [sample.latents for sample in samples]
         if self.latents is not None:  # a reader process does not know what was kept since it started
-            rows = [self.latents.get(s.key) if row is None else row for s, row in zip(samples, rows, strict=True)]
+            pairs = zip(samples, rows, strict=True)
+            rows = [self.latents[sample.dataset].get(sample.key) if row is None else row for sample, row in pairs]
         missing = [i for i, row in enumerate(rows) if row is None]
         for start in range(0, len(missing), self.vae_batch_size):
             chunk = missing[start : start + self.vae_batch_size]
@@ -53,7 +60,7 @@ class SampleEncoder:
                 rows[i] = {name: values[row] for name, values in encoded.items()}
                 rows[i]["size_ids"] = torch.tensor(samples[i].size_ids)
                 if self.latents is not None:
-                    self.latents.put(samples[i].key, rows[i])
+                    self.latents[samples[i].dataset].put(samples[i].key, rows[i])
         return self.stack(rows)
 
     @torch.no_grad()
@@ -74,49 +81,64 @@ class SampleEncoder:
         names = rows[0] if rows else {}
         return {name: torch.stack([row[name].to(self.device) for row in rows]) for name in names}
 
-    def fill(self, accelerator, shards: list[str], reader, prompts: list[str], workers: int):
+    def fill(self, accelerator, datasets: list[Dataset], readers, prompts: list[str], workers: int):
         """Encode all that the caches lack, each process its share of the shards. Shards that are done are not read."""
-        todo = [shard for shard in shards if is_local(shard) and not self.is_done(shard)]
+        todo = [
+            (i, part) for i, dataset in enumerate(datasets) if "vae" not in dataset.skip
+            for part in dataset.parts if is_local(part) and not self.latents[i].is_marked(self.done_name(dataset, part))
+        ]  # fmt: skip
         if accelerator.is_main_process:
             self.encode_text(prompts)
-        share = ShardPass(todo, reader, process=accelerator.process_index, processes=accelerator.num_processes)
-        waiting: list[Sample] = []
+        share = ShardPass(todo, readers, process=accelerator.process_index, processes=accelerator.num_processes)
+        waiting: dict[tuple, list[Sample]] = {}  # by bucket
         with tqdm(desc="filling caches", unit=" images", disable=not accelerator.is_main_process) as bar:
             for item in DataLoader(share, batch_size=None, num_workers=min(workers, len(todo))):
-                end_of_shard = not isinstance(item, Sample)
-                if not end_of_shard:
+                if isinstance(item, Sample):
                     bar.update()
-                    if item.latents is None or text_key(item.caption) not in self.text:
-                        waiting.append(item)
-                if waiting and (end_of_shard or len(waiting) == self.vae_batch_size):
-                    self.encode_text([sample.caption for sample in waiting])
-                    self.encode_images([sample for sample in waiting if sample.latents is None])
-                    waiting = []
-                if end_of_shard:
+                    if "text" in datasets[item.dataset].skip:
+                        item.captions = []
+                    if item.latents is None or any(text_key(caption) not in self.text for caption in item.captions):
+                        waiting.setdefault(item.bucket, []).append(item)
+                        if len(waiting[item.bucket]) == self.vae_batch_size:
+                            self.encode(waiting.pop(item.bucket))
+                else:  # the end of a shard
+                    while waiting:
+                        self.encode(waiting.popitem()[1])
                     self.flush()
-                    self.latents.mark(self.done_name(item))
+                    dataset, part = todo[item]
+                    self.latents[dataset].mark(self.done_name(datasets[dataset], part))
         self.flush()
         accelerator.wait_for_everyone()
-        self.latents.refresh()
-        self.text.refresh()
-        accelerator.print(f"caches: {len(self.latents.index)} latents, {len(self.text.index)} prompts")
+        stores = {id(store): store for store in self.latents}.values()
+        for store in [*stores, self.text]:
+            store.refresh()
+        count = sum(len(store.index) for store in stores)
+        accelerator.print(f"caches: {count} latents, {len(self.text.index)} prompts")
 
-    def done_name(self, shard: str) -> str:
-        return f"{shard_fingerprint(shard)}-{self.text.folder.name}"
+    def encode(self, samples: list[Sample]):
+        self.encode_text(list(dict.fromkeys(caption for sample in samples for caption in sample.captions)))
+        self.encode_images([sample for sample in samples if sample.latents is None])
 
-    def is_done(self, shard: str) -> bool:
-        return self.latents.is_marked(self.done_name(shard))
+    def done_name(self, dataset: Dataset, part) -> str:
+        captions = "no-captions" if "text" in dataset.skip else dataset.caption_strategy or "captions"
+        merged = f"-{identity(merged=sorted(dataset.merged.items()))}" if dataset.merged else ""
+        return f"{part_fingerprint(part)}-{captions}{merged}-{self.text.folder.name}"
 
     def flush(self):
-        for store in (self.latents, self.text):
+        for store in [*(self.latents or []), self.text]:
             if store is not None:
                 store.flush()
 
 
-def open_stores(args, latents_identity: str, text_identity: str) -> tuple[TensorStore, TensorStore]:
-    """Both stores, in folders named by what shaped their records."""
+def open_stores(args, latents_identities: list[str], text_identity: str) -> tuple[list[TensorStore], TensorStore]:
+    """Each dataset's store of latents and that of texts, in folders named by what shaped their records."""
     root = f"{args.output_dir}/cache"
-    return (
-        TensorStore(f"{args.cache_dir_vae or root + '/vae'}/{latents_identity}", args.compress_disk_cache),
-        TensorStore(f"{args.cache_dir_text or root + '/text'}/{text_identity}", args.compress_disk_cache),
+    pairs = zip(args.datasets, latents_identities, strict=True)
+    folders = [f"{dataset.cache_dir_vae or args.cache_dir_vae or root + '/vae'}/{name}" for dataset, name in pairs]
+    stores = {folder: TensorStore(folder, args.compress_disk_cache) for folder in dict.fromkeys(folders)}
+    text = TensorStore(
+        f"{args.cache_dir_text or root + '/text'}/{text_identity}",
+        args.compress_disk_cache,
+        args.write_batch_size or RECORDS_PER_FILE,
     )
+    return [stores[folder] for folder in folders], text

@@ -11,8 +11,8 @@ def write_model_card(
 ):
     """README.md with how to use the model, what made it, and what came out."""
     command = shlex.join(["accelerate", "launch", *hide_secrets(sys.argv)])
-    # Of the shards their spec alone: expanded it may be thousands of lines.
-    shown = {key: value for key, value in sorted(settings.items()) if key not in ("hub_token", "shards", "notes")}
+    # Of the data the flags alone: shards and files may be thousands of lines.
+    shown = {key: value for key, value in sorted(settings.items()) if key not in ("hub_token", "datasets", "notes")}
     base = settings["pretrained_teacher_model"]
     # A hub's base_model is owner/name; a folder of this machine is nobody else's business.
     base_model = f"base_model: {base}\n" if not Path(base).exists() else ""

@@ -1,10 +1,13 @@
-"""Deterministic, resumable order of samples.
+"""Deterministic, resumable order of samples, and batches of one size each.
 
 The training set is one endless sequence of samples. `lanes` readers each go through their own share of the shards, in
 an order drawn anew each epoch and shuffled within blocks; sample q of the sequence comes from lane q mod lanes. Process
 p of P takes the samples q = p (mod P), and its workers split those again, so that the sequence is the same however many
-processes and workers read it. Every sample carries a cursor, the place in its lane where reading goes on after it: the
-cursors of the last samples used are all that a checkpoint needs.
+processes and workers read it. Every sample carries a cursor, the place in its lane where reading goes on after it.
+
+A process reads a batch's number of samples at a time, and each sample waits in its bucket until there is a batch of
+them. Which samples make which batch thus follows from the sequence alone. A checkpoint needs, of each lane, the cursor
+before its first sample that was not used, and which later ones were: all that waited is read again.
 """
 
 import hashlib
@@ -13,16 +16,19 @@ import math
 import os
 import signal
 import threading
-from collections import Counter
+from collections import Counter, deque
+from dataclasses import replace
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, IterableDataset
 
-from common.data import BadSample, NoGoodSamples, Sample, read_shard
+from common.data import BadSample, ImageReader, NoGoodSamples, Sample
+from common.sources import read_part
 
 LANES = 8  # streams open at a time, where processes x workers do not ask for more
+PATIENCE = 128  # reads for which a sample waits until its bucket has a batch
 
 
 def plan_lanes(shards: int, processes: int, workers: int, lanes: int | None = None) -> tuple[int, int]:
@@ -44,35 +50,46 @@ def plan_lanes(shards: int, processes: int, workers: int, lanes: int | None = No
 
 
 class ShardStream(IterableDataset):
-    """This process's share of the endless sequence; each item is one worker's part of one batch, a list of samples."""
+    """This process's share of the endless sequence; each item is one worker's part of one read, a list of samples.
 
-    def __init__(self, shards, reader, *, seed, batch_size, process, processes, lanes, shuffle_buffer=1000, state=None):
-        self.shards, self.reader, self.seed = shards, reader, seed
+    `shards` are pairs of a dataset's number and a part of it, `readers` are the datasets'.
+    """
+
+    def __init__(
+        self, shards, readers, *, seed, batch_size, process, processes, lanes, shuffle_buffer=1000, state=None
+    ):
+        self.shards, self.readers, self.seed = shards, readers, seed
         self.batch_size, self.process, self.processes, self.lanes = batch_size, process, processes, lanes
         self.block = max(1, shuffle_buffer // lanes)
-        state = state or {"batch": 0, "cursors": {}}
-        self.batch, self.cursors = state["batch"], {int(lane): tuple(at) for lane, at in state["cursors"].items()}
+        state = state or {"starts": {}, "used": []}
+        self.starts = {lane: (lane, 0, 0, 0) for lane in range(process, lanes, processes)}  # position and cursor
+        self.starts |= {int(lane): tuple(at) for lane, at in state["starts"].items() if int(lane) in self.starts}
+        self.used = {position for position in state["used"] if position % lanes in self.starts}
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         readers = {}
         barren, faults = set(), Counter()  # shards read to their end, and samples skipped, since the last good sample
-        for batch in itertools.count(self.batch):
+        first = min(position for position, *_ in self.starts.values()) // self.processes // self.batch_size
+        for read in itertools.count(first):
             samples = []
-            for i in range(batch * self.batch_size, (batch + 1) * self.batch_size):
-                if i % workers == worker:
-                    position = i * self.processes + self.process
-                    lane = position % self.lanes
-                    if lane not in readers:
-                        readers[lane] = self.read_lane(lane, self.cursors.get(lane, (0, 0, 0)), barren, faults)
-                    try:
-                        sample = next(readers[lane])
-                    except NoGoodSamples as error:  # raised here, it would reach the user as a worker's traceback
-                        yield error
-                        return
-                    sample.position = position
-                    samples.append(sample)
+            for i in range(read * self.batch_size, (read + 1) * self.batch_size):
+                position = i * self.processes + self.process
+                lane = position % self.lanes
+                if i % workers != worker or position < self.starts[lane][0]:
+                    continue
+                if lane not in readers:
+                    readers[lane] = self.read_lane(lane, self.starts[lane][1:], barren, faults)
+                try:
+                    sample = next(readers[lane])
+                except NoGoodSamples as error:  # raised here, it would reach the user as a worker's traceback
+                    yield error
+                    return
+                sample.position = position
+                if position in self.used:  # only to know the cursor after it
+                    sample = replace(sample, latents=None, pixels=None, faults=Counter())
+                samples.append(sample)
             yield samples
 
     def read_lane(self, lane: int, cursor: tuple[int, int, int], barren: set, faults: Counter):
@@ -86,7 +103,8 @@ class ShardStream(IterableDataset):
                     try:
                         if isinstance(members, str):
                             raise BadSample(members)
-                        sample = self.reader(members, f"{epoch} {shard} {key}")
+                        reader = self.readers[self.shards[shard][0]]
+                        sample = reader(members, f"{epoch} {shard} {key}", key.rpartition("/")[2])
                     except BadSample as cause:
                         faults[str(cause)] += 1
                         continue
@@ -110,7 +128,7 @@ class ShardStream(IterableDataset):
         Like crop and flip the order follows from the shard's number, so that data may move between run and resume.
         """
         index = 0
-        samples = read_shard(self.shards[shard])
+        samples = read_part(self.shards[shard][1])
         while block := list(itertools.islice(samples, self.block)):
             order = np.random.default_rng((self.seed, epoch, index, shard)).permutation(len(block))
             for i in order:
@@ -136,42 +154,88 @@ def end_when_parent_says():
 
 
 class Batches:
-    """Iterates over lists of samples, one per batch of this process, and knows the position for a checkpoint."""
+    """Iterates over lists of samples of one bucket, one list per batch of this process; knows the place to resume at.
+
+    A bucket whose first sample has waited for long is not waited for: its samples are repeated to make a batch.
+    """
 
     def __init__(self, stream: ShardStream, workers: int):
         self.stream, self.parts = stream, max(workers, 1)
-        self.batch, self.cursors, self.faults = stream.batch, dict(stream.cursors), Counter()
+        self.starts, self.used, self.faults = dict(stream.starts), set(stream.used), Counter()
+        self.read_since = {lane: deque() for lane in self.starts}  # (position, cursor) of samples since the start
+        self.reads, self.padded = 0, set()
+        self.waiting: dict[tuple, list[tuple[int, Sample]]] = {}  # by bucket: read, sample
+        self.ready: deque[list[Sample]] = deque()
         options = {"prefetch_factor": 4, "worker_init_fn": outlive_signals} if workers else {}
         self.loader = iter(DataLoader(stream, batch_size=None, num_workers=workers, **options))
 
     def __next__(self) -> list[Sample]:
+        while not self.ready:
+            self.read()
+        samples = self.ready.popleft()
+        for sample in samples:
+            self.used.add(sample.position)
+            self.faults += sample.faults
+        for lane, read in self.read_since.items():
+            while read and read[0][0] in self.used:
+                position, cursor = read.popleft()
+                self.used.discard(position)
+                self.starts[lane] = (position + self.stream.lanes, *cursor)
+        size = self.stream.batch_size
+        if len(samples) < size:
+            self.report_padding(samples[0].bucket)
+            # A repeated sample is another visit: its position, from which noise and t follow, is one of its own.
+            again = [replace(sample, position=sample.position + (turn << 48), faults=Counter())
+                     for turn in range(1, size) for sample in samples]  # fmt: skip
+            samples = [*samples, *again][:size]
+        return samples
+
+    def read(self):
+        """One read: samples into their buckets in order, and batches that are full or have waited for too long."""
         parts = [next(self.loader) for _ in range(self.parts)]
         for part in parts:
             if isinstance(part, NoGoodSamples):
                 raise part
-        samples = sorted(itertools.chain(*parts), key=lambda sample: sample.position)
-        for sample in samples:
-            self.cursors[sample.cursor[0]] = sample.cursor[1:]
-            self.faults += sample.faults
-        self.batch += 1
-        return samples
+        for sample in sorted(itertools.chain(*parts), key=lambda sample: sample.position):
+            self.read_since[sample.cursor[0]].append((sample.position, sample.cursor[1:]))
+            if sample.position in self.used:
+                continue
+            bucket = self.waiting.setdefault(sample.bucket, [])
+            bucket.append((self.reads, sample))
+            if len(bucket) == self.stream.batch_size:
+                self.ready.append([sample for _, sample in self.waiting.pop(sample.bucket)])
+        late = [bucket for bucket, entries in self.waiting.items() if entries[0][0] <= self.reads - PATIENCE]
+        for bucket in sorted(late, key=lambda bucket: self.waiting[bucket][0][1].position):
+            self.ready.append([sample for _, sample in self.waiting.pop(bucket)])
+        self.reads += 1
+
+    def report_padding(self, bucket: tuple[int, int]):
+        if bucket not in self.padded:
+            self.padded.add(bucket)
+            print(
+                f"bucket {bucket[1]}x{bucket[0]}: fewer than {self.stream.batch_size} samples among "
+                f"{PATIENCE * self.stream.batch_size}, its batches are filled by repeating them"
+            )
 
     def state(self) -> dict:
         """Of this process; those of all processes together resume the stream."""
-        return {"batch": self.batch, "cursors": self.cursors, "faults": dict(self.faults), "lanes": self.stream.lanes}
+        places = {"lanes": self.stream.lanes, "starts": dict(self.starts), "used": sorted(self.used)}
+        return places | {"faults": dict(self.faults)}
 
 
-def open_batches(args, accelerator, reader, state) -> Batches:
+def open_batches(args, accelerator, readers: list[ImageReader], state) -> Batches:
     processes = accelerator.num_processes
+    # A dataset's parts stand there once for each of its visits in an epoch, so that those are spread over it.
+    shards = [(i, part) for i, dataset in enumerate(args.datasets) for part in dataset.parts * (dataset.repeats + 1)]
     try:
         resumed = state["lanes"] if state else None
-        lanes, workers = plan_lanes(len(args.shards), processes, args.dataloader_num_workers, resumed)
+        lanes, workers = plan_lanes(len(shards), processes, args.dataloader_num_workers, resumed)
     except ValueError as error:
-        raise SystemExit(f"--train_shards_path_or_url: {error}") from None
+        raise SystemExit(f"{args.data_source}: {error}") from None
     if workers < args.dataloader_num_workers:
-        accelerator.print(f"--dataloader_num_workers: {len(args.shards)} shards feed only {workers} in {lanes} lanes")
+        accelerator.print(f"--dataloader_num_workers: {len(shards)} shards feed only {workers} in {lanes} lanes")
     stream = ShardStream(
-        args.shards, reader, seed=args.seed, batch_size=args.train_batch_size, process=accelerator.process_index,
+        shards, readers, seed=args.seed, batch_size=args.train_batch_size, process=accelerator.process_index,
         processes=processes, lanes=lanes, state=state,
     )  # fmt: skip
     return Batches(stream, workers)
@@ -180,28 +244,30 @@ def open_batches(args, accelerator, reader, state) -> Batches:
 def gather_states(batches, accelerator) -> tuple[dict, Counter]:
     """Place in the data and samples skipped, of all processes."""
     states = gather_object([batches.state()])
-    cursors = {lane: cursor for state in states for lane, cursor in state["cursors"].items()}
+    starts = {lane: start for state in states for lane, start in state["starts"].items()}
+    used = sorted(position for state in states for position in state["used"])
     faults = sum((Counter(state["faults"]) for state in states), Counter())
-    return {"batch": batches.batch, "lanes": batches.stream.lanes, "cursors": cursors}, faults
+    return {"lanes": batches.stream.lanes, "starts": starts, "used": used}, faults
 
 
 class ShardPass(IterableDataset):
-    """What fills a cache: all good samples of this process's share of the shards, after a shard's last its name."""
+    """What fills a cache: all good samples of this process's share of the shards, after a shard's last the shard."""
 
-    def __init__(self, shards, reader, *, process, processes):
-        self.shards, self.reader, self.process, self.processes = shards, reader, process, processes
+    def __init__(self, shards, readers, *, process, processes):
+        self.shards, self.readers, self.process, self.processes = shards, readers, process, processes
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        for shard in self.shards[self.process + self.processes * worker :: self.processes * workers]:
-            for key, members in read_shard(shard):
+        for number in range(self.process + self.processes * worker, len(self.shards), self.processes * workers):
+            dataset, part = self.shards[number]
+            for key, members in read_part(part):
                 if not isinstance(members, str):
                     try:
-                        yield self.reader(members, f"{shard} {key}")
+                        yield self.readers[dataset](members, key, key.rpartition("/")[2])
                     except BadSample:
                         pass  # counted when training meets it
-            yield shard
+            yield number
 
 
 def sample_generator(seed: int, position: int) -> torch.Generator:

@@ -1,6 +1,7 @@
 """Caches: three modes, keys by content, damage, and what a run from a full cache loads."""
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from safetensors import safe_open
 import train_lcm_distill_sd as script
 from common import cache
 from common.cache import TensorStore, identity, text_key, weights_identity
-from common.data import expand_shards, read_shard
+from common.shards import expand_shards, read_shard
 from tests.helpers import encoded, launch, tiny_pipeline, toy_shards, write_shard
 
 
@@ -42,9 +43,13 @@ class Accelerator:
 def opened(teacher, shards, folder, *more, dtype=torch.float32):
     """Encoder, batches, and how often each network was loaded."""
     flags = ["--pretrained_teacher_model", teacher, "--train_shards_path_or_url", shards, "--output_dir", folder]
-    args = script.parse_args([str(flag) for flag in [*flags, "--resolution", 32, "--train_batch_size", 4, *more]])
+    return open_and_count([*flags, "--resolution", 32, "--train_batch_size", 4, *more], dtype)
+
+
+def open_and_count(flags, dtype=torch.float32):
+    args = script.parse_args([str(flag) for flag in flags])
     loads = {"vae": 0, "text": 0}
-    encoder, reader = script.open_encoder(args, Accelerator(), dtype)
+    encoder, readers = script.open_encoder(args, Accelerator(), dtype)
     load_vae, load_text = encoder.load_vae, encoder.load_text
 
     def counted(name, load):
@@ -56,7 +61,7 @@ def opened(teacher, shards, folder, *more, dtype=torch.float32):
 
     encoder.load_vae, encoder.load_text = counted("vae", load_vae), counted("text", load_text)
     encoder.release()
-    return encoder, script.open_batches(args, Accelerator(), reader, None), loads
+    return encoder, script.open_batches(args, Accelerator(), readers, None), loads
 
 
 def epoch(encoder, batches, count: int = 4):
@@ -95,9 +100,9 @@ def test_full_cache_loads_no_encoder_and_agrees_with_streaming(teacher, shards, 
 
 def test_on_demand_encodes_what_it_meets_once(teacher, shards, tmp_path):
     encoder, batches, loads = opened(teacher, shards, tmp_path, "--vae_cache_ondemand")
-    assert len(encoder.latents.index) == 0
+    assert len(encoder.latents[0].index) == 0
     first = epoch(encoder, batches, 2)
-    assert loads == {"vae": 1, "text": 1} and len(encoder.latents.waiting) == 8
+    assert loads == {"vae": 1, "text": 1} and len(encoder.latents[0].waiting) == 8
     encoder.flush()
     encoder, batches, loads = opened(teacher, shards, tmp_path, "--vae_cache_ondemand")
     assert_same(first, epoch(encoder, batches, 2))
@@ -316,3 +321,91 @@ def pixels_of(shards: str, caption: str) -> torch.Tensor:
                 image = Image.open(io.BytesIO(members["png"])).crop((4, 0, 36, 32))
                 return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1.0
     raise AssertionError(caption)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several datasets and sizes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def several(tmp_path):
+    """flags(**changes) of two folders: one in two buckets, the other of squares; each caption file has two lines."""
+    sizes = {"a": [(32, 32)] * 4 + [(24, 40)] * 4, "b": [(64, 64)] * 4}
+    for name, images in sizes.items():
+        (tmp_path / name).mkdir()
+        for i, size in enumerate(images):
+            Image.new("RGB", size[::-1], (20 * i, 9, 9)).save(tmp_path / name / f"{i}.png")
+            (tmp_path / name / f"{i}.txt").write_text(f"{name}{i} one\n{name}{i} two")
+
+    def flags(*more, **changes):
+        size = {"type": "local", "resolution": 32, "resolution_type": "pixel_area", "crop": False} | changes
+        entries = [
+            {"id": "a", "instance_data_dir": str(tmp_path / "a"), "cache_dir_vae": str(tmp_path / "vae_a"), **size},
+            {"id": "b", "instance_data_dir": str(tmp_path / "b"), "cache_dir_vae": str(tmp_path / "vae_b"), **size},
+            {"id": "t", "dataset_type": "text_embeds", "cache_dir": str(tmp_path / "texts"), "write_batch_size": 5},
+        ]
+        (tmp_path / "data.json").write_text(json.dumps(entries))
+        return ["--data_backend_config", tmp_path / "data.json", *more]
+
+    return flags
+
+
+def opened_several(teacher, flags, folder):
+    base = ["--pretrained_teacher_model", teacher, "--output_dir", folder, "--train_batch_size", 2]
+    return open_and_count([*base, *flags])
+
+
+def test_each_dataset_has_its_own_store_and_each_record_its_geometry(teacher, several, tmp_path):
+    encoder, batches, loads = opened_several(teacher, several(), tmp_path / "o")
+    assert (records(tmp_path / "vae_a"), records(tmp_path / "vae_b")) == (8, 4)
+    assert records(tmp_path / "texts") == 2 * 12 + 1 + 4  # all captions, the empty one, those of the pictures
+    files = list((tmp_path / "texts").rglob("*.safetensors"))
+    assert max(map(records_of_file, files)) == 5
+    told = {}
+    for _ in range(24):
+        samples = next(batches)
+        images = encoder.encode_images(samples)
+        encoder.encode_text([sample.caption for sample in samples])
+        rows, columns = samples[0].bucket
+        assert images["mean"].shape == (2, 4, rows // 8, columns // 8)
+        told |= {
+            sample.caption.split()[0]: ids.tolist() for sample, ids in zip(samples, images["size_ids"], strict=True)
+        }
+    assert loads == {"vae": 0, "text": 0}
+    assert told["a0"] == [32, 32, 0, 0, 32, 32] and told["b1"] == [64, 64, 0, 0, 32, 32]
+    assert told["a5"][:2] == [24, 40] and told["a5"][4:] == [24, 40] and len(told) == 12
+    _, _, loads = opened_several(teacher, several(), tmp_path / "another_run")
+    assert (records(tmp_path / "vae_a"), loads) == (8, {"vae": 0, "text": 0})
+
+
+def test_cached_and_streamed_buckets_agree(teacher, several, tmp_path):
+    found = []
+    for mode in (["--vae_cache_disable"], ["--vae_cache_ondemand"], []):
+        encoder, batches, _ = opened_several(teacher, several(*mode, crop_style="center"), tmp_path / "o")
+        found.append(epoch(encoder, batches, 12))
+    for other in found[1:]:
+        assert_same(found[0], other)
+
+
+def test_skipped_discovery_leaves_it_to_training(teacher, several, tmp_path):
+    encoder, batches, loads = opened_several(teacher, several(skip_file_discovery="vae"), tmp_path / "o")
+    assert records(tmp_path / "vae_a") == 0
+    epoch(encoder, batches, 2)
+    encoder.flush()
+    assert loads == {"vae": 1, "text": 1} and records(tmp_path / "vae_a") + records(tmp_path / "vae_b") > 0
+    opened_several(teacher, several(skip_file_discovery="text"), tmp_path / "p")
+    assert records(tmp_path / "vae_a") == 8
+
+
+def test_images_of_a_small_bucket_have_a_record_of_their_own(teacher, several, tmp_path):
+    """Another batch size sends them elsewhere; what was cached for their own bucket stays good."""
+    opened_several(teacher, several(), tmp_path / "o")
+    _, batches, _ = opened_several(teacher, several("--train_batch_size", 9), tmp_path / "o")
+    assert batches.stream.readers[0].merged == {}  # 4 and 8: no bucket has enough, so both stay
+    _, batches, loads = opened_several(teacher, several("--train_batch_size", 5), tmp_path / "o")
+    assert batches.stream.readers[0].merged == {(24, 40): (32, 32)}
+    assert {sample.bucket for _ in range(4) for sample in next(batches)} == {(32, 32)}
+    assert (records(tmp_path / "vae_a"), records(tmp_path / "vae_b"), loads["vae"]) == (8 + 4, 4, 0)
+    _, _, loads = opened_several(teacher, several("--train_batch_size", 4), tmp_path / "o")
+    assert (records(tmp_path / "vae_a"), loads["vae"]) == (8 + 4, 0)

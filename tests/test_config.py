@@ -189,7 +189,6 @@ def test_a_single_number_of_steps_is_a_list_of_one(parse):
         ({"distillation_config": [1]}, "distillation_config is [1], and must be an object"),
         ({"delete_problematic_images": True}, "delete_problematic_images: this program never deletes your files"),
         ({"config": "other.json"}, "unknown key 'config'"),
-        ({"data_backend_config": "no_such.json"}, "no_such.json: No such file"),
         ({"w_min": 3.0, "w_max": 2.0}, "--w_min 3.0 and --w_max 2.0"),
         ([], "must be a JSON object"),
     ],
@@ -231,12 +230,18 @@ def test_a_dataset_file(tmp_path, shards, capsys):
             {"id": "text", "type": "local", "dataset_type": "text_embeds", "cache_dir": "embeds", "default": True},
         ]
     )
-    assert [Path(shard).name for shard in args.shards] == [f"0000{i}.tar" for i in range(4)]
-    assert (args.cache_dir_vae, args.cache_dir_text, args.num_samples) == ("latents", "embeds", 32)
-    assert len(with_entries(images).shards) == 2  # a single object is a list of one
-    assert "'c' is of type 'parquet'" in refused([images, {"id": "c", "type": "parquet"}])
+    assert [Path(part).name for dataset in args.datasets for part in dataset.parts] == [
+        f"0000{i}.tar" for i in range(4)
+    ]
+    assert [dataset.cache_dir_vae for dataset in args.datasets] == ["latents", None]
+    assert (args.cache_dir_text, args.num_samples) == ("embeds", 32)
+    assert len(with_entries(images).datasets[0].parts) == 2  # a single object is a list of one
+    assert "'c' has type 'parquet'" in refused([images, {"id": "c", "type": "parquet"}])
     assert "'d' has no instance_data_dir" in refused([{"id": "d", "type": "webdataset"}])
     assert "must be a list of objects" in refused(["a.tar"])
+    with pytest.raises(SystemExit):
+        script.parse_args(["--pretrained_teacher_model", "teacher", "--data_backend_config", "no_such.json"])
+    assert "no_such.json: No such file" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,8 +273,9 @@ LAUNCH_LINE = r"""
 
 def test_the_documents_launch_line_parses():
     args = script.parse_args(shlex.split(LAUNCH_LINE.replace("\\\n", " ")))
-    assert len(args.shards) == 1100 and args.shards[7].endswith("/data/00007.tar?download=true")
-    assert args.shards[7].startswith("pipe:curl -L -s https://huggingface.co/")
+    shards = args.datasets[0].parts
+    assert len(shards) == 1100 and shards[7].endswith("/data/00007.tar?download=true")
+    assert shards[7].startswith("pipe:curl -L -s https://huggingface.co/")
     assert (args.max_train_steps, args.num_samples, args.caches) == (1000, 4_000_000, "off")
     assert (args.optimizer, args.mixed_precision, args.report_to) == ("adamw8bit", "fp16", "wandb")
     assert (args.model_type, args.push_to_hub, args.seed) == ("full", True, 453645634)

@@ -24,26 +24,29 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import ImageReader, NoGoodSamples, count_samples, expand_shards, read_shard
+from common.buckets import Rules
+from common.data import ImageReader, NoGoodSamples
+from common.datasets import Dataset
+from common.shards import expand_shards, read_shard
+from common.sources import count_samples
 from common.stream import Batches, ShardStream, open_batches, plan_lanes
 from tests.helpers import ROOT, add_member, encoded, launch, tiny_pipeline, toy_shards, write_shard
 
 
-def reader(**changes) -> ImageReader:
-    settings = {
-        "resolution": 16,
-        "interpolation_type": "bilinear",
-        "center_crop": True,
-        "random_flip": False,
-        "seed": 0,
-    }
-    return ImageReader(**settings | changes)
+def reader(resolution=16, interpolation_type="bilinear", center_crop=True, random_flip=False, seed=0) -> ImageReader:
+    rules = Rules(resolution, alignment=min(8, resolution), crop_style="center" if center_crop else "random")
+    return ImageReader(rules, interpolation_type, random_flip, seed)
+
+
+def numbered(shards) -> list[tuple[int, str]]:
+    """As the shards of a single dataset."""
+    return [(0, shard) for shard in shards]
 
 
 def batches(shards, *, state=None, workers=0, batch_size=4, process=0, processes=1, seed=0, lanes=None, buffer=8):
     planned, workers = plan_lanes(len(shards), processes, workers)
     stream = ShardStream(
-        shards, reader(), seed=seed, batch_size=batch_size, process=process, processes=processes,
+        numbered(shards), [reader()], seed=seed, batch_size=batch_size, process=process, processes=processes,
         lanes=lanes or planned, shuffle_buffer=buffer, state=state,
     )  # fmt: skip
     return Batches(stream, workers)
@@ -131,7 +134,7 @@ def test_faults_are_skipped_and_counted(tmp_path):
     shards, causes, right = faulty_shards(tmp_path)
     source = batches(shards, lanes=1, batch_size=1)
     seen = {}
-    while source.cursors.get(0, (0,))[0] == 0:  # one epoch
+    while source.state()["starts"][0][1] == 0:  # one epoch
         (sample,) = next(source)
         seen.setdefault(sample.caption, sample)
     assert set(source.faults) == {*causes, "truncated shard", "unreadable shard"}
@@ -214,7 +217,7 @@ def test_order_and_crops_do_not_depend_on_where_the_data_lies(tmp_path, shards):
     wide = partial(reader, center_crop=False, random_flip=True)
     found = []
     for paths in (shards, copies):
-        stream = ShardStream(paths, wide(), seed=0, batch_size=64, process=0, processes=1, lanes=4)
+        stream = ShardStream(numbered(paths), [wide()], seed=0, batch_size=64, process=0, processes=1, lanes=4)
         found.append([(sample.caption, sample.size_ids) for sample in next(Batches(stream, 0))])
     assert found[0] == found[1]
 
@@ -457,17 +460,23 @@ def test_ctrl_c_does_not_reach_the_program_behind_a_pipe(tmp_path, shards):
     assert int((tmp_path / "group").read_text()) != os.getpgrp()
 
 
+def datasets(shards) -> list[Dataset]:
+    return [Dataset("shards", shards, reader().rules)]
+
+
 @pytest.mark.parametrize(("workers", "kept"), [(0, 0), (1, 1), (2, 2), (3, 2), (4, 4), (7, 4)])
 def test_resuming_with_another_number_of_workers(shards, workers, kept):
     """The lanes of a run stay: each must have one reader, or samples come twice and others never."""
-    args = Namespace(shards=shards, dataloader_num_workers=0, seed=0, train_batch_size=4)
+    args = Namespace(
+        datasets=datasets(shards), data_source="--shards", dataloader_num_workers=0, seed=0, train_batch_size=4
+    )
     said = []
     one = Namespace(num_processes=1, process_index=0, print=said.append)
-    expected = captions(open_batches(args, one, reader(), None), 30)
-    source = open_batches(args, one, reader(), None)
+    expected = captions(open_batches(args, one, [reader()], None), 30)
+    source = open_batches(args, one, [reader()], None)
     captions(source, 5)
     args.dataloader_num_workers = workers
-    later = open_batches(args, one, reader(), source.state())
+    later = open_batches(args, one, [reader()], source.state())
     assert later.parts == max(kept, 1) and bool(said) == (workers != kept)
     assert captions(later, 25) == expected[20:]
 
@@ -475,10 +484,12 @@ def test_resuming_with_another_number_of_workers(shards, workers, kept):
 def test_resuming_with_processes_that_do_not_fit_is_refused(shards):
     source = batches(shards)
     next(source)
-    args = Namespace(shards=shards, dataloader_num_workers=0, seed=0, train_batch_size=4)
+    args = Namespace(
+        datasets=datasets(shards), data_source="--shards", dataloader_num_workers=0, seed=0, train_batch_size=4
+    )
     three = Namespace(num_processes=3, process_index=0, print=print)
     with pytest.raises(SystemExit, match="8 lanes of the checkpoint's data cannot be split over 3 processes"):
-        open_batches(args, three, reader(), source.state())
+        open_batches(args, three, [reader()], source.state())
 
 
 def test_steps_of_a_run_given_in_epochs(tmp_path, monkeypatch):

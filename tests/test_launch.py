@@ -60,7 +60,7 @@ def test_train_resume_finish_load(world, tmp_path, student):
 @pytest.mark.parametrize("student", [["--model_type", "full", "--export_pipeline"], ["--use_dora"]])
 def test_sdxl_trains_and_loads(sdxl_world, tmp_path, student):
     folder = tmp_path / "out"
-    launch(SDXL, *flags(sdxl_world, folder, "--max_train_steps", 3, *student))
+    launch(SDXL, *flags(sdxl_world, folder, "--max_train_steps", 3, "--bucket_alignment", 8, *student))
     repeat_picture(folder, tmp_path)
 
 

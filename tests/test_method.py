@@ -115,8 +115,8 @@ def lcm_in_float64(args, pipeline=StableDiffusionPipeline, conditions=sd_conditi
     first = [torch.zeros_like(p) for p in student.parameters()]
     second = [torch.zeros_like(p) for p in student.parameters()]
 
-    reader = ImageReader(args.resolution, args.interpolation_type, True, False, args.seed)
-    batches = script.open_batches(args, Accelerator(), reader, None)
+    reader = ImageReader(args.datasets[0].rules, args.interpolation_type, False, args.seed)
+    batches = script.open_batches(args, Accelerator(), [reader], None)
     losses = []
     for step in range(1, args.max_train_steps + 1):
         f_student, f_target = [], []
@@ -518,7 +518,7 @@ def test_every_flag_is_read(monkeypatch):
         "help",
         "local_rank",  # says that it has no job
         "use_8bit_adam",  # becomes --optimizer
-        "train_shards_path_or_url",  # becomes args.shards
+        "train_shards_path_or_url",  # becomes args.datasets
         "max_train_samples",  # becomes args.num_samples
         "vae_cache_ondemand",  # these become args.caches
         "vae_cache_disable",

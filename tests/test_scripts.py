@@ -33,12 +33,18 @@ def test_training_is_the_same_word_for_word():
     assert sd["training"].count("\n") > 250  # that it is not compared with nothing
 
 
-def test_imports_differ_by_the_model_alone():
+def test_imports_differ_by_model_and_sizes_alone():
     sd, sdxl = (parts(name)["imports"] for name in SCRIPTS)
-    assert own_imports(sd) - own_imports(sdxl) == {("diffusers", "StableDiffusionPipeline")}
+    assert own_imports(sd) - own_imports(sdxl) == {
+        ("diffusers", "StableDiffusionPipeline"),
+        ("common.buckets", "Rules"),
+    }
     assert own_imports(sdxl) - own_imports(sd) == {
         ("diffusers", "StableDiffusionXLPipeline"),
         ("transformers", "CLIPTextModelWithProjection"),
+        ("common.buckets", "add_bucket_flags"),
+        ("common.buckets", "check_bucket_flags"),
+        ("common.buckets", "target_size"),
     }
     constants = [text[text.index("LORA_TARGETS") :] for text in (sd, sdxl)]
     assert constants[0] == constants[1]
@@ -51,7 +57,7 @@ def test_the_model_block_has_the_same_functions():
 
 
 def test_arguments_differ_by_defaults_and_the_model_alone():
-    """Every flag of one is a flag of the other, or is named here."""
+    """The SDXL script has those of sizes and datasets besides, all in common/buckets.py."""
     sd, sdxl = (set(re.findall(r'add\("--(\w+)"', parts(name)["arguments"])) for name in SCRIPTS)
     assert sd == sdxl
 

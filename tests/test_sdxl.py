@@ -33,6 +33,7 @@ ODD_SIZE = (257, 515)  # height and width of an original; bf16 has neither
 def sdxl(monkeypatch):
     """The helpers of the SD script's tests run this script."""
     monkeypatch.setattr(test_method, "script", script)
+    monkeypatch.setattr(test_method, "SHORT", test_method.SHORT + " --bucket_alignment 8")
 
 
 @pytest.fixture(scope="module")

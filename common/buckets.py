@@ -1,0 +1,234 @@
+"""Sizes: to which bucket an image goes, how large it is made for that, and what is cut from it.
+
+A bucket is a target height and width, both multiples of the alignment. An image is resized once, so that it covers the
+target, and cropped once. Sizes are (height, width) everywhere.
+"""
+
+import argparse
+import math
+import random
+from dataclasses import dataclass, replace
+
+RESOLUTION_TYPES = ("pixel", "area", "pixel_area")
+CROP_ASPECTS = ("square", "preserve")
+CROP_STYLES = ("center", "random", "corner")
+MEGAPIXEL = 1e6
+MOST_DECIMALS = 9
+MOST_RATIO = 8.0  # of a bucket's longer side to the shorter one
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Limits are ("side", pixels of the shorter side) or ("area", pixels), or None for no limit."""
+
+    resolution: float
+    resolution_type: str = "pixel"
+    alignment: int = 64
+    decimals: int = 2  # of the ratio that names a bucket
+    minimum: tuple[str, float] | None = None
+    maximum: tuple[str, float] | None = None
+    downsample: tuple[str, float] | None = None
+    crop: bool = True  # False: to the bucket, and no more than the cover leaves over
+    crop_aspect: str = "square"
+    crop_style: str = "random"
+    fixed_size_ids: bool = False  # the network is told that every original was of the resolution, and nothing was cut
+
+
+@dataclass(frozen=True)
+class Placement:
+    resized: tuple[int, int]
+    top: int
+    left: int
+    target: tuple[int, int]
+
+
+def square_side(rules: Rules) -> float:
+    """Side of the square of this resolution, before alignment."""
+    return math.sqrt(rules.resolution * MEGAPIXEL) if rules.resolution_type == "area" else float(rules.resolution)
+
+
+def aligned(length: float, alignment: int) -> int:
+    return max(alignment, math.floor(length / alignment + 0.5) * alignment)
+
+
+def one_bucket(rules: Rules) -> bool:
+    return rules.crop and rules.crop_aspect == "square"
+
+
+def target_size(height: int, width: int, rules: Rules) -> tuple[int, int]:
+    """The bucket of an image: all of the same rounded ratio share it."""
+    side, ratio = square_side(rules), 1.0
+    if not one_bucket(rules):
+        ratio = min(max(round(width / height, rules.decimals), 1.0 / MOST_RATIO), MOST_RATIO)
+    if rules.resolution_type == "pixel":  # the shorter side
+        height, width = side / min(ratio, 1.0), side * max(ratio, 1.0)
+    else:
+        height, width = side / math.sqrt(ratio), side * math.sqrt(ratio)
+    return aligned(height, rules.alignment), aligned(width, rules.alignment)
+
+
+def measured(height: float, width: float, limit: tuple[str, float]) -> float:
+    """An image's size in the limit's own unit."""
+    return min(height, width) if limit[0] == "side" else height * width
+
+
+def too_small(height: int, width: int, rules: Rules) -> bool:
+    return rules.minimum is not None and measured(height, width, rules.minimum) < rules.minimum[1]
+
+
+def place(height: int, width: int, target: tuple[int, int], rules: Rules, rng: random.Random) -> Placement:
+    """How an image gets into its bucket: as small as covers it, or larger where `downsample` leaves more to cut."""
+    if target[1] * height >= target[0] * width:
+        resized = max(target[0], round(height * target[1] / width)), target[1]
+    else:
+        resized = target[0], max(target[1], round(width * target[0] / height))
+    too_large = rules.maximum is not None and measured(height, width, rules.maximum) > rules.maximum[1]
+    if rules.crop and too_large:
+        kind, wanted = rules.downsample
+        scale = wanted / measured(height, width, rules.downsample)
+        scale = min(1.0, scale if kind == "side" else math.sqrt(scale))
+        shrunk = round(height * scale), round(width * scale)
+        if shrunk[0] >= target[0] and shrunk[1] >= target[1]:
+            resized = shrunk
+    spare_y, spare_x = resized[0] - target[0], resized[1] - target[1]
+    if rules.crop_style == "center":
+        top, left = spare_y // 2, spare_x // 2
+    elif rules.crop_style == "corner":
+        top, left = 0, 0
+    else:
+        left, top = rng.randint(0, spare_x), rng.randint(0, spare_y)
+    return Placement(resized, top, left, target)
+
+
+def nearest_bucket(bucket: tuple[int, int], among: list[tuple[int, int]]) -> tuple[int, int]:
+    """The one of the nearest ratio; of two equally near ones the smaller."""
+
+    def distance(other):
+        ratio = math.log(bucket[1] / bucket[0]) - math.log(other[1] / other[0])
+        return round(abs(ratio), 9), other
+
+    return min(among, key=distance)
+
+
+def merge_small(buckets: list[tuple[int, int]], counts: dict[tuple[int, int], int], least: int) -> dict:
+    """Those of a dataset's buckets that have fewer samples than `least`, and into which other of its each goes."""
+    large = [bucket for bucket in buckets if counts[bucket] >= least]
+    return {bucket: nearest_bucket(bucket, large) for bucket in buckets if large and bucket not in large}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings, of the command line or of one dataset
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# fmt: off
+def add_bucket_flags(parser: argparse.ArgumentParser):
+    """Flags of scripts that train on several sizes and take images from more than shards."""
+    add = parser.add_argument_group("sizes; in a dataset file a dataset's own entry wins").add_argument
+    add("--resolution_type", type=str, default="pixel", choices=RESOLUTION_TYPES, help="what --resolution and the sizes below are: pixels of the shorter side; megapixels; or pixels of a square's side, whose area counts")
+    add("--bucket_alignment", type=int, default=64, help="a bucket's sides are multiples of this many pixels")
+    add("--aspect_bucket_rounding", type=int, default=2, help="decimals, 1 to 9, of the ratio width / height that names a bucket; more than 9 is taken for --bucket_alignment")
+    add("--minimum_image_size", type=float, default=0.0, help="smaller images are skipped and counted; in the unit of --resolution_type, but 10 or less is megapixels also under pixel; 0 for none")
+    add("--maximum_image_size", type=float, help="larger images are first shrunk to --target_downsample_size, then cropped; unit as above")
+    add("--target_downsample_size", type=float, help="see --maximum_image_size; unit as above")
+    add("--crop_aspect", type=str, default="square", choices=CROP_ASPECTS, help="square: all images are cropped to one square; preserve: each goes to the bucket nearest to its own ratio")
+    add("--crop_style", type=str, choices=CROP_STYLES, help="where the crop is taken, corner: top left; default: random, or center with --center_crop")
+    add("--use_fix_crop_and_size", action="store_true", help="tell the network that every original has the resolution's size and is not cropped; default: its true size and crop")
+    add("--disable_bucket_pruning", action="store_true", help="keep buckets of fewer samples than a batch, their batches are filled by repeating what is there; default: their images go to the bucket of the nearest ratio that has enough")
+
+    add = parser.add_argument_group("datasets, one of these or --train_shards_path_or_url or --data_backend_config").add_argument
+    add("--train_data_dir", type=str, help="folder of images, with captions in metadata.jsonl or in a .txt beside each; or of parquet files")
+    add("--dataset_name", type=str, help="dataset on the hub, read by the package `datasets`; or a local folder or parquet file")
+    add("--dataset_config_name", type=str, help="which of that dataset's configurations")
+    add("--image_column", type=str, default="image", help="of a parquet file or dataset")
+    add("--caption_column", type=str, default="text", help="of a parquet file, a dataset or metadata.jsonl; text, or a list of alternatives")
+    add("--ignore_final_epochs", action="store_true", help="--max_train_steps alone ends the run, as it always does where it is given")
+# fmt: on
+
+
+def check_bucket_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Rules:
+    """Every rule between these flags, and the sizes that follow from them."""
+    if args.ignore_final_epochs and args.max_train_steps is None:
+        parser.error("--ignore_final_epochs: needs --max_train_steps, which then alone ends the run")
+    if args.dataset_config_name and not args.dataset_name:
+        parser.error(f"--dataset_config_name {args.dataset_config_name}: needs --dataset_name")
+    if args.bucket_alignment < 1:
+        parser.error(f"--bucket_alignment {args.bucket_alignment}: must be at least 1")
+    base = Rules(
+        args.resolution,
+        resolution_type=args.resolution_type,
+        alignment=args.bucket_alignment,
+        crop_aspect=args.crop_aspect,
+        crop_style=args.crop_style or ("center" if args.center_crop else "random"),
+        fixed_size_ids=args.use_fix_crop_and_size,
+    )
+    settings = {
+        "aspect_bucket_rounding": args.aspect_bucket_rounding,
+        "minimum_image_size": args.minimum_image_size,
+        "maximum_image_size": args.maximum_image_size,
+        "target_downsample_size": args.target_downsample_size,
+    }
+    try:
+        return with_settings(base, settings, "--", args.notes)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def with_settings(rules: Rules, settings: dict, where: str, notes: list[str]) -> Rules:
+    """Rules changed by what a dataset's entry or the command line says of sizes; `where` stands before a key's name.
+
+    A size is in the unit of the place where it stands: a dataset may be in megapixels, the command line in pixels.
+    """
+    changes = {key: settings[key] for key in ("resolution", "resolution_type", "crop", "crop_aspect", "crop_style")
+               if settings.get(key) is not None}  # fmt: skip
+    rules = replace(rules, **changes)
+    for key, field in (("minimum_image_size", "minimum"), ("maximum_image_size", "maximum"), ("target_downsample_size", "downsample")):  # fmt: skip  # noqa: E501
+        if settings.get(key) is not None:
+            rules = replace(rules, **{field: size_limit(f"{where}{key}", settings[key], rules.resolution_type, notes)})
+    if (rounding := settings.get("aspect_bucket_rounding")) is not None:
+        if rounding < 1:
+            raise ValueError(f"{where}aspect_bucket_rounding {rounding}: must be at least 1")
+        if rounding > MOST_DECIMALS:
+            notes.append(
+                f"{where}aspect_bucket_rounding {rounding}: decimals are 1 to {MOST_DECIMALS}; taken for what it must "
+                f"mean, an alignment of {rounding} pixels"
+            )
+            rules = replace(rules, alignment=rounding)
+        else:
+            rules = replace(rules, decimals=rounding)
+    return rules
+
+
+def size_limit(name: str, value: float, resolution_type: str, notes: list[str]) -> tuple[str, float] | None:
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{name} {value}: must not be negative")
+    if value == 0.0:
+        return None
+    if resolution_type == "pixel" and value <= 10.0:
+        notes.append(f"{name} {value:g}: taken for megapixels, as no image is so few pixels wide")
+        resolution_type = "area"
+    return {
+        "pixel": ("side", value),
+        "area": ("area", value * MEGAPIXEL),
+        "pixel_area": ("area", value * value),
+    }[resolution_type]
+
+
+def check_rules(rules: Rules, where: str):
+    """What can only be said of settings that are put together."""
+    if (rules.maximum is None) != (rules.downsample is None):
+        raise ValueError(f"{where}maximum_image_size and target_downsample_size: one needs the other")
+    if not 0.0 < rules.resolution < math.inf:
+        raise ValueError(f"{where}resolution {rules.resolution:g}: must be positive")
+    if rules.resolution_type == "area" and rules.resolution > 100.0:
+        raise ValueError(
+            f"{where}resolution {rules.resolution:g} with resolution_type area is in megapixels; "
+            "pixel_area takes a side in pixels"
+        )
+    if rules.resolution_type != "area" and rules.resolution <= 10.0:
+        raise ValueError(
+            f"{where}resolution {rules.resolution:g} with resolution_type {rules.resolution_type} is in pixels; "
+            "area takes megapixels"
+        )
+    if square_side(rules) < rules.alignment / 2:
+        raise ValueError(f"{where}resolution {rules.resolution:g}: less than the alignment of {rules.alignment}")
