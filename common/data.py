@@ -140,7 +140,7 @@ class ImageReader:
         key = hashlib.blake2b(data, digest_size=16).hexdigest()
         drawn_from = f"{self.seed} {visit if self.cache is None else key}"
         if self.cache is not None and self.merged:  # a record of its own for what is not in its own bucket
-            _, original = open_image(data)
+            _, original = open_image(data, header_only=True)
             own, target = target_size(*original, self.rules), self.target(original)
             key += f"-{target[0]}x{target[1]}" if target != own else ""
         latents, pixels, size_ids = None, None, ()
@@ -190,13 +190,13 @@ class ImageReader:
         return pixels, (*original, top, left, rows, columns)
 
 
-def open_image(data: bytes) -> tuple[Image.Image, tuple[int, int]]:
-    """The image, not yet decoded, and its true height and width."""
+def open_image(data: bytes, header_only: bool = False) -> tuple[Image.Image, tuple[int, int]]:
+    """The image and its true height and width."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
-        return image, true_size(image)
+        return image, true_size(image, header_only)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadSample("image bomb") from None
     except Exception:  # PIL's decoders raise nearly anything on wrong bytes

@@ -417,6 +417,8 @@ def test_parts_of_a_folder_follow_from_its_names(tmp_path):
         found.append([part.files for part in args.parts])
     assert found[0] == found[1] and len(found[0]) == 50  # of three each
     assert sorted(name for part in found[0] for name, _ in part) == sorted(f"{i}.png" for i in range(150))
+    neighbours = sum(len({int(name[0]) for name, _ in part}) == 1 for part in found[0])  # all of one first digit
+    assert neighbours < 25  # mixed: an alphabetical split would have nearly all parts so
     before = [part_fingerprint(part) for part in args.parts]
     assert before == [part_fingerprint(part) for part in args.parts] and len(set(before)) == 50
     (tmp_path / "there" / "7.txt").write_text("a caption")
