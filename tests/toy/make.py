@@ -3,7 +3,7 @@
 Stages run in order, each writes its result under `--work` and is skipped where that result stands, so that a run that
 was cut off goes on: autoencoder, latents of many scenes, text encoder, U-Net (EMA), and the pipeline folder with
 its shards under `--output`. On two CPU cores the SD teacher takes about 40 minutes. The SDXL teacher starts from the SD
-teacher's U-Net, which is made where it is missing, and takes about 30 minutes more.
+teacher in OUTPUT/sd, which is made where it is missing, and takes about 35 minutes more.
 """
 
 import argparse
@@ -655,8 +655,7 @@ def draw_originals(seed: int, count: int):
     return images, captions
 
 
-def train_sd(args):
-    """Autoencoder, tokenizer, text encoder and U-Net of the SD teacher, and the captions they were trained on."""
+def make_sd(args):
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(args.work / "tokenizer")
     vae = train_vae(args.work, args.vae_steps)
@@ -664,11 +663,6 @@ def train_sd(args):
     vae.register_to_config(scaling_factor=scale)
     text_encoder = train_text_encoder(args.work, tokenizer, captions)
     unet = train_unet(args.work, tokenizer, text_encoder, latents, captions, args.unet_steps, args.batch_size)
-    return vae, tokenizer, text_encoder, unet, captions
-
-
-def make_sd(args):
-    vae, tokenizer, text_encoder, unet, _ = train_sd(args)
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, new_scheduler(), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
@@ -679,13 +673,18 @@ def make_sd(args):
 
 
 def make_sdxl(args):
-    sd_vae, tokenizer, sd_encoder, sd_unet, captions = train_sd(args)
-    vae = train_sdxl_vae(args.work, sd_vae, args.sdxl_vae_steps)
-    first = train_first_encoder(args.work, tokenizer, sd_encoder, captions)
-    second = train_second_encoder(args.work, tokenizer, captions)
+    args.work.mkdir(parents=True, exist_ok=True)
+    if not (args.output / "sd").exists():
+        make_sd(args)
+    sd = StableDiffusionPipeline.from_pretrained(args.output / "sd", dtype=torch.float32)
+    tokenizer = sd.tokenizer
+    vae = train_sdxl_vae(args.work, sd.vae, args.sdxl_vae_steps)
     views = encode_views(args.work, vae, args.sdxl_views)
+    captions = [caption for *_, captions in views for caption in captions]
+    first = train_first_encoder(args.work, tokenizer, sd.text_encoder, captions)
+    second = train_second_encoder(args.work, tokenizer, captions)
     widths = (first.config.hidden_size, second.config.hidden_size, second.config.projection_dim)
-    unet = new_sdxl_unet(sd_unet, *widths)
+    unet = new_sdxl_unet(sd.unet, *widths)
     unet = train_sdxl_unet(args.work, unet, tokenizer, (first, second), views, args.sdxl_steps, args.batch_size)
     pipeline = StableDiffusionXLPipeline(
         vae, first, second, tokenizer, tokenizer, unet, new_scheduler(), force_zeros_for_empty_prompt=True,
