@@ -365,8 +365,7 @@ def train_unet(work: Path, tokenizer, text_encoder, latents, captions, steps: in
 
 BUCKETS = ((64, 64), (80, 48), (48, 80))  # height, width
 TIME_DIM = 32  # of each size id's embedding
-MOST_GUIDANCE = 12.0  # w that the teacher must bear
-START_GUIDED = 500  # steps: before, it does not know yet what zeros and size ids mean
+START_DRIFT = 500  # steps: before, it does not know yet what zeros and size ids mean
 
 
 def draw_view(scene: world.Scene, rng: np.random.Generator, height: int, width: int):
@@ -520,27 +519,24 @@ def new_sdxl_unet(sd_unet: UNet2DConditionModel, sd_width: int, width: int, pool
     return unet
 
 
-def guided_states(predict, rows, abar, x0, eps, t, t_from, w):
-    """x_t as one step of a guided sampler, from t_from on, makes it.
+def guidance_drift(predict, rows, abar, x0, eps, t_from):
+    """Which way guidance drives the picture that the network sees at t_from, with a mean square of 1.
 
     `predict(x, t, rows, prompted)` gives velocities for rows of the batch, without a prompt after the first `prompted`.
     """
-    a, s, a_from, s_from, w = (
-        values.view(-1, 1, 1, 1)
-        for values in (abar[t].sqrt(), (1 - abar[t]).sqrt(), abar[t_from].sqrt(), (1 - abar[t_from]).sqrt(), w)
-    )
-    x = a_from * x0 + s_from * eps
+    a, s = abar[t_from].sqrt().view(-1, 1, 1, 1), (1 - abar[t_from]).sqrt().view(-1, 1, 1, 1)
+    x = a * x0 + s * eps
     v, v_uncond = predict(torch.cat([x, x]), torch.cat([t_from, t_from]), rows, len(x)).chunk(2)
-    v = v + w * (v - v_uncond)
-    return a * (a_from * x - s_from * v) + s * (s_from * x + a_from * v)
+    drift = s * (v_uncond - v)  # x0 = a * x - s * v
+    return drift / drift.square().mean((1, 2, 3), keepdim=True).sqrt()
 
 
 def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, batch_size: int):
     """As SD's, each batch of one bucket, and an empty prompt is zeros; what is returned is the moving average.
 
-    A large guidance scale drives x_t to where noised pictures never are, and there a network that has seen nothing else
-    goes on in the same direction. So half of each batch is what a guided step makes of such pictures: the network
-    learns to lead back from there.
+    A large guidance scale drives x_t to where noised pictures never are: things in the right place, but with ragged
+    outlines and patches of other colours, which a network that has seen nothing else takes for granted. So half of each
+    batch has drifted that way, more or less far, and the network learns to lead back.
     """
     unet.to(memory_format=torch.channels_last)
     parameters = list(unet.parameters())
@@ -577,16 +573,15 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
             return unet(x, t, cond[rows] * told[:, None, None], added_cond_kwargs=added).sample
 
         x_t, v = noise_scheduler.add_noise(x0, eps, t), noise_scheduler.get_velocity(x0, eps, t)
-        half = torch.arange(batch_size // 2)  # these rows come from the sampler
-        if step >= START_GUIDED:
-            t[half] = t[half].clamp(100, 979)  # below, the way back is too short for one step
-            t_from = (t[half] + 20 + (280 * torch.rand(len(half), generator=rng)).long()).clamp(max=999)
-            w = MOST_GUIDANCE * torch.rand(len(half), generator=rng)
+        half = torch.arange(batch_size // 2)  # these rows drift
+        if step >= START_DRIFT:
+            t[half] = torch.randint(20, 960, (len(half),), generator=rng)  # most harm is done at little noise
+            t_from = t[half] + ((999 - t[half]) * torch.rand(len(half), generator=rng)).long()
             with torch.no_grad():
-                x_t[half] = guided_states(
-                    predict, torch.cat([half, half]), abar, x0[half], eps[half], t[half], t_from, w
-                )
+                drift = guidance_drift(predict, torch.cat([half, half]), abar, x0[half], eps[half], t_from)
             a, s = abar[t].sqrt().view(-1, 1, 1, 1), (1 - abar[t]).sqrt().view(-1, 1, 1, 1)
+            far = torch.rand(len(half), 1, 1, 1, generator=rng) * (s[half] / 0.3).clamp(max=1.0)
+            x_t[half] = a[half] * (x0[half] + far * drift) + s[half] * eps[half]
             v[half] = ((a * x_t - x0) / s)[half]
         twice = torch.arange(0, batch_size, 2)  # these are seen with the empty prompt too
         out = predict(
