@@ -93,9 +93,9 @@ def load_checkpoint(folder: Path, networks: dict, optimizers: dict) -> dict:
         if not file.exists():
             raise SystemExit(f"--resume_from_checkpoint {folder}: has no {name}, it is of another kind of run")
         weights = load_file(file)
-        expected = get_model_state_dict(network, options=options(name in optimizers)).keys()
-        if weights.keys() != expected:
-            odd = sorted(weights.keys() ^ expected)
+        expected = get_model_state_dict(network, options=options(name in optimizers))
+        odd = weights.keys() ^ expected.keys()
+        if odd := sorted(odd or {key for key in expected if expected[key].shape != weights[key].shape}):
             raise SystemExit(
                 f"--resume_from_checkpoint {folder}: {len(odd)} weights of the {name} do not fit this run, "
                 f"the first is {odd[0]}"
