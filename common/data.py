@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from braceexpand import braceexpand
 from PIL import Image, ImageOps
+from safetensors.torch import load, save
 
 from common.cache import TensorStore
 
@@ -61,6 +62,12 @@ class Sample:
     position: int = -1  # in the global sequence
     cursor: tuple[int, ...] = ()  # lane, epoch, shard in the lane, members of it that were read
     faults: Counter = field(default_factory=Counter)  # samples skipped since the one before, by cause
+
+    def __getstate__(self):  # on the way from a reader process small tensors are much slower than their bytes
+        return self.__dict__ | {"latents": save(self.latents) if self.latents else self.latents}
+
+    def __setstate__(self, state):
+        self.__dict__ |= state | {"latents": load(state["latents"]) if state["latents"] else state["latents"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
