@@ -29,11 +29,10 @@ To fork it for another model, edit "The model" and the flags above it; the rest 
 """
 
 import argparse
-import contextlib
 import copy
+import functools
 import json
 import math
-import os
 import time
 from collections import Counter
 from dataclasses import replace
@@ -43,24 +42,31 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import is_xformers_available
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModel
 
 from common.cache import identity, weights_identity
-from common.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
-from common.config import add_shared_flags, check_shared_flags, parse_with_config
+from common.checkpoint import StopSignal, find_checkpoint, resume, save_checkpoint
+from common.config import add_shared_flags, check_ranges, check_schedule, check_shared_flags, parse_with_config
 from common.data import ImageReader, NoGoodSamples, count_samples, expand_shards, is_local
 from common.diffusion import DDIMSolver, boundary_scalings, consistency_loss, expand_to, guidance_embedding, to_x0_eps
 from common.encoding import SampleEncoder, open_stores
+from common.evaluation import WithoutHeldOut, hold_out, open_clip, stable_loss
 from common.export import create_hub_repository, push_to_hub, write_model_card
-from common.optim import make_optimizer, update_ema
-from common.stream import gather_states, open_batches, sample_generator
-from common.validation import init_trackers, labelled_grid, show_picture, side_by_side, validation_prompts
+from common.kohya import save_kohya_lora
+from common.optim import clip_gradients, make_optimizer, make_schedule, update_ema
+from common.preview import open_preview
+from common.progress import Progress
+from common.quantize import quantize
+from common.report import steps_report
+from common.rollout import draw_rollout, roll_out
+from common.speed import adapters_off, dropout_off, set_up_device, speed_up
+from common.stream import ShardPass, gather_states, open_batches, sample_generator, stack
+from common.validation import comparison, validation_prompts
+from common.webhook import errors_to_webhook
 
 LORA_TARGETS = (
     "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,"
@@ -89,6 +95,8 @@ def parse_args(argv=None):
     add("--lora_dropout", type=float, help="default 0")
     add("--lora_target_modules", type=str, help=f"names or suffixes of modules, with commas; default {LORA_TARGETS}")
     add("--use_dora", action="store_true", help="weight-decomposed LoRA")
+    add("--lora_type", type=str, choices=["standard"], help="standard: PEFT's, the only kind")
+    add("--export_formats", type=str, default="diffusers", choices=["diffusers", "kohya", "diffusers,kohya"], help="of a LoRA; kohya is what A1111 and ComfyUI read")
 
     add = parser.add_argument_group("latent consistency distillation").add_argument
     add("--w_min", type=float, default=5.0, help="smallest guidance w; guidance_scale = 1 + w")
@@ -96,6 +104,10 @@ def parse_args(argv=None):
     add("--num_ddim_timesteps", type=int, default=50, help="N, steps of the teacher's solver; must divide its timesteps")
     add("--loss_type", type=str, default="l2", choices=["l2", "huber"])
     add("--huber_c", type=float, default=0.001, help="c of sqrt(d^2 + c^2) - c; smaller is nearer to |d|")
+    add("--diff2flow_loss", action="store_true", help="distance of flow velocities eps - x0, which is that of x0 times (alpha + sigma) / sigma")
+    add("--scheduled_sampling_max_step_offset", type=int, default=0, help="rollout: the student makes x_t itself, from up to so many solver steps above t; 0 for never")
+    add("--scheduled_sampling_probability", type=float, default=0.0, help="share of samples that are rolled out, 0 to 1")
+    add("--scheduled_sampling_strategy", type=str, default="uniform", choices=["uniform", "biased_early", "biased_late"], help="rollouts of all lengths alike, mostly short ones, mostly long ones")
     add("--timestep_scaling_factor", type=float, default=10.0, help="s of c_skip and c_out; larger makes c_skip fall faster")
     add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, default=True, help="keep the teacher in --mixed_precision; --no-cast_teacher_unet: in fp32, under autocast")
     # fmt: on
@@ -112,17 +124,19 @@ def parse_args(argv=None):
             setattr(args, name, default)
     if not 0.0 <= args.w_min <= args.w_max < math.inf:
         parser.error(f"--w_min {args.w_min} and --w_max {args.w_max}: need 0 <= w_min <= w_max")
-    for name in ("resolution", "num_ddim_timesteps", "unet_time_cond_proj_dim", "lora_rank", "lora_alpha"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("huber_c", "timestep_scaling_factor"):
-        if not 0.0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name} {getattr(args, name)}: must be positive")
-    for name in ("ema_decay", "lora_dropout"):
-        if not 0.0 <= getattr(args, name) < 1.0:
-            parser.error(f"--{name} {getattr(args, name)}: must be in [0, 1)")
+    at_least_one = ("resolution", "num_ddim_timesteps", "unet_time_cond_proj_dim", "lora_rank", "lora_alpha")
+    check_ranges(
+        parser, args, at_least_one=at_least_one, not_negative=("scheduled_sampling_max_step_offset",),
+        positive=("huber_c", "timestep_scaling_factor"), below_one=("ema_decay", "lora_dropout"),
+        share=("scheduled_sampling_probability",),
+    )  # fmt: skip
+    if (args.scheduled_sampling_probability > 0.0) != (args.scheduled_sampling_max_step_offset > 0):
+        parser.error("--scheduled_sampling_probability and --scheduled_sampling_max_step_offset: one needs the other")
+    if args.model_type == "full" and "kohya" in args.export_formats:
+        parser.error("--export_formats kohya: is a layout of LoRA files")
     if args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 8, the VAE's factor")
+    args.validation_resolution = args.validation_resolution or [(args.resolution, args.resolution)]
     if args.train_shards_path_or_url is None:
         parser.error("--train_shards_path_or_url: needed with --pretrained_teacher_model")
     args.shards = expand_shards(args.train_shards_path_or_url)
@@ -135,9 +149,9 @@ def parse_args(argv=None):
         parser.error(
             "--max_train_steps or --max_train_samples: one is needed, shards that are not local are not counted"
         )
-    args.notes = [
-        f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type})."
-    ] * args.toy
+    if args.toy:
+        toy = f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type})."
+        args.notes.insert(0, toy)
     if remote and args.caches == "off" and not args.vae_cache_disable:
         args.notes.append("The shards are not local: nothing is cached. --vae_cache_ondemand keeps what is encoded.")
     if args.validation_guidance is not None and middle_w(args) != args.validation_guidance - 1.0:
@@ -147,6 +161,8 @@ def parse_args(argv=None):
         )
     if args.allow_tf32 and not torch.cuda.is_available():
         args.notes.append("--allow_tf32: no job without a CUDA GPU")
+    if args.text_encoder_2_precision != "no_change":
+        args.notes.append("--text_encoder_2_precision: no job, Stable Diffusion has one text encoder")
     if args.local_rank != -1:
         args.notes.append("--local_rank: no job, accelerate sets it")
     return args
@@ -154,7 +170,7 @@ def parse_args(argv=None):
 
 def wants(args) -> str:
     """full or lora, from the other flags."""
-    given = (args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    given = (args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules, args.lora_type)
     return "lora" if args.use_dora or any(value is not None for value in given) else "full"
 
 
@@ -174,6 +190,7 @@ def toy_recipe(args) -> dict:
 PIPELINE = StableDiffusionPipeline
 TEXT_FOLDERS = ("text_encoder", "tokenizer")
 COMPILED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+PREVIEW_MODEL = "madebyollin/taesd"
 
 
 def hub_options(args) -> dict:
@@ -213,6 +230,7 @@ def load_text_encoder(args, device, dtype: torch.dtype):
     name = args.pretrained_teacher_model
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", use_fast=False, **hub_options(args))
     encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype, **hub_options(args))
+    quantize(encoder, args.text_encoder_1_precision, "cpu" if args.quantize_via == "cpu" else device)
     return tokenizer, encoder.requires_grad_(False).eval().to(device)
 
 
@@ -268,17 +286,17 @@ def predict(unet, x, t, cond: dict[str, torch.Tensor], w_embedding=None):
 
 
 @torch.no_grad()
-def draw(args, vae, unet, scheduler, text, uncond, steps: int, guidance_scale: float, seed: int):
+def draw(args, vae, unet, scheduler, text, negative, steps: int, guidance_scale: float, seed: int, size, callback):
     """Pictures by the stock pipeline, one per row of text; picture i starts from the noise of seed + i."""
     pipeline = PIPELINE(
         vae, None, None, unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     pipeline.set_progress_bar_config(disable=True)
-    count = len(text["prompt_embeds"])
+    count, (width, height) = len(text["prompt_embeds"]), size
     return pipeline(
-        prompt_embeds=text["prompt_embeds"], negative_prompt_embeds=uncond["prompt_embeds"].repeat(count, 1, 1),
-        height=args.resolution, width=args.resolution, num_inference_steps=steps, guidance_scale=guidance_scale,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(count)],
+        prompt_embeds=text["prompt_embeds"], negative_prompt_embeds=negative["prompt_embeds"].repeat(count, 1, 1),
+        height=height, width=width, num_inference_steps=steps, guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(count)], callback_on_step_end=callback,
     ).images  # fmt: skip
 
 
@@ -298,9 +316,15 @@ def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
         layers = {name: value.contiguous() for name, value in get_peft_model_state_dict(unet).items()}
         adapter = unet.peft_config["default"].to_dict()
         adapter = {key: sorted(value) if isinstance(value, set) else value for key, value in adapter.items()}
-        PIPELINE.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=adapter)
-        files = ["pytorch_lora_weights.safetensors"]
-        load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{base}")\npipeline.load_lora_weights("{folder}")\n'
+        files = []
+        if "kohya" in args.export_formats:
+            files.append("kohya_lora.safetensors")
+            save_kohya_lora(folder / files[-1], unet, layers, args.lora_rank, args.lora_alpha, sgm=False)
+        if "diffusers" in args.export_formats:
+            files.append("pytorch_lora_weights.safetensors")
+            PIPELINE.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=adapter)
+        load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{base}")\n'
+        load += f'pipeline.load_lora_weights("{folder}", weight_name="{files[-1]}")\n'
         scale = 1.0
     else:
         unet.save_pretrained(folder)
@@ -330,37 +354,19 @@ def middle_w(args) -> float:
     return middle if wanted is None else min(max(wanted - 1.0, args.w_min), args.w_max)
 
 
-@contextlib.contextmanager
-def adapters_off(unet, wanted: bool = True):
-    if wanted:
-        unet.disable_adapters()
-    try:
-        yield
-    finally:
-        if wanted:
-            unet.enable_adapters()
-
-
 def load_networks(args, accelerator, weight_dtype):
     """Teacher, student and target. With LoRA all three are one U-Net."""
     lora = args.model_type == "lora"
     # channels_last is faster on CUDA and CPU, but DoRA's norms view convolutions as matrices
     layout = {"memory_format": torch.preserve_format if args.use_dora else torch.channels_last}
     teacher = load_unet(args, weight_dtype if lora or args.cast_teacher_unet else torch.float32)
+    student = None if lora else add_guidance_input(teacher, args.unet_time_cond_proj_dim)  # of weights still whole
+    quantize(teacher, args.base_model_precision, "cpu" if args.quantize_via == "cpu" else accelerator.device)
     teacher.to(accelerator.device, **layout)
-    student = add_lora(teacher, args) if lora else add_guidance_input(teacher, args.unet_time_cond_proj_dim)
+    student = add_lora(teacher, args) if lora else student
     student.to(accelerator.device, **({} if lora else layout))
     target = student if lora else copy.deepcopy(student).requires_grad_(False).eval()
-    xformers = args.enable_xformers_memory_efficient_attention
-    if xformers and not is_xformers_available():
-        accelerator.print("--enable_xformers_memory_efficient_attention: not installed, PyTorch's SDPA is in use")
-    for network in {id(network): network for network in (teacher, student, target)}.values():
-        if xformers and is_xformers_available():
-            network.enable_xformers_memory_efficient_attention()
-        if args.compile:  # in place and block by block: names of weights stay, and equal blocks share their code
-            for block in network.modules():
-                if type(block).__name__ in COMPILED_BLOCKS:
-                    block.compile()
+    speed_up(args, (teacher, student, target), COMPILED_BLOCKS, accelerator.print)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     return teacher, student.train(), target
@@ -375,7 +381,9 @@ def open_encoder(args, accelerator, weight_dtype) -> tuple[SampleEncoder, ImageR
         text_weights = [weights_identity(args.pretrained_teacher_model, f, args.teacher_revision) for f in TEXT_FOLDERS]
         crops = geometry[:-1] if args.center_crop and not args.random_flip else geometry  # the seed decides nothing
         vae_identity = identity(vae=weights_identity(**vae_source(args)), geometry=crops, dtype=weight_dtype)
-        latents, text = open_stores(args, vae_identity, identity(text=text_weights, dtype=weight_dtype))
+        precisions = [args.text_encoder_1_precision, args.text_encoder_2_precision]
+        text_identity = identity(text=text_weights, dtype=weight_dtype, precisions=precisions)
+        latents, text = open_stores(args, vae_identity, text_identity)
     encoder = SampleEncoder(
         load_vae=lambda: load_vae(args, device, weight_dtype),
         encode_pixels=encode_pixels,
@@ -388,7 +396,7 @@ def open_encoder(args, accelerator, weight_dtype) -> tuple[SampleEncoder, ImageR
     )
     reader = ImageReader(*geometry, latents)
     if args.caches == "fill":
-        prompts = ["", *validation_prompts(args)]
+        prompts = ["", args.validation_negative_prompt or "", *validation_prompts(args)]
         encoder.fill(accelerator, args.shards, replace(reader, filling=True), prompts, args.dataloader_num_workers)
     return encoder, reader
 
@@ -408,6 +416,7 @@ def with_uncond(cond, uncond) -> dict[str, torch.Tensor]:
     return {name: torch.cat([v, rows[name]]) for name, v in cond.items()}
 
 
+@errors_to_webhook
 def main(args):
     # ---- Set-up ----
     output_dir = Path(args.output_dir)
@@ -420,27 +429,14 @@ def main(args):
     say, device, processes = accelerator.print, accelerator.device, accelerator.num_processes
     for line in args.notes:
         say(line)
-    if accelerator.mixed_precision == "fp16" and device.type == "cpu":
-        raise SystemExit("--mixed_precision fp16: needs a GPU; a CPU takes no or bf16")
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    if args.toy and device.type == "cpu":  # accelerate launch leaves a process one thread
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
-    torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    weight_dtype = set_up_device(args, accelerator)
     repository = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
     # ---- Noise schedule, solver, networks ----
     scheduler = load_scheduler(args)
     prediction_type = scheduler.config.prediction_type
     abar = scheduler.alphas_cumprod.float()
-    if prediction_type == "epsilon" and abar[-1] < 1e-6:
-        raise SystemExit(
-            "the teacher predicts noise at zero terminal SNR, where x0 cannot be told: a v_prediction one can"
-        )
-    if len(abar) % args.num_ddim_timesteps:
-        raise SystemExit(
-            f"--num_ddim_timesteps {args.num_ddim_timesteps}: must divide the teacher's {len(abar)} timesteps"
-        )
+    check_schedule(abar, prediction_type, args.num_ddim_timesteps)
     solver = DDIMSolver(abar, args.num_ddim_timesteps).to(device)
     alphas, sigmas = abar.sqrt().to(device), (1.0 - abar).sqrt().to(device)
     lora = args.model_type == "lora"
@@ -453,33 +449,21 @@ def main(args):
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * max(1, args.num_samples // batch)
     optimizer = make_optimizer(args, trained, args.learning_rate * (batch if args.scale_lr else 1), device)
-    lr_schedule = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
+    lr_schedule = make_schedule(args, optimizer)
     student, optimizer = accelerator.prepare(network, optimizer)
     saved = {"student": network} if lora else {"student": network, "target": target}
 
     # ---- Resume ----
-    step, stream_state, skipped = 0, None, Counter()
-    if args.resume_from_checkpoint and (checkpoint := find_checkpoint(output_dir, args.resume_from_checkpoint)):
-        state = load_checkpoint(checkpoint, saved, {"student": optimizer.optimizer})
-        step, stream_state, skipped = state["step"], state["stream"], Counter(state["skipped"])
-        lr_schedule.load_state_dict(state["lr_schedule"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        say(f"resumed from {checkpoint}")
-    elif args.resume_from_checkpoint:
-        say(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} yet, starting at step 0")
-
-    first_step = step
+    state = resume(args, accelerator, saved, {"student": optimizer.optimizer}, lr_schedule)
+    first_step = step = state["step"]
+    skipped = Counter(state["skipped"])
 
     # ---- Data: lists of samples, each with latents from the cache or with pixels ----
     encoder, reader = open_encoder(args, accelerator, weight_dtype)
     uncond = encoder.encode_text([""])
-    batches = open_batches(args, accelerator, reader, stream_state)
+    held_out = hold_out(args, ShardPass(args.shards, reader, process=0, processes=1))
+    reader = WithoutHeldOut(reader, held_out) if held_out else reader
+    batches = open_batches(args, accelerator, reader, state["stream"])
 
     # ---- Checkpoints and pictures ----
     def save():
@@ -497,41 +481,79 @@ def main(args):
         accelerator.wait_for_everyone()
         return folder
 
-    def pictures(which: str, prompts: list[str], steps: int, seed: int, guidance_scale: float | None = None):
-        """By `teacher` or `student`, each with its own sampler."""
-        text, with_teacher = encoder.encode_text(prompts), which == "teacher"
+    def pictures(which: str, prompts: list[str], steps: int, seed: int, size=None, callback=None, guidance_scale=None):
+        """By `teacher` or `student`, each with its own sampler; size is (width, height)."""
+        text, negative, with_teacher = encoder.encode_text(prompts), uncond, which == "teacher"
         sampler = scheduler if with_teacher else student_scheduler(args, scheduler)
+        if with_teacher and args.validation_negative_prompt:
+            negative = encoder.encode_text([args.validation_negative_prompt])
         if guidance_scale is None:
             guidance_scale = 1.0 if lora and not with_teacher else 1.0 + middle_w(args)
-        unet = teacher if with_teacher else target
+        unet, size = teacher if with_teacher else target, size or args.validation_resolution[0]
         unet.eval()
         with accelerator.autocast(), adapters_off(unet, lora and with_teacher):
-            drawn = draw(args, encoder.vae, unet, sampler, text, uncond, steps, guidance_scale, seed)
+            drawn = draw(args, encoder.vae, unet, sampler, text, negative, steps, guidance_scale, seed, size, callback)
         network.train()
         return drawn
 
     teacher_rows = {}  # its pictures do not change
 
     def validate():
-        """One grid: steps down, prompts across, the teacher's picture beside the student's."""
-        prompts, rows, labels = validation_prompts(args), [], []
-        for steps in args.validation_num_inference_steps:
-            row = pictures("student", prompts, steps, args.validation_seed)
-            if not args.disable_benchmark:
-                if steps not in teacher_rows:
-                    teacher_rows[steps] = pictures("teacher", prompts, steps, args.validation_seed)
-                row = [side_by_side(*pair) for pair in zip(teacher_rows[steps], row, strict=True)]
-            rows.append(row)
-            labels.append(f"{steps} step" + "s" * (steps > 1))
-        who = "student: " if args.disable_benchmark else "teacher | student: "
-        grid = labelled_grid(rows, labels, [who + prompt for prompt in prompts])
-        show_picture(accelerator, grid, output_dir / "validation", "grid", step)
+        sheet, scores = comparison(args, pictures, teacher_rows, preview, clip)
+        progress.picture(sheet, "grid", step)
+        if scores:
+            progress.values(scores, step)
         if args.caches == "fill":
             encoder.release()
-        return grid
+        return sheet
 
-    # ---- Training loop: algorithm 1 ----
-    init_trackers(args, accelerator)
+    # ---- Algorithm 1, from a batch and its draws to the distance ----
+    def lcm_loss(images, text, index, w, latent_noise, eps, rollout=None):
+        # 2. Noisy latents, fp32
+        cond, w_embedding = (
+            conditions(text, images),
+            None if lora else guidance_embedding(w, args.unet_time_cond_proj_dim),
+        )
+        latents = images["mean"].float() + images["std"].float() * latent_noise
+        t, t_prev = solver.timesteps[index], solver.timesteps_prev[index]
+        x_t = expand_to(alphas[t], latents) * latents + expand_to(sigmas[t], latents) * eps
+
+        def f(unet, x, t):
+            out = predict(unet, x, t, cond, w_embedding)
+            x0, _ = to_x0_eps(out, x, alphas[t], sigmas[t], prediction_type)
+            c_skip, c_out = (expand_to(c, x) for c in boundary_scalings(t, args.timestep_scaling_factor))
+            return c_skip * x + c_out * x0
+
+        with torch.no_grad(), accelerator.autocast():
+            if rollout:  # scheduled sampling: some of x_t are what the student itself makes of more noise
+                with dropout_off(network, network.training):
+                    f_own = functools.partial(f, student)
+                    x_t = roll_out(f_own, solver, alphas, sigmas, x_t, latents, eps, index, *rollout)
+
+            # 3. Teacher with guidance: both halves in one forward, whose peak is below that of the student's backward
+            with adapters_off(teacher, lora):
+                both = predict(teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), with_uncond(cond, uncond))
+            out_cond, out_uncond = both.float().chunk(2)
+            out = out_cond + expand_to(w, x_t) * (out_cond - out_uncond)
+            x0_teacher, eps_teacher = to_x0_eps(out, x_t, alphas[t], sigmas[t], prediction_type)
+
+            # 4. One solver step
+            x_prev = solver.step(x0_teacher, eps_teacher, index)
+
+            # 5. Target at x_prev
+            with dropout_off(network, lora and network.training):
+                f_target = f(target, x_prev, t_prev)
+
+        # 6. Student at x_t
+        f_student = f(student, x_t, t)
+        if args.diff2flow_loss:  # v = eps - x0, with the eps that x_t and x0 leave
+            both = [to_x0_eps(x0, x_t, alphas[t], sigmas[t], "sample") for x0 in (f_student, f_target)]
+            f_student, f_target = (eps - x0 for x0, eps in both)
+        return consistency_loss(f_student, f_target, args.loss_type, args.huber_c)
+
+    # ---- Training loop ----
+    progress, clip = Progress(args, accelerator), open_clip(args, accelerator)
+    preview = open_preview(args, PREVIEW_MODEL, accelerator, lambda *shown: progress.picture(*shown, step, "debug"))
     say(f"training {sum(p.numel() for p in trained):,} parameters for {args.max_train_steps} steps of {batch} samples")
     bar = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
     loss_sum, started = torch.zeros((), device=device), time.time()
@@ -544,52 +566,21 @@ def main(args):
             except NoGoodSamples as error:
                 raise SystemExit(f"--train_shards_path_or_url: {error}") from None
             images, text = encoder.encode_images(samples), encoder.encode_text([sample.caption for sample in samples])
-            draws = [draw_for(args, sample.position, images["mean"][0].shape) for sample in samples]
-            index, w, dropped, latent_noise, eps = (
-                torch.stack(column).to(device) for column in zip(*draws, strict=True)
-            )
+            shape, positions = images["mean"][0].shape, [sample.position for sample in samples]
+            index, w, dropped, latent_noise, eps = stack([draw_for(args, p, shape) for p in positions], device)
             text = {name: torch.where(expand_to(dropped, v), uncond[name], v) for name, v in text.items()}
-            cond = conditions(text, images)
+            rollout = None
+            if args.scheduled_sampling_probability:
+                rollout = stack([draw_rollout(args, p, shape) for p in positions], device)
 
-            # 2. Noisy latents, fp32
-            latents = images["mean"].float() + images["std"].float() * latent_noise
-            t, t_prev = solver.timesteps[index], solver.timesteps_prev[index]
-            x_t = expand_to(alphas[t], latents) * latents + expand_to(sigmas[t], latents) * eps
-
-            with torch.no_grad(), accelerator.autocast():
-                # 3. Teacher with guidance: both halves in one forward, whose peak is below that of the student's backward
-                with adapters_off(teacher, lora):
-                    both = predict(teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), with_uncond(cond, uncond))
-                out_cond, out_uncond = both.float().chunk(2)
-                out = out_cond + expand_to(w, x_t) * (out_cond - out_uncond)
-                x0_teacher, eps_teacher = to_x0_eps(out, x_t, alphas[t], sigmas[t], prediction_type)
-
-                # 4. One solver step
-                x_prev = solver.step(x0_teacher, eps_teacher, index)
-
-                # 5. Target at x_prev
-                w_embedding = None if lora else guidance_embedding(w, args.unet_time_cond_proj_dim)
-                if lora and args.lora_dropout:
-                    network.eval()
-                out = predict(target, x_prev, t_prev, cond, w_embedding)
-                if lora and args.lora_dropout:
-                    network.train()
-                x0_target, _ = to_x0_eps(out, x_prev, alphas[t_prev], sigmas[t_prev], prediction_type)
-                c_skip, c_out = (expand_to(c, x_t) for c in boundary_scalings(t_prev, args.timestep_scaling_factor))
-                f_target = c_skip * x_prev + c_out * x0_target
-
-            # 6. Student at x_t
-            torch.manual_seed(args.seed + samples[0].position)  # of dropout: a resumed run draws the same
-            out = predict(student, x_t, t, cond, w_embedding)
-            x0_student, _ = to_x0_eps(out, x_t, alphas[t], sigmas[t], prediction_type)
-            c_skip, c_out = (expand_to(c, x_t) for c in boundary_scalings(t, args.timestep_scaling_factor))
-            f_student = c_skip * x_t + c_out * x0_student
-            loss = consistency_loss(f_student, f_target, args.loss_type, args.huber_c)
+            # 2. to 6.
+            torch.manual_seed(args.seed + positions[0])  # of dropout: a resumed run draws the same
+            loss = lcm_loss(images, text, index, w, latent_noise, eps, rollout)
 
             # 7. Optimizer and EMA
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+                clip_gradients(accelerator, trained, args.grad_clip_method, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             loss_sum += loss.detach()
@@ -610,12 +601,17 @@ def main(args):
                 raise SystemExit(f"the loss is not finite at step {step}; the last good checkpoint is {last}")
             rate = steps * batch / (time.time() - started)
             bar.set_postfix(loss=f"{mean:.4g}", samples_per_s=f"{rate:.1f}")
-            accelerator.log({"loss": mean, "lr": lr_schedule.get_last_lr()[0], "samples_per_s": rate}, step=step)
+            progress.values({"loss": mean, "lr": lr_schedule.get_last_lr()[0], "samples_per_s": rate}, step)
             loss_sum, started = torch.zeros((), device=device), time.time()
+        if args.eval_steps and step % args.eval_steps == 0:
+            progress.values(stable_loss(args, lcm_loss, network, held_out, encoder), step)
         if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
             validate()
         if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step < args.max_train_steps:
             save()
+            if args.push_checkpoints_to_hub and repository:
+                files, _ = export(args, output_dir, target, scheduler)
+                push_to_hub(args, repository, files, f"Step {step}", fatal=False)
         if processes == 1 or step % LOG_EVERY == 0:
             stopping = stop.agreed(accelerator)
     bar.close()
@@ -633,20 +629,21 @@ def main(args):
     elif accelerator.is_main_process:
         validate().save(output_dir / "samples.png")
         files, usage = export(args, output_dir, target, scheduler)
-        results = ""
-        if args.toy:  # its world can judge pictures
+        if args.toy and args.report_steps:  # its world can judge pictures
             from tests.toy.report import report
 
             results = report(pictures, output_dir)
+        else:
+            results = steps_report(args, pictures, clip, output_dir)
         write_model_card(
             output_dir, title=f"LCM of {Path(args.pretrained_teacher_model).name}", tags=["lcm", args.model_type],
             usage=usage, settings=vars(args), results=results, picture="samples.png",
         )  # fmt: skip
         if repository:
-            push_to_hub(args, repository, ["README.md", "samples.png", *files])
+            push_to_hub(args, repository, ["README.md", "samples.png", "report.*", *files], "Distilled model")
         say(f"\nThe model is in {output_dir}:\n\n{usage}")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    progress.end(step, stopping)
 
 
 if __name__ == "__main__":
