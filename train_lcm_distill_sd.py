@@ -96,7 +96,7 @@ def parse_args(argv=None):
     add("--lora_target_modules", type=str, help=f"names or suffixes of modules, with commas; default {LORA_TARGETS}")
     add("--use_dora", action="store_true", help="weight-decomposed LoRA")
     add("--lora_type", type=str, choices=["standard"], help="standard: PEFT's, the only kind")
-    add("--export_formats", type=str, default="diffusers", choices=["diffusers", "kohya", "diffusers,kohya"], help="of a LoRA; kohya is what A1111 and ComfyUI read")
+    add("--export_formats", type=str, default="diffusers", choices=["diffusers", "kohya", "diffusers,kohya"], help="of a LoRA: kohya writes a second file, for A1111 and ComfyUI")
 
     add = parser.add_argument_group("latent consistency distillation").add_argument
     add("--w_min", type=float, default=5.0, help="smallest guidance w; guidance_scale = 1 + w")
@@ -316,15 +316,13 @@ def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
         layers = {name: value.contiguous() for name, value in get_peft_model_state_dict(unet).items()}
         adapter = unet.peft_config["default"].to_dict()
         adapter = {key: sorted(value) if isinstance(value, set) else value for key, value in adapter.items()}
-        files = []
+        PIPELINE.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=adapter)
+        files = ["pytorch_lora_weights.safetensors"]
         if "kohya" in args.export_formats:
             files.append("kohya_lora.safetensors")
             save_kohya_lora(folder / files[-1], unet, layers, args.lora_rank, args.lora_alpha, sgm=False)
-        if "diffusers" in args.export_formats:
-            files.append("pytorch_lora_weights.safetensors")
-            PIPELINE.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=adapter)
         load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{base}")\n'
-        load += f'pipeline.load_lora_weights("{folder}", weight_name="{files[-1]}")\n'
+        load += f'pipeline.load_lora_weights("{folder}", weight_name="{files[0]}")\n'
         scale = 1.0
     else:
         unet.save_pretrained(folder)
@@ -481,7 +479,7 @@ def main(args):
         accelerator.wait_for_everyone()
         return folder
 
-    def pictures(which: str, prompts: list[str], steps: int, seed: int, size=None, callback=None, guidance_scale=None):
+    def pictures(which: str, prompts: list[str], steps: int, seed: int, guidance_scale=None, size=None, callback=None):
         """By `teacher` or `student`, each with its own sampler; size is (width, height)."""
         text, negative, with_teacher = encoder.encode_text(prompts), uncond, which == "teacher"
         sampler = scheduler if with_teacher else student_scheduler(args, scheduler)
@@ -510,10 +508,8 @@ def main(args):
     # ---- Algorithm 1, from a batch and its draws to the distance ----
     def lcm_loss(images, text, index, w, latent_noise, eps, rollout=None):
         # 2. Noisy latents, fp32
-        cond, w_embedding = (
-            conditions(text, images),
-            None if lora else guidance_embedding(w, args.unet_time_cond_proj_dim),
-        )
+        cond = conditions(text, images)
+        w_embedding = None if lora else guidance_embedding(w, args.unet_time_cond_proj_dim)
         latents = images["mean"].float() + images["std"].float() * latent_noise
         t, t_prev = solver.timesteps[index], solver.timesteps_prev[index]
         x_t = expand_to(alphas[t], latents) * latents + expand_to(sigmas[t], latents) * eps
@@ -526,9 +522,9 @@ def main(args):
 
         with torch.no_grad(), accelerator.autocast():
             if rollout:  # scheduled sampling: some of x_t are what the student itself makes of more noise
-                with dropout_off(network, network.training):
-                    f_own = functools.partial(f, student)
-                    x_t = roll_out(f_own, solver, alphas, sigmas, x_t, latents, eps, index, *rollout)
+                with dropout_off(network, args.lora_dropout):
+                    f_student = functools.partial(f, student)
+                    x_t = roll_out(f_student, solver, alphas, sigmas, x_t, latents, eps, index, *rollout)
 
             # 3. Teacher with guidance: both halves in one forward, whose peak is below that of the student's backward
             with adapters_off(teacher, lora):
@@ -541,7 +537,7 @@ def main(args):
             x_prev = solver.step(x0_teacher, eps_teacher, index)
 
             # 5. Target at x_prev
-            with dropout_off(network, lora and network.training):
+            with dropout_off(network, args.lora_dropout):
                 f_target = f(target, x_prev, t_prev)
 
         # 6. Student at x_t

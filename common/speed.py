@@ -22,6 +22,10 @@ def set_up_device(args, accelerator) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
+# What BackendAttention leaves out, and U-Nets have not
+UNLIKE = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
+
+
 class BackendAttention:
     """Attention of U-Nets by one of diffusers' backends: their own processor calls SDPA whatever the backend is."""
 
@@ -50,7 +54,7 @@ def set_attention(network, backend: str):
         return
     plain = [module for module in network.modules() if isinstance(getattr(module, "processor", None), AttnProcessor2_0)]
     for module in plain:
-        if module.spatial_norm is None and module.group_norm is None and not module.norm_cross:
+        if all(getattr(module, name) in (None, False) for name in UNLIKE):
             module.set_processor(BackendAttention(backend))
     try:
         network.set_attention_backend(backend)  # refuses what is not installed
@@ -85,11 +89,12 @@ def adapters_off(unet, wanted: bool = True):
 
 
 @contextlib.contextmanager
-def dropout_off(network, wanted: bool = True):
+def dropout_off(network, wanted=True):
+    training = network.training
     if wanted:
         network.eval()
     try:
         yield
     finally:
         if wanted:
-            network.train()
+            network.train(training)

@@ -75,7 +75,7 @@ def pixels_of(picture: Image.Image) -> torch.Tensor:
 def comparison(args, pictures, teacher_rows: dict, preview, clip):
     """A grid for each size, below each other: steps down, prompts across, the teacher's picture beside the student's.
 
-    `pictures(which, prompts, steps, seed, size, callback)` draws; `teacher_rows` keeps the teacher's, which do not
+    `pictures(which, prompts, steps, seed, size=, callback=)` draws; `teacher_rows` keeps the teacher's, which do not
     change. Returns the sheet, and the CLIP scores of the student's pictures where there is a CLIP.
     """
     prompts, seed, sheets, scores = validation_prompts(args), args.validation_seed, [], {}
@@ -86,12 +86,12 @@ def comparison(args, pictures, teacher_rows: dict, preview, clip):
             if len(args.validation_resolution) > 1:
                 label += f" {width}x{height}"
             callback = preview(f"preview-{label.replace(' ', '-')}")
-            row = pictures("student", prompts, steps, seed, (width, height), callback)
+            row = pictures("student", prompts, steps, seed, size=(width, height), callback=callback)
             if clip is not None:
                 scores |= spread(f"clip_score/{label}", clip(row, prompts))
             if not args.disable_benchmark:
                 if label not in teacher_rows:
-                    teacher_rows[label] = pictures("teacher", prompts, steps, seed, (width, height))
+                    teacher_rows[label] = pictures("teacher", prompts, steps, seed, size=(width, height))
                 row = [side_by_side(*pair) for pair in zip(teacher_rows[label], row, strict=True)]
             rows.append(row)
             labels.append(label)
@@ -137,6 +137,6 @@ def init_trackers(args, accelerator):
         name: value if isinstance(value, int | float | str) else str(value) for name, value in vars(args).items()
     }
     settings.pop("hub_token")
-    settings.pop("webhook")  # its URL may be a secret
+    settings.pop("webhook", None)  # its URL may be a secret
     named = {"name": args.tracker_run_name}
     accelerator.init_trackers(args.tracker_project_name, settings, {"wandb": named, "trackio": named})

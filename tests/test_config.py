@@ -41,9 +41,12 @@ def parse(shards, tmp_path):
 AT_LEAST_ONE = (
     "train_batch_size", "gradient_accumulation_steps", "vae_encode_batch_size", "num_train_epochs", "max_train_steps",
     "max_train_samples", "checkpoints_total_limit", "resolution", "num_ddim_timesteps", "unet_time_cond_proj_dim",
-    "lora_rank", "lora_alpha",
+    "lora_rank", "lora_alpha", "validation_preview_steps", "eval_samples",
 )  # fmt: skip
-NOT_NEGATIVE = ("dataloader_num_workers", "checkpointing_steps", "validation_steps", "lr_warmup_steps", "seed")
+NOT_NEGATIVE = (
+    "dataloader_num_workers", "checkpointing_steps", "validation_steps", "lr_warmup_steps", "seed", "eval_steps",
+    "scheduled_sampling_max_step_offset",
+)  # fmt: skip
 POSITIVE = ("learning_rate", "max_grad_norm", "adam_epsilon", "huber_c", "timestep_scaling_factor")
 FRACTIONS = ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout")
 BAD_FLAGS = [
@@ -70,6 +73,15 @@ BAD_FLAGS = [
     ("--loss_type", "l1"),
     ("--lr_scheduler", "cosin"),
     ("--max_train_steps", "many"),
+    ("--report_steps", "1,0"),
+    ("--validation_resolution", "64x65"),
+    ("--validation_resolution", "64x64x64"),
+    ("--validation_resolution", "big"),
+    ("--base_model_precision", "int4"),
+    ("--attention_mechanism", "flashy"),
+    ("--lr_end", "1.0"),  # above the rate
+    ("--export_formats", "pickle"),
+    ("--webhook_config", "no_such.json"),
 ]
 
 
@@ -92,6 +104,14 @@ def test_a_bad_flag_is_named_with_its_value(parse, capsys, flag, value):
         ("--model_type full --use_dora", "--model_type full: takes no --lora_* flag"),
         ("--train_shards_path_or_url pipe:true", "--max_train_steps or --max_train_samples"),
         ("--lora 4", "ambiguous option: --lora could match"),
+        ("--scheduled_sampling_probability 0.5", "--scheduled_sampling_max_step_offset: one needs the other"),
+        ("--scheduled_sampling_max_step_offset 5", "--scheduled_sampling_max_step_offset: one needs the other"),
+        ("--ignore_final_epochs", "--ignore_final_epochs: needs --max_train_steps"),
+        ("--num_train_epochs 0", "--num_train_epochs 0: must be at least 1, or give --max_train_steps"),
+        ("--lr_end 1e-6", "--lr_end 1e-06 and --lr_scheduler constant: it has no decay"),
+        ("--evaluation_type clip", "--evaluation_type clip: needs --evaluation_clip_model"),
+        ("--push_checkpoints_to_hub", "--push_checkpoints_to_hub: needs --push_to_hub"),
+        ("--export_formats kohya", "--export_formats kohya: is a layout of LoRA files"),
     ],
 )
 def test_flags_that_do_not_go_together(parse, capsys, flags, named):
@@ -356,7 +376,7 @@ def test_the_documents_launch_line_runs_and_uploads_the_model_alone(tmp_path, sh
 
     assert [made["name"] for made in hub.created] == ["out"] and hub.created[0]["visibility"] == "private"
     assert set(hub.files) == {
-        "README.md", "samples.png", "config.json", "scheduler/scheduler_config.json",
+        "README.md", "samples.png", "report.json", "report.png", "config.json", "scheduler/scheduler_config.json",
         "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
     }  # fmt: skip
     model = tmp_path / "out" / "diffusion_pytorch_model.safetensors"
