@@ -96,7 +96,7 @@ def parse_args(argv=None):
     add("--lora_target_modules", type=str, help=f"names or suffixes of modules, with commas; default {LORA_TARGETS}")
     add("--use_dora", action="store_true", help="weight-decomposed LoRA")
     add("--lora_type", type=str, choices=["standard"], help="standard: PEFT's, the only kind")
-    add("--export_formats", type=str, default="diffusers", choices=["diffusers", "kohya", "diffusers,kohya"], help="of a LoRA: kohya writes a second file, for A1111 and ComfyUI")
+    add("--export_formats", type=str, default="diffusers", choices=["diffusers", "kohya", "diffusers,kohya"], metavar="FORMATS", help="diffusers, or diffusers,kohya; of a LoRA: kohya writes a second file, for A1111 and ComfyUI")
 
     add = parser.add_argument_group("latent consistency distillation").add_argument
     add("--w_min", type=float, default=5.0, help="smallest guidance w; guidance_scale = 1 + w")

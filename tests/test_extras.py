@@ -353,12 +353,11 @@ def test_a_rollout_is_one_step_of_the_students_own_sampler():
 @pytest.mark.parametrize("kind", ["", "--lora_rank 2 --lora_dropout 0.3"])
 def test_rolled_out_samples_are_made_by_the_student_without_gradient(kind, parse, monkeypatch):
     flags = f"{kind} --scheduled_sampling_max_step_offset 10 --scheduled_sampling_probability "
-    inputs = {}
+    inputs, calls = {}, watch(monkeypatch, "predict")
     for probability in ("0.0001", "1"):
-        calls = watch(monkeypatch, "predict")
+        calls.clear()
         script.main(parse(flags + probability))
         reset()
-        monkeypatch.undo()
         assert len(calls) == 4 and not calls[0][1].requires_grad and calls[3][1].requires_grad
         rolled, student = calls[0][0], calls[3][0]
         assert rolled[0] is student[0] and (rolled[2] >= student[2]).all()
@@ -481,7 +480,7 @@ def test_the_clip_score_is_100_cosines(parse, teacher, tmp_path, monkeypatch):
     prompts, pictures = ["a red circle", "a large blue square", "red"], drawn[0][1]
     clip = ClipScore(str(folder), "cpu")
     tokens = clip.tokenizer(prompts, padding=True, return_tensors="pt")
-    pixels = torch.stack([torch.from_numpy(np.asarray(p)).float() / 255 for p in pictures]).permute(0, 3, 1, 2)
+    pixels = torch.stack([torch.from_numpy(np.array(p)).float() / 255 for p in pictures]).permute(0, 3, 1, 2)
     mean, std = torch.tensor(clip.processor.image_mean), torch.tensor(clip.processor.image_std)
     pixels = (pixels - mean[:, None, None]) / std[:, None, None]
     with torch.no_grad():
