@@ -332,7 +332,14 @@ class StandInHub(http.server.BaseHTTPRequestHandler):
             files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
             self.answer({"files": [file | {"shouldIgnore": False} for file in files]})
         elif "/commit/" in self.path:
-            for line in map(json.loads, body.splitlines()):
+            lines = [json.loads(line) for line in body.splitlines()]
+            if self.server.broken_commits:
+                self.server.broken_commits -= 1
+                self.send_error(403)
+                return
+            title = next(line["value"]["summary"] for line in lines if line["key"] == "header")
+            self.server.commits[title] = {line["value"]["path"] for line in lines if line["key"] == "file"}
+            for line in lines:
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             self.answer({"commitUrl": f"{self.server.url}/me/out/commit/1", "commitOid": "1" * 40, "success": True})
@@ -348,6 +355,7 @@ def hub():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandInHub)
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     server.requests, server.created, server.files = [], [], {}
+    server.commits, server.broken_commits = {}, 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -384,6 +392,24 @@ def test_the_documents_launch_line_runs_and_uploads_the_model_alone(tmp_path, sh
     assert any(path.startswith("/api/models/me/out/commit/") for path in hub.requests)
     card = hub.files["README.md"].decode()
     assert shards in card and "00002.tar" not in card  # the shards as they were given, not all 1100 of the document
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_checkpoints_go_to_the_hub_as_the_model_that_they_are(tmp_path, shards, hub, broken):
+    """And a hub that fails in between does not end the training."""
+    hub.broken_commits = 1 if broken else 0
+    flags = ["--pretrained_teacher_model", tiny_pipeline(tmp_path / "teacher"), "--train_shards_path_or_url", shards]
+    flags += ["--resolution", 32, "--output_dir", tmp_path / "out", "--train_batch_size", 2, "--max_train_steps", 3]
+    flags += ["--push_to_hub", "--push_checkpoints_to_hub", "--hub_model_id", "me/out", "--checkpointing_steps", 2]
+    flags += ["--validation_steps", 0, "--report_steps=", "--disable_benchmark", "--validation_num_inference_steps", 1]
+    flags += ["--lora_rank", 2, "--export_formats", "diffusers,kohya", "--report_to", "none"]
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "x", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    done = launch("train_lcm_distill_sd.py", *flags, **environment, HF_HUB_DISABLE_XET="1")
+    assert hub.created[0]["visibility"] == "private"
+    model = {"pytorch_lora_weights.safetensors", "kohya_lora.safetensors", "scheduler/scheduler_config.json"}
+    final = {"Distilled model": model | {"README.md", "samples.png"}}
+    assert hub.commits == (final if broken else {"Step 2": model} | final)
+    assert ("--push_checkpoints_to_hub: Step 2 was not uploaded" in done.stdout) == broken
 
 
 def test_fp16_on_a_cpu_is_refused(tmp_path, shards):

@@ -1,5 +1,6 @@
 """What may be added to a run, each by its effect: 8 bits, rollouts, losses, schedules, evaluation, previews."""
 
+import importlib.util
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ from common.report import features
 from common.rollout import draw_rollout, roll_out
 from common.validation import spread
 from tests.helpers import tiny_pipeline, toy_shards
+from tests.test_webhook import serve as hook_server
 
 SHORT = "--resolution 32 --train_batch_size 4 --max_train_steps 1 --validation_steps 0 --checkpointing_steps 0"
 SHORT += " --validation_num_inference_steps 1 --disable_benchmark --report_to none --lr_warmup_steps 0 --center_crop"
@@ -197,9 +199,7 @@ def test_int8_quanto_is_an_alias_that_says_so(parse):
 
 
 def test_without_torchao_there_is_one_sentence(parse, monkeypatch, capsys):
-    find = (
-        script.importlib.util.find_spec if hasattr(script, "importlib") else __import__("importlib.util").util.find_spec
-    )
+    find = importlib.util.find_spec
     monkeypatch.setattr("common.quantize.importlib.util.find_spec", lambda n: None if n == "torchao" else find(n))
     parse("--base_model_precision no_change")
     with pytest.raises(SystemExit):
@@ -542,6 +542,48 @@ def test_evaluation_changes_nothing_and_held_out_samples_are_not_trained_on(pars
     script.main(parse("--lora_rank 2 --eval_steps 2 --eval_samples 3 --max_train_steps 8 --vae_cache_disable"))
     assert len(kept["held out"]) == 3 and len(trained) == 13 and not kept["held out"] & trained
     assert "held out for --eval_steps" in capsys.readouterr().out
+
+
+def test_a_run_tells_its_webhook(parse, tmp_path, monkeypatch, capsys):
+    """Progress, pictures, the end, and what ends it before; also previews at level debug."""
+    server = hook_server()
+    (tmp_path / "hook.json").write_text(json.dumps({"webhook_url": server.url, "level": "info"}))
+    flags = f"--lora_rank 2 --webhook_config {tmp_path / 'hook.json'}"
+    script.main(parse(flags))
+    reset()
+    assert [message["type"] for message in server.received] == ["progress", "picture", "end"]
+    progress, picture, _ = server.received
+    assert (progress["step"], progress["of"], picture["name"]) == (1, 1, "grid") and progress["loss"] > 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert server.url not in card  # it may hold a secret
+    with pytest.raises(SystemExit):
+        script.main(parse(f"{flags} --num_ddim_timesteps 30"))
+    assert server.received[-1]["type"] == "error" and "--num_ddim_timesteps 30" in server.received[-1]["message"]
+    server.shutdown()
+    server.server_close()
+    reset()
+    script.main(parse(flags, "again"))  # nobody listens any more
+    assert "--webhook_config: 3 messages were not delivered" in capsys.readouterr().out
+    assert (tmp_path / "again" / "pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("formats", ["diffusers", "diffusers,kohya"])
+def test_the_kohya_file_of_a_run_is_the_trained_lora(formats, parse, teacher, tmp_path):
+    script.main(
+        parse(f"--lora_rank 2 --lora_alpha 6 --learning_rate 1e-2 --max_train_steps 2 --export_formats {formats}")
+    )
+    assert (tmp_path / "out" / "kohya_lora.safetensors").exists() == ("kohya" in formats)
+    if "kohya" in formats:
+        x, t, cond = tiny_inputs()
+        outputs = []
+        for name in (None, "pytorch_lora_weights.safetensors", "kohya_lora.safetensors"):
+            pipe = StableDiffusionPipeline.from_pretrained(teacher)
+            if name:
+                pipe.load_lora_weights(tmp_path / "out", weight_name=name)
+            with torch.no_grad():
+                outputs.append(pipe.unet.eval()(x, t, cond).sample)
+        assert (outputs[1] - outputs[0]).abs().mean() > 1e-4
+        torch.testing.assert_close(outputs[2], outputs[1], rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
