@@ -7,6 +7,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.utils import is_xformers_available
+from torch.nn.parallel import DistributedDataParallel
 
 ATTENTION = ("diffusers", *(backend.value for backend in AttentionBackendName))  # diffusers: PyTorch's SDPA
 
@@ -63,7 +64,7 @@ def set_attention(network, backend: str):
 
 
 def speed_up(args, networks, compiled_blocks: tuple[str, ...], say):
-    """Attention and compilation, of each network once."""
+    """Attention, compilation, and what processes have to exchange, of each network once."""
     backend = args.attention_mechanism
     if args.enable_xformers_memory_efficient_attention:
         backend = "xformers" if is_xformers_available() else backend
@@ -71,6 +72,9 @@ def speed_up(args, networks, compiled_blocks: tuple[str, ...], say):
             say("--enable_xformers_memory_efficient_attention: not installed, PyTorch's SDPA is in use")
     for network in {id(network): network for network in networks}.values():
         set_attention(network, backend)
+        # Frozen weights come from one file in every process, and those in 8 bits cannot be broadcast
+        frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, frozen)
         if args.compile:  # in place and block by block: names of weights stay, and equal blocks share their code
             for block in network.modules():
                 if type(block).__name__ in compiled_blocks:

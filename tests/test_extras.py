@@ -25,7 +25,7 @@ from common.optim import DECAYS, make_schedule
 from common.report import features
 from common.rollout import draw_rollout, roll_out
 from common.validation import spread
-from tests.helpers import tiny_pipeline, toy_shards
+from tests.helpers import launch, tiny_pipeline, toy_shards
 from tests.test_webhook import serve as hook_server
 
 SHORT = "--resolution 32 --train_batch_size 4 --max_train_steps 1 --validation_steps 0 --checkpointing_steps 0"
@@ -163,6 +163,21 @@ def test_a_run_in_8_bits_resumes_bit_for_bit(run):
     run(f"{flags} --max_train_steps 1", "parts")
     resumed = run(f"{flags} --max_train_steps 2 --resume_from_checkpoint latest", "parts")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_two_processes_train_on_a_base_in_8_bits_as_one_does(teacher, shards, tmp_path):
+    """Whose weights cannot be broadcast. With rollouts and evaluation, which all processes must take part in."""
+    flags = f"--pretrained_teacher_model {teacher} {SHORT} --lora_rank 2 --base_model_precision int8-torchao"
+    flags += f" --train_shards_path_or_url {shards}/{{00000..00001}}.tar --eval_steps 1 --eval_samples 2"
+    flags += " --scheduled_sampling_max_step_offset 5 --scheduled_sampling_probability 0.5 --learning_rate 1e-3"
+    found = []
+    for processes in (1, 2):
+        more = ["--train_batch_size", 4 // processes, "--output_dir", tmp_path / str(processes)]
+        launch("train_lcm_distill_sd.py", *flags.split(), *more, processes=processes)
+        found.append(load_file(tmp_path / str(processes) / "checkpoint-1" / "student.safetensors"))
+    assert found[0].keys() == found[1].keys() and any(value.any() for name, value in found[0].items() if "_B" in name)
+    distances = torch.cat([(found[0][name] - found[1][name]).abs().flatten() for name in found[0]])
+    assert distances.mean() < 1e-5  # a hundredth of the step
 
 
 def test_a_full_student_has_a_teacher_in_8_bits_and_all_of_its_own(parse):
