@@ -36,9 +36,9 @@ To fork it for another model, edit "The model" and the flags above it; the rest 
 
 import argparse
 import copy
+import functools
 import json
 import math
-import os
 import time
 from collections import Counter
 from dataclasses import replace
@@ -48,9 +48,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import is_xformers_available
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
@@ -58,26 +56,26 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjecti
 
 from common.buckets import add_bucket_flags, check_bucket_flags, target_size
 from common.cache import identity, weights_identity
-from common.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
-from common.config import add_shared_flags, check_shared_flags, parse_with_config
+from common.checkpoint import StopSignal, find_checkpoint, resume, save_checkpoint
+from common.config import add_shared_flags, check_schedule, check_shared_flags, parse_with_config
 from common.data import ImageReader, NoGoodSamples, open_readers
-from common.datasets import count_epoch, open_datasets, plan_buckets
+from common.datasets import check_data_flags, plan_buckets
 from common.diffusion import DDIMSolver, boundary_scalings, consistency_loss, expand_to, guidance_embedding, to_x0_eps
 from common.encoding import SampleEncoder, open_stores
+from common.evaluation import hold_out, open_clip, stable_loss
 from common.export import create_hub_repository, push_to_hub, write_model_card
-from common.lcm import (
-    adapters_off,
-    check_lcm_flags,
-    draw_for,
-    middle_w,
-    student_scheduler,
-    wanted_student,
-    with_uncond,
-)
-from common.optim import make_optimizer, update_ema
-from common.shards import is_local
-from common.stream import gather_states, open_batches
-from common.validation import init_trackers, labelled_grid, show_picture, side_by_side, validation_prompts
+from common.kohya import save_kohya_lora
+from common.lcm import check_lcm_flags, draw_for, middle_w, student_scheduler, wanted_student, with_uncond
+from common.optim import clip_gradients, make_optimizer, make_schedule, update_ema
+from common.preview import open_preview
+from common.progress import Progress
+from common.quantize import quantize
+from common.report import steps_report
+from common.rollout import draw_rollout, roll_out
+from common.speed import adapters_off, dropout_off, set_up_device, speed_up
+from common.stream import gather_states, open_batches, stack
+from common.validation import comparison, validation_prompts
+from common.webhook import errors_to_webhook
 
 LORA_TARGETS = (
     "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,"
@@ -106,7 +104,9 @@ def parse_args(argv=None):
     add("--lora_dropout", type=float, help="default 0")
     add("--lora_target_modules", type=str, help=f"names or suffixes of modules, with commas; default {LORA_TARGETS}")
     add("--use_dora", action="store_true", help="weight-decomposed LoRA")
+    add("--lora_type", type=str, choices=["standard"], help="standard: PEFT's, the only kind")
     add("--export_pipeline", action="store_true", help="full: write all of the pipeline, in fp32, so that from_pretrained(OUTPUT_DIR) loads it; default: the U-Net and its scheduler alone")
+    add("--export_formats", type=str, default="diffusers", choices=["diffusers", "kohya", "diffusers,kohya"], metavar="FORMATS", help="diffusers, or diffusers,kohya; of a LoRA: kohya writes a second file, for A1111 and ComfyUI")
 
     add = parser.add_argument_group("latent consistency distillation").add_argument
     add("--w_min", type=float, default=3.0, help="smallest guidance w; guidance_scale = 1 + w")
@@ -114,6 +114,10 @@ def parse_args(argv=None):
     add("--num_ddim_timesteps", type=int, default=50, help="N, steps of the teacher's solver; must divide its timesteps")
     add("--loss_type", type=str, default="l2", choices=["l2", "huber"])
     add("--huber_c", type=float, default=0.001, help="c of sqrt(d^2 + c^2) - c; smaller is nearer to |d|")
+    add("--diff2flow_loss", action="store_true", help="distance of flow velocities eps - x0, which is that of x0 times (alpha + sigma) / sigma")
+    add("--scheduled_sampling_max_step_offset", type=int, default=0, help="rollout: the student makes x_t itself, from up to so many solver steps above t; 0 for never")
+    add("--scheduled_sampling_probability", type=float, default=0.0, help="share of samples that are rolled out, 0 to 1")
+    add("--scheduled_sampling_strategy", type=str, default="uniform", choices=["uniform", "biased_early", "biased_late"], help="rollouts of all lengths alike, mostly short ones, mostly long ones")
     add("--timestep_scaling_factor", type=float, default=10.0, help="s of c_skip and c_out; larger makes c_skip fall faster")
     add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, default=True, help="keep the teacher in --mixed_precision; --no-cast_teacher_unet: in fp32, under autocast")
     # fmt: on
@@ -123,33 +127,10 @@ def parse_args(argv=None):
 
     args = parse_with_config(parser, argv, family="sdxl", method="lcm", recipe=toy_recipe)
     check_shared_flags(parser, args)
-    args.notes = []
     check_lcm_flags(parser, args, LORA_TARGETS)
-    if args.toy:
-        args.notes.append(
-            f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type})."
-        )
     rules = check_bucket_flags(parser, args)
-    args.picture_size = target_size(1, 1, rules)
-    args.datasets = open_datasets(parser, args, rules)
-    remote = not all(is_local(part) for dataset in args.datasets for part in dataset.parts)
-    args.caches = "ondemand" if args.vae_cache_ondemand else "off" if args.vae_cache_disable or remote else "fill"
-    args.num_samples = args.max_train_samples or count_epoch(args.datasets)
-    if args.max_train_steps is None and args.num_samples is None:
-        parser.error(
-            "--max_train_steps or --max_train_samples: one is needed, shards that are not local are not counted"
-        )
-    if remote and args.caches == "off" and not args.vae_cache_disable:
-        args.notes.append("The shards are not local: nothing is cached. --vae_cache_ondemand keeps what is encoded.")
-    if args.validation_guidance is not None and middle_w(args) != args.validation_guidance - 1.0:
-        args.notes.append(
-            f"--validation_guidance {args.validation_guidance:g}: trained is {1 + args.w_min:g} to {1 + args.w_max:g},"
-            f" {1 + middle_w(args):g} is taken"
-        )
-    if args.allow_tf32 and not torch.cuda.is_available():
-        args.notes.append("--allow_tf32: no job without a CUDA GPU")
-    if args.local_rank != -1:
-        args.notes.append("--local_rank: no job, accelerate sets it")
+    check_data_flags(parser, args, rules)
+    args.validation_resolution = args.validation_resolution or [target_size(1, 1, rules)]
     return args
 
 
@@ -169,6 +150,7 @@ PIPELINE = StableDiffusionXLPipeline
 TEXT_FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 COMPILED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 TOY_SIZES = ((64, 64), (80, 48), (48, 80))  # height, width
+PREVIEW_MODEL = "madebyollin/taesdxl"
 
 
 def hub_options(args) -> dict:
@@ -210,11 +192,13 @@ def load_vae(args, device, dtype: torch.dtype) -> AutoencoderKL:
 
 def load_text_encoder(args, device, dtype: torch.dtype):
     name, loaded = args.pretrained_teacher_model, []
+    precisions = {"": args.text_encoder_1_precision, "_2": args.text_encoder_2_precision}
     for suffix, model in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
         tokenizer = AutoTokenizer.from_pretrained(
             name, subfolder="tokenizer" + suffix, use_fast=False, **hub_options(args)
         )
         encoder = model.from_pretrained(name, subfolder="text_encoder" + suffix, dtype=dtype, **hub_options(args))
+        quantize(encoder, precisions[suffix], "cpu" if args.quantize_via == "cpu" else device)
         loaded.append((tokenizer, encoder.requires_grad_(False).eval().to(device)))
     return loaded
 
@@ -282,16 +266,17 @@ def predict(unet, x, t, cond: dict[str, torch.Tensor], w_embedding=None):
 
 
 @torch.no_grad()
-def draw(args, vae, unet, scheduler, text, uncond, size, steps: int, guidance_scale: float, seed: int):
+def draw(args, vae, unet, scheduler, text, negative, steps: int, guidance_scale: float, seed: int, size, callback):
     """Pictures [height, width] by the stock pipeline, one per row of text; picture i starts from noise of seed + i."""
     pipeline = PIPELINE(vae, None, None, None, None, unet, scheduler, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
-    count = len(text["prompt_embeds"])
+    count, (height, width) = len(text["prompt_embeds"]), size
     latents = pipeline(
-        prompt_embeds=text["prompt_embeds"], negative_prompt_embeds=uncond["prompt_embeds"].repeat(count, 1, 1),
-        pooled_prompt_embeds=text["text_embeds"], negative_pooled_prompt_embeds=uncond["text_embeds"].repeat(count, 1),
-        height=size[0], width=size[1], num_inference_steps=steps, guidance_scale=guidance_scale, output_type="latent",
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(count)],
+        prompt_embeds=text["prompt_embeds"], negative_prompt_embeds=negative["prompt_embeds"].repeat(count, 1, 1),
+        pooled_prompt_embeds=text["text_embeds"],
+        negative_pooled_prompt_embeds=negative["text_embeds"].repeat(count, 1),
+        height=height, width=width, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="latent",
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(count)], callback_on_step_end=callback,
     ).images  # fmt: skip
     with torch.autocast(vae.device.type, enabled=False):  # the VAE is in fp32 for a reason
         chunks = (latents.to(vae.dtype) / vae.config.scaling_factor).split(args.vae_encode_batch_size)
@@ -309,7 +294,11 @@ def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
         adapter = {key: sorted(value) if isinstance(value, set) else value for key, value in adapter.items()}
         PIPELINE.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=adapter)
         files = ["pytorch_lora_weights.safetensors"]
-        load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{base}")\npipeline.load_lora_weights("{folder}")\n'
+        if "kohya" in args.export_formats:
+            files.append("kohya_lora.safetensors")
+            save_kohya_lora(folder / files[-1], unet, layers, args.lora_rank, args.lora_alpha, sgm=True)
+        load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{base}")\n'
+        load += f'pipeline.load_lora_weights("{folder}", weight_name="{files[0]}")\n'
         scale = 1.0
     else:
         unet.save_pretrained(folder)
@@ -347,20 +336,13 @@ def load_networks(args, accelerator, weight_dtype):
     # channels_last is faster on CUDA and CPU, but DoRA's norms view convolutions as matrices
     layout = {"memory_format": torch.preserve_format if args.use_dora else torch.channels_last}
     teacher = load_unet(args, weight_dtype if lora or args.cast_teacher_unet else torch.float32)
+    student = None if lora else add_guidance_input(teacher, args.unet_time_cond_proj_dim)  # of weights still whole
+    quantize(teacher, args.base_model_precision, "cpu" if args.quantize_via == "cpu" else accelerator.device)
     teacher.to(accelerator.device, **layout)
-    student = add_lora(teacher, args) if lora else add_guidance_input(teacher, args.unet_time_cond_proj_dim)
+    student = add_lora(teacher, args) if lora else student
     student.to(accelerator.device, **({} if lora else layout))
     target = student if lora else copy.deepcopy(student).requires_grad_(False).eval()
-    xformers = args.enable_xformers_memory_efficient_attention
-    if xformers and not is_xformers_available():
-        accelerator.print("--enable_xformers_memory_efficient_attention: not installed, PyTorch's SDPA is in use")
-    for network in {id(network): network for network in (teacher, student, target)}.values():
-        if xformers and is_xformers_available():
-            network.enable_xformers_memory_efficient_attention()
-        if args.compile:  # in place and block by block: names of weights stay, and equal blocks share their code
-            for block in network.modules():
-                if type(block).__name__ in COMPILED_BLOCKS:
-                    block.compile()
+    speed_up(args, (teacher, student, target), COMPILED_BLOCKS, accelerator.print)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     return teacher, student.train(), target
@@ -377,7 +359,9 @@ def open_encoder(args, accelerator, weight_dtype) -> tuple[SampleEncoder, list[I
         text_weights = [weights_identity(args.pretrained_teacher_model, f, args.teacher_revision) for f in TEXT_FOLDERS]
         dtype = vae_dtype(args, weight_dtype)
         identities = [identity(vae=vae_weights, geometry=reader.geometry(), dtype=dtype) for reader in readers]
-        latents, text = open_stores(args, identities, identity(text=text_weights, dtype=weight_dtype))
+        precisions = [args.text_encoder_1_precision, args.text_encoder_2_precision]
+        text_identity = identity(text=text_weights, dtype=weight_dtype, precisions=precisions)
+        latents, text = open_stores(args, identities, text_identity)
         readers = [replace(reader, cache=store) for reader, store in zip(readers, latents, strict=True)]
     encoder = SampleEncoder(
         load_vae=lambda: load_vae(args, device, vae_dtype(args, weight_dtype)),
@@ -390,12 +374,13 @@ def open_encoder(args, accelerator, weight_dtype) -> tuple[SampleEncoder, list[I
         device=device,
     )
     if args.caches == "fill":
-        prompts = ["", *validation_prompts(args)]
+        prompts = ["", args.validation_negative_prompt or "", *validation_prompts(args)]
         filling = [replace(reader, filling=True) for reader in readers]
         encoder.fill(accelerator, args.datasets, filling, prompts, args.dataloader_num_workers)
     return encoder, readers
 
 
+@errors_to_webhook
 def main(args):
     # ---- Set-up ----
     output_dir = Path(args.output_dir)
@@ -408,27 +393,14 @@ def main(args):
     say, device, processes = accelerator.print, accelerator.device, accelerator.num_processes
     for line in args.notes:
         say(line)
-    if accelerator.mixed_precision == "fp16" and device.type == "cpu":
-        raise SystemExit("--mixed_precision fp16: needs a GPU; a CPU takes no or bf16")
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    if args.toy and device.type == "cpu":  # accelerate launch leaves a process one thread
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
-    torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    weight_dtype = set_up_device(args, accelerator)
     repository = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
     # ---- Noise schedule, solver, networks ----
     scheduler = load_scheduler(args)
     prediction_type = scheduler.config.prediction_type
     abar = scheduler.alphas_cumprod.float()
-    if prediction_type == "epsilon" and abar[-1] < 1e-6:
-        raise SystemExit(
-            "the teacher predicts noise at zero terminal SNR, where x0 cannot be told: a v_prediction one can"
-        )
-    if len(abar) % args.num_ddim_timesteps:
-        raise SystemExit(
-            f"--num_ddim_timesteps {args.num_ddim_timesteps}: must divide the teacher's {len(abar)} timesteps"
-        )
+    check_schedule(abar, prediction_type, args.num_ddim_timesteps)
     solver = DDIMSolver(abar, args.num_ddim_timesteps).to(device)
     alphas, sigmas = abar.sqrt().to(device), (1.0 - abar).sqrt().to(device)
     lora = args.model_type == "lora"
@@ -441,33 +413,20 @@ def main(args):
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * max(1, args.num_samples // batch)
     optimizer = make_optimizer(args, trained, args.learning_rate * (batch if args.scale_lr else 1), device)
-    lr_schedule = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
+    lr_schedule = make_schedule(args, optimizer)
     student, optimizer = accelerator.prepare(network, optimizer)
     saved = {"student": network} if lora else {"student": network, "target": target}
 
     # ---- Resume ----
-    step, stream_state, skipped = 0, None, Counter()
-    if args.resume_from_checkpoint and (checkpoint := find_checkpoint(output_dir, args.resume_from_checkpoint)):
-        state = load_checkpoint(checkpoint, saved, {"student": optimizer.optimizer})
-        step, stream_state, skipped = state["step"], state["stream"], Counter(state["skipped"])
-        lr_schedule.load_state_dict(state["lr_schedule"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        say(f"resumed from {checkpoint}")
-    elif args.resume_from_checkpoint:
-        say(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} yet, starting at step 0")
-
-    first_step = step
+    state = resume(args, accelerator, saved, {"student": optimizer.optimizer}, lr_schedule)
+    first_step = step = state["step"]
+    skipped = Counter(state["skipped"])
 
     # ---- Data: lists of samples, each with latents from the cache or with pixels ----
     encoder, readers = open_encoder(args, accelerator, weight_dtype)
     uncond = encode_empty_prompt(args, encoder)
-    batches = open_batches(args, accelerator, readers, stream_state)
+    held_out, readers = hold_out(args, readers)
+    batches = open_batches(args, accelerator, readers, state["stream"])
 
     # ---- Checkpoints and pictures ----
     def save():
@@ -485,42 +444,77 @@ def main(args):
         accelerator.wait_for_everyone()
         return folder
 
-    def pictures(which: str, prompts: list[str], steps: int, seed: int, guidance_scale=None, size=None):
+    def pictures(which: str, prompts: list[str], steps: int, seed: int, guidance_scale=None, size=None, callback=None):
         """By `teacher` or `student`, each with its own sampler."""
-        text, with_teacher = encoder.encode_text(prompts), which == "teacher"
+        text, negative, with_teacher = encoder.encode_text(prompts), uncond, which == "teacher"
         sampler = scheduler if with_teacher else student_scheduler(args, scheduler)
+        if with_teacher and args.validation_negative_prompt:
+            negative = encoder.encode_text([args.validation_negative_prompt])
         if guidance_scale is None:
             guidance_scale = 1.0 if lora and not with_teacher else 1.0 + middle_w(args)
-        unet = teacher if with_teacher else target
+        unet, size = teacher if with_teacher else target, size or args.validation_resolution[0]
         unet.eval()
         with accelerator.autocast(), adapters_off(unet, lora and with_teacher):
-            size = size or args.picture_size
-            drawn = draw(args, encoder.vae, unet, sampler, text, uncond, size, steps, guidance_scale, seed)
+            drawn = draw(args, encoder.vae, unet, sampler, text, negative, steps, guidance_scale, seed, size, callback)
         network.train()
         return drawn
 
     teacher_rows = {}  # its pictures do not change
 
     def validate():
-        """One grid: steps down, prompts across, the teacher's picture beside the student's."""
-        prompts, rows, labels = validation_prompts(args), [], []
-        for steps in args.validation_num_inference_steps:
-            row = pictures("student", prompts, steps, args.validation_seed)
-            if not args.disable_benchmark:
-                if steps not in teacher_rows:
-                    teacher_rows[steps] = pictures("teacher", prompts, steps, args.validation_seed)
-                row = [side_by_side(*pair) for pair in zip(teacher_rows[steps], row, strict=True)]
-            rows.append(row)
-            labels.append(f"{steps} step" + "s" * (steps > 1))
-        who = "student: " if args.disable_benchmark else "teacher | student: "
-        grid = labelled_grid(rows, labels, [who + prompt for prompt in prompts])
-        show_picture(accelerator, grid, output_dir / "validation", "grid", step)
+        sheet, scores = comparison(args, pictures, teacher_rows, preview, clip)
+        progress.picture(sheet, "grid", step)
+        if scores:
+            progress.values(scores, step)
         if args.caches == "fill":
             encoder.release()
-        return grid
+        return sheet
 
-    # ---- Training loop: algorithm 1 ----
-    init_trackers(args, accelerator)
+    # ---- Algorithm 1, from a batch and its draws to the distance ----
+    def lcm_loss(images, text, index, w, latent_noise, eps, rollout=None):
+        # 2. Noisy latents, fp32
+        cond = conditions(text, images)
+        w_embedding = None if lora else guidance_embedding(w, args.unet_time_cond_proj_dim)
+        latents = images["mean"].float() + images["std"].float() * latent_noise
+        t, t_prev = solver.timesteps[index], solver.timesteps_prev[index]
+        x_t = expand_to(alphas[t], latents) * latents + expand_to(sigmas[t], latents) * eps
+
+        def f(unet, x, t):
+            out = predict(unet, x, t, cond, w_embedding)
+            x0, _ = to_x0_eps(out, x, alphas[t], sigmas[t], prediction_type)
+            c_skip, c_out = (expand_to(c, x) for c in boundary_scalings(t, args.timestep_scaling_factor))
+            return c_skip * x + c_out * x0
+
+        with torch.no_grad(), accelerator.autocast():
+            if rollout:  # scheduled sampling: some of x_t are what the student itself makes of more noise
+                with dropout_off(network, args.lora_dropout):
+                    f_student = functools.partial(f, student)
+                    x_t = roll_out(f_student, solver, alphas, sigmas, x_t, latents, eps, index, *rollout)
+
+            # 3. Teacher with guidance: both halves in one forward, whose peak is below that of the student's backward
+            with adapters_off(teacher, lora):
+                both = predict(teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), with_uncond(cond, uncond))
+            out_cond, out_uncond = both.float().chunk(2)
+            out = out_cond + expand_to(w, x_t) * (out_cond - out_uncond)
+            x0_teacher, eps_teacher = to_x0_eps(out, x_t, alphas[t], sigmas[t], prediction_type)
+
+            # 4. One solver step
+            x_prev = solver.step(x0_teacher, eps_teacher, index)
+
+            # 5. Target at x_prev
+            with dropout_off(network, args.lora_dropout):
+                f_target = f(target, x_prev, t_prev)
+
+        # 6. Student at x_t
+        f_student = f(student, x_t, t)
+        if args.diff2flow_loss:  # v = eps - x0, with the eps that x_t and x0 leave
+            both = [to_x0_eps(x0, x_t, alphas[t], sigmas[t], "sample") for x0 in (f_student, f_target)]
+            f_student, f_target = (eps - x0 for x0, eps in both)
+        return consistency_loss(f_student, f_target, args.loss_type, args.huber_c)
+
+    # ---- Training loop ----
+    progress, clip = Progress(args, accelerator), open_clip(args, accelerator)
+    preview = open_preview(args, PREVIEW_MODEL, accelerator, lambda *shown: progress.picture(*shown, step, "debug"))
     say(f"training {sum(p.numel() for p in trained):,} parameters for {args.max_train_steps} steps of {batch} samples")
     bar = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
     loss_sum, started = torch.zeros((), device=device), time.time()
@@ -533,52 +527,21 @@ def main(args):
             except NoGoodSamples as error:
                 raise SystemExit(f"{args.data_source}: {error}") from None
             images, text = encoder.encode_images(samples), encoder.encode_text([sample.caption for sample in samples])
-            draws = [draw_for(args, sample.position, images["mean"][0].shape) for sample in samples]
-            index, w, dropped, latent_noise, eps = (
-                torch.stack(column).to(device) for column in zip(*draws, strict=True)
-            )
+            shape, positions = images["mean"][0].shape, [sample.position for sample in samples]
+            index, w, dropped, latent_noise, eps = stack([draw_for(args, p, shape) for p in positions], device)
             text = {name: torch.where(expand_to(dropped, v), uncond[name], v) for name, v in text.items()}
-            cond = conditions(text, images)
+            rollout = None
+            if args.scheduled_sampling_probability:
+                rollout = stack([draw_rollout(args, p, shape) for p in positions], device)
 
-            # 2. Noisy latents, fp32
-            latents = images["mean"].float() + images["std"].float() * latent_noise
-            t, t_prev = solver.timesteps[index], solver.timesteps_prev[index]
-            x_t = expand_to(alphas[t], latents) * latents + expand_to(sigmas[t], latents) * eps
-
-            with torch.no_grad(), accelerator.autocast():
-                # 3. Teacher with guidance: both halves in one forward, whose peak is below that of the student's backward
-                with adapters_off(teacher, lora):
-                    both = predict(teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), with_uncond(cond, uncond))
-                out_cond, out_uncond = both.float().chunk(2)
-                out = out_cond + expand_to(w, x_t) * (out_cond - out_uncond)
-                x0_teacher, eps_teacher = to_x0_eps(out, x_t, alphas[t], sigmas[t], prediction_type)
-
-                # 4. One solver step
-                x_prev = solver.step(x0_teacher, eps_teacher, index)
-
-                # 5. Target at x_prev
-                w_embedding = None if lora else guidance_embedding(w, args.unet_time_cond_proj_dim)
-                if lora and args.lora_dropout:
-                    network.eval()
-                out = predict(target, x_prev, t_prev, cond, w_embedding)
-                if lora and args.lora_dropout:
-                    network.train()
-                x0_target, _ = to_x0_eps(out, x_prev, alphas[t_prev], sigmas[t_prev], prediction_type)
-                c_skip, c_out = (expand_to(c, x_t) for c in boundary_scalings(t_prev, args.timestep_scaling_factor))
-                f_target = c_skip * x_prev + c_out * x0_target
-
-            # 6. Student at x_t
-            torch.manual_seed(args.seed + samples[0].position)  # of dropout: a resumed run draws the same
-            out = predict(student, x_t, t, cond, w_embedding)
-            x0_student, _ = to_x0_eps(out, x_t, alphas[t], sigmas[t], prediction_type)
-            c_skip, c_out = (expand_to(c, x_t) for c in boundary_scalings(t, args.timestep_scaling_factor))
-            f_student = c_skip * x_t + c_out * x0_student
-            loss = consistency_loss(f_student, f_target, args.loss_type, args.huber_c)
+            # 2. to 6.
+            torch.manual_seed(args.seed + positions[0])  # of dropout: a resumed run draws the same
+            loss = lcm_loss(images, text, index, w, latent_noise, eps, rollout)
 
             # 7. Optimizer and EMA
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+                clip_gradients(accelerator, trained, args.grad_clip_method, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             loss_sum += loss.detach()
@@ -599,12 +562,17 @@ def main(args):
                 raise SystemExit(f"the loss is not finite at step {step}; the last good checkpoint is {last}")
             rate = steps * batch / (time.time() - started)
             bar.set_postfix(loss=f"{mean:.4g}", samples_per_s=f"{rate:.1f}")
-            accelerator.log({"loss": mean, "lr": lr_schedule.get_last_lr()[0], "samples_per_s": rate}, step=step)
+            progress.values({"loss": mean, "lr": lr_schedule.get_last_lr()[0], "samples_per_s": rate}, step)
             loss_sum, started = torch.zeros((), device=device), time.time()
+        if args.eval_steps and step % args.eval_steps == 0:
+            progress.values(stable_loss(args, lcm_loss, network, held_out, encoder), step)
         if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
             validate()
         if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step < args.max_train_steps:
             save()
+            if args.push_checkpoints_to_hub and repository:
+                files, _ = export(args, output_dir, target, scheduler)
+                push_to_hub(args, repository, files, f"Step {step}", fatal=False)
         if processes == 1 or step % LOG_EVERY == 0:
             stopping = stop.agreed(accelerator)
     bar.close()
@@ -622,20 +590,21 @@ def main(args):
     elif accelerator.is_main_process:
         validate().save(output_dir / "samples.png")
         files, usage = export(args, output_dir, target, scheduler)
-        results = ""
-        if args.toy:  # its world can judge pictures
+        if args.toy and args.report_steps:  # its world can judge pictures
             from tests.toy.report import report
 
             results = report(pictures, output_dir, TOY_SIZES)
+        else:
+            results = steps_report(args, pictures, clip, output_dir)
         write_model_card(
             output_dir, title=f"LCM of {Path(args.pretrained_teacher_model).name}", tags=["lcm", args.model_type],
             usage=usage, settings=vars(args), results=results, picture="samples.png",
         )  # fmt: skip
         if repository:
-            push_to_hub(args, repository, ["README.md", "samples.png", *files])
+            push_to_hub(args, repository, ["README.md", "samples.png", "report.*", *files], "Distilled model")
         say(f"\nThe model is in {output_dir}:\n\n{usage}")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    progress.end(step, stopping)
 
 
 if __name__ == "__main__":

@@ -142,18 +142,17 @@ def add_bucket_flags(parser: argparse.ArgumentParser):
     add("--dataset_config_name", type=str, help="which of that dataset's configurations")
     add("--image_column", type=str, default="image", help="of a parquet file or dataset")
     add("--caption_column", type=str, default="text", help="of a parquet file, a dataset or metadata.jsonl; text, or a list of alternatives")
-    add("--ignore_final_epochs", action="store_true", help="--max_train_steps alone ends the run, as it always does where it is given")
 # fmt: on
 
 
 def check_bucket_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Rules:
     """Every rule between these flags, and the sizes that follow from them."""
-    if args.ignore_final_epochs and args.max_train_steps is None:
-        parser.error("--ignore_final_epochs: needs --max_train_steps, which then alone ends the run")
     if args.dataset_config_name and not args.dataset_name:
         parser.error(f"--dataset_config_name {args.dataset_config_name}: needs --dataset_name")
     if args.bucket_alignment < 1:
         parser.error(f"--bucket_alignment {args.bucket_alignment}: must be at least 1")
+    if not 0.0 < args.resolution < math.inf:
+        parser.error(f"--resolution {args.resolution:g}: must be positive")
     base = Rules(
         args.resolution,
         resolution_type=args.resolution_type,

@@ -111,6 +111,24 @@ def load_checkpoint(folder: Path, networks: dict, optimizers: dict) -> dict:
     return json.loads((folder / "state.json").read_text())
 
 
+def resume(args, accelerator, networks: dict, optimizers: dict, lr_schedule) -> dict:
+    """State of the checkpoint that --resume_from_checkpoint means, put back; that of a new run where there is none."""
+    wanted = args.resume_from_checkpoint
+    folder = find_checkpoint(args.output_dir, wanted) if wanted else None
+    if folder is None:
+        if wanted:
+            accelerator.print(
+                f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir} yet, starting at step 0"
+            )
+        return {"step": 0, "stream": None, "skipped": {}}
+    state = load_checkpoint(folder, networks, optimizers)
+    lr_schedule.load_state_dict(state["lr_schedule"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    accelerator.print(f"resumed from {folder}")
+    return state
+
+
 class StopSignal:
     """Remembers a SIGTERM or a first Ctrl-C, so that the loop can end at a good place. A second Ctrl-C ends at once."""
 

@@ -10,6 +10,13 @@ import json
 import math
 from pathlib import Path
 
+import torch
+
+from common.optim import DECAYS
+from common.quantize import PRECISIONS, check_precision
+from common.speed import ATTENTION
+from common.webhook import check_webhook
+
 # Config keys whose flag has another name.
 FLAG_OF_KEY = {
     "pretrained_model_name_or_path": "pretrained_teacher_model",
@@ -20,6 +27,8 @@ FLAG_OF_KEY = {
     "checkpoint_step_interval": "checkpointing_steps",
 }
 TRACKERS = ("tensorboard", "wandb", "trackio")
+# What a config's model_flavour names, for each family of models.
+FLAVOURS = {"sdxl": {"base-1.0": "stabilityai/stable-diffusion-xl-base-1.0"}}
 
 
 # fmt: off
@@ -49,22 +58,30 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--gradient_accumulation_steps", type=int, default=1, help="forward and backward passes per optimizer step")
     add("--num_train_epochs", type=int, default=100, help="used where --max_train_steps is not given")
     add("--max_train_steps", type=int, help="optimizer steps")
+    add("--ignore_final_epochs", action="store_true", help="end by --max_train_steps alone, which is then needed")
     add("--learning_rate", type=float, default=1e-4, help="after warm-up")
     add("--scale_lr", action="store_true", help="multiply the rate by processes x batch x accumulation")
-    add("--lr_scheduler", type=str, default="constant", choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"])
+    add("--lr_scheduler", type=str, default="constant", choices=list(DECAYS), help="a warm-up, then one decay to --lr_end")
+    add("--lr_end", type=float, help="rate at the last step; default: 0, cosine_with_min_lr: a tenth of --learning_rate")
     add("--lr_warmup_steps", type=int, default=500, help="optimizer steps; not for constant")
-    add("--optimizer", type=str, default="adamw", choices=["adamw", "adamw_bf16", "adamw8bit", "lion"], help="adamw_bf16 is adamw: trained weights and moments are fp32")
+    add("--optimizer", type=str, default="adamw", choices=["adamw", "adamw_bf16", "adamw8bit", "lion", "optimi-lion"], help="adamw_bf16 is adamw: trained weights and moments are fp32; optimi-lion is lion")
     add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
     add("--adam_weight_decay", type=float, default=1e-2)
     add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this L2 norm")
+    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this L2 norm, or each element to this value")
+    add("--grad_clip_method", type=str, default="norm", choices=["norm", "value"], help="what --max_grad_norm bounds")
 
     add = parser.add_argument_group("precision and speed").add_argument
     add("--mixed_precision", type=str, choices=["no", "fp16", "bf16"], help="default: what accelerate's config says")
     add("--allow_tf32", action="store_true", help="TF32 for fp32 matmuls on Ampere GPUs and later")
     add("--gradient_checkpointing", action="store_true", help="recompute activations in backward: less memory, about 30%% slower")
+    add("--base_model_precision", type=str, default="no_change", choices=PRECISIONS, help="of the frozen network: a LoRA's base, or the teacher; weights of Linear layers in 8 bits; int8-quanto is int8-torchao")
+    add("--text_encoder_1_precision", type=str, default="no_change", choices=PRECISIONS, help="likewise, of the text encoder")
+    add("--text_encoder_2_precision", type=str, default="no_change", choices=PRECISIONS, help="likewise, of the second text encoder, where there is one")
+    add("--quantize_via", type=str, default="accelerator", choices=["cpu", "accelerator"], help="where weights are brought to 8 bits; cpu needs less memory on the GPU, and more time")
+    add("--attention_mechanism", type=str, default="diffusers", choices=ATTENTION, metavar="NAME", help=f"diffusers is PyTorch's SDPA; else one of diffusers' backends: {', '.join(ATTENTION[1:])}")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers, where it is installed; else PyTorch's SDPA")
     add("--compile", action="store_true", help="torch.compile the networks' blocks; the first steps take minutes")
 
@@ -79,17 +96,29 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--validation_steps", type=int, default=200, help="optimizer steps between validation pictures; 0 for none")
     add("--validation_prompt", type=str, help="one prompt more for the pictures")
     add("--validation_prompt_library", type=str, help="JSON file, name -> prompt, for the pictures")
+    add("--validation_negative_prompt", type=str, help="of the teacher's pictures, which are drawn with guidance; default: what the teacher takes for none")
+    add("--validation_resolution", type=str, help="WIDTHxHEIGHT in pixels, several with commas, a block of rows each; default: the training resolution")
     add("--validation_num_inference_steps", type=str, default="1,2,4,8", help="student's numbers of steps, one row each")
     add("--validation_guidance", type=float, help="guidance_scale = 1 + w; default: the middle of the trained range")
     add("--validation_seed", type=int, default=0, help="of the pictures' noise")
     add("--disable_benchmark", action="store_true", help="do not draw the teacher's own pictures beside the student's")
+    add("--validation_preview", action="store_true", help="also pictures of half-done samples, by a tiny autoencoder, to trackers and webhook")
+    add("--validation_preview_steps", type=int, default=1, help="N: previews after steps 1, N, 2N, ...")
+    add("--validation_preview_model", type=str, help="folder or hub name of an AutoencoderTiny; default: the model's own on the hub")
+    add("--evaluation_type", type=str, default="none", choices=["none", "clip"], help="clip: CLIP score of validation pictures: min, max, mean, std")
+    add("--evaluation_clip_model", type=str, help="folder or hub name of the CLIP that scores")
+    add("--eval_steps", type=int, default=0, help="optimizer steps between losses on held-out samples, at fixed timesteps, noise and w; 0 for none")
+    add("--eval_samples", type=int, default=8, help="samples held out from training for --eval_steps")
+    add("--report_steps", type=str, default="1,2,4,8", help="numbers of steps of the report at the end, teacher and student; empty for none")
 
     add = parser.add_argument_group("trackers and hub").add_argument
     add("--report_to", type=str, default="tensorboard", help="tensorboard, wandb, trackio, several with commas, all, or none")
     add("--logging_dir", type=str, default="logs", help="inside OUTPUT_DIR")
     add("--tracker_project_name", type=str, default="text2image-fine-tune")
     add("--tracker_run_name", type=str, help="default: the tracker's choice")
+    add("--webhook_config", type=str, help="JSON file with webhook_url and level (debug, info, error): progress, pictures and errors are POSTed there")
     add("--push_to_hub", action="store_true", help="upload the final model, to a private repository")
+    add("--push_checkpoints_to_hub", action="store_true", help="with --push_to_hub: also the model at each checkpoint")
     add("--hub_model_id", type=str, help="owner/name; default: OUTPUT_DIR's name under your own")
     add("--hub_token", type=str, help="better: `hf auth login`, which keeps it out of the shell's history")
     add("--local_rank", type=int, default=-1, help="no job any more: accelerate sets it")
@@ -97,46 +126,98 @@ def add_shared_flags(parser: argparse.ArgumentParser):
 
 
 def check_shared_flags(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    """Every rule between shared flags that can be known before anything loads."""
-    for name in ("train_batch_size", "gradient_accumulation_steps", "vae_encode_batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    if args.num_train_epochs < (1 if args.max_train_steps is None else 0):
-        parser.error(f"--num_train_epochs {args.num_train_epochs}: must be at least 1, or 0 with --max_train_steps")
-    for name in ("max_train_steps", "max_train_samples", "checkpoints_total_limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("dataloader_num_workers", "checkpointing_steps", "validation_steps", "lr_warmup_steps", "seed"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} {getattr(args, name)}: must not be negative")
-    for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
-        if not 0.0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name} {getattr(args, name)}: must be positive")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0.0 <= getattr(args, name) < 1.0:
-            parser.error(f"--{name} {getattr(args, name)}: must be in [0, 1)")
-    if not 0.0 <= args.adam_weight_decay < math.inf:
-        parser.error(f"--adam_weight_decay {args.adam_weight_decay}: must not be negative")
-    if not 0.0 <= args.proportion_empty_prompts <= 1.0:
-        parser.error(f"--proportion_empty_prompts {args.proportion_empty_prompts}: must be in [0, 1]")
+    """Every rule between shared flags that can be known before anything loads. What is to be said goes to args.notes."""
+    at_least_one = ("train_batch_size", "gradient_accumulation_steps", "vae_encode_batch_size", "max_train_steps")
+    at_least_one += ("max_train_samples", "checkpoints_total_limit", "validation_preview_steps", "eval_samples")
+    not_negative = ("dataloader_num_workers", "checkpointing_steps", "validation_steps", "lr_warmup_steps", "seed")
+    check_ranges(
+        parser, args, at_least_one=at_least_one, not_negative=(*not_negative, "eval_steps", "adam_weight_decay"),
+        positive=("learning_rate", "max_grad_norm", "adam_epsilon"), below_one=("adam_beta1", "adam_beta2"),
+        share=("proportion_empty_prompts",),
+    )  # fmt: skip
+    if args.num_train_epochs < (args.max_train_steps is None):
+        parser.error(f"--num_train_epochs {args.num_train_epochs}: must be at least 1, or give --max_train_steps")
+    if args.ignore_final_epochs and args.max_train_steps is None:
+        parser.error("--ignore_final_epochs: needs --max_train_steps")
+    args.notes = check_precision(parser, args)
+    args.optimizer = args.optimizer.removeprefix("optimi-")
+    if args.lr_end is not None and args.lr_scheduler.startswith("constant"):
+        parser.error(f"--lr_end {args.lr_end} and --lr_scheduler {args.lr_scheduler}: it has no decay")
+    if args.lr_end is None:
+        args.lr_end = 0.1 * args.learning_rate if args.lr_scheduler == "cosine_with_min_lr" else 0.0
+    if not 0.0 <= args.lr_end <= args.learning_rate:
+        parser.error(
+            f"--lr_end {args.lr_end} and --learning_rate {args.learning_rate}: need 0 <= lr_end <= learning_rate"
+        )
+    if args.evaluation_type == "clip" and not args.evaluation_clip_model:
+        parser.error("--evaluation_type clip: needs --evaluation_clip_model, the CLIP that scores")
+    if args.push_checkpoints_to_hub and not args.push_to_hub:
+        parser.error("--push_checkpoints_to_hub: needs --push_to_hub")
+    args.webhook = check_webhook(parser, args.webhook_config) if args.webhook_config else None
+    args.validation_resolution = check_sizes(parser, args.validation_resolution)
     if args.vae_cache_ondemand and args.vae_cache_disable:
         parser.error("--vae_cache_ondemand and --vae_cache_disable: one or the other")
     if args.use_8bit_adam:
         if args.optimizer not in ("adamw", "adamw8bit"):
             parser.error(f"--use_8bit_adam and --optimizer {args.optimizer}: one or the other")
         args.optimizer = "adamw8bit"
-    try:
-        args.validation_num_inference_steps = [int(n) for n in str(args.validation_num_inference_steps).split(",")]
-        if min(args.validation_num_inference_steps) < 1:
-            raise ValueError
-    except ValueError:
-        parser.error(f"--validation_num_inference_steps {args.validation_num_inference_steps}: numbers like 1,2,4,8")
+    for name in ("validation_num_inference_steps", "report_steps"):
+        given = str(getattr(args, name))
+        try:
+            numbers = [int(n) for n in given.split(",")] if given or name != "report_steps" else []
+        except ValueError:
+            numbers = [0]
+        if min(numbers, default=1) < 1:
+            parser.error(f"--{name} {given}: numbers like 1,2,4,8")
+        setattr(args, name, numbers)
     wanted = [] if args.report_to == "none" else args.report_to.split(",")
     for name in wanted:
         if name not in (*TRACKERS, "all"):
             parser.error(f"--report_to {name}: must be of {', '.join(TRACKERS)}, all, or none")
     if args.validation_prompt_library and not Path(args.validation_prompt_library).is_file():
         parser.error(f"--validation_prompt_library {args.validation_prompt_library}: no such file")
+    if args.allow_tf32 and not torch.cuda.is_available():
+        args.notes.append("--allow_tf32: no job without a CUDA GPU")
+    if args.local_rank != -1:
+        args.notes.append("--local_rank: no job, accelerate sets it")
+
+
+def check_ranges(parser, args, at_least_one=(), not_negative=(), positive=(), below_one=(), share=()):
+    """Each group by its rule; a flag that is not given and has no default passes."""
+    for names, fits, rule in (
+        (at_least_one, lambda value: value >= 1, "must be at least 1"),
+        (not_negative, lambda value: 0 <= value < math.inf, "must not be negative"),
+        (positive, lambda value: 0.0 < value < math.inf, "must be positive"),
+        (below_one, lambda value: 0.0 <= value < 1.0, "must be in [0, 1)"),
+        (share, lambda value: 0.0 <= value <= 1.0, "must be in [0, 1]"),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not fits(value):
+                parser.error(f"--{name} {value}: {rule}")
+
+
+def check_sizes(parser, given: str | None) -> list[tuple[int, int]] | None:
+    """[(height, width), ...] of "1024x1024,1280x768", width first; one number is a square."""
+    try:
+        sizes = [tuple(map(int, word.lower().split("x")))[::-1] for word in given.split(",")] if given else None
+        sizes = sizes and [size * 2 if len(size) == 1 else size for size in sizes]
+    except ValueError:
+        sizes = [()]
+    for size in sizes or []:
+        if len(size) != 2 or min(size) < 8 or size[0] % 8 or size[1] % 8:
+            parser.error(f"--validation_resolution {given}: WIDTHxHEIGHT in multiples of 8, as in 1024x1024,1280x768")
+    return sizes
+
+
+def check_schedule(abar, prediction_type: str, num_ddim_timesteps: int):
+    """One sentence where the teacher's noise schedule does not go with the method."""
+    if prediction_type == "epsilon" and abar[-1] < 1e-6:
+        raise SystemExit(
+            "the teacher predicts noise at zero terminal SNR, where x0 cannot be told: a v_prediction one can"
+        )
+    if len(abar) % num_ddim_timesteps:
+        raise SystemExit(f"--num_ddim_timesteps {num_ddim_timesteps}: must divide the teacher's {len(abar)} timesteps")
 
 
 def parse_with_config(parser: argparse.ArgumentParser, argv, *, family: str, method: str, recipe=None):
@@ -175,6 +256,14 @@ def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method
     ):
         if value != ours:
             parser.error(f"--config {path}: {key} is {value!r}, and this script is for {ours!r}")
+    if (flavour := config.pop("model_flavour", None)) is not None:
+        known = FLAVOURS.get(family, {})
+        if flavour not in known:
+            parser.error(
+                f"--config {path}: model_flavour is {flavour!r}, known for {family}: {', '.join(known) or 'none'}"
+            )
+        if "pretrained_model_name_or_path" not in config:
+            config.setdefault("pretrained_teacher_model", known[flavour])
     if config.pop("delete_problematic_images", False) is not False:
         parser.error(f"--config {path}: delete_problematic_images: this program never deletes your files")
 
@@ -193,7 +282,11 @@ def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method
 def check_value(parser, path: Path, key: str, value, action):
     """A config's value must be of its flag's own type: a string is neither a number nor a boolean."""
     wanted = bool if action.nargs == 0 else action.type or str
-    if key == "validation_num_inference_steps" and isinstance(value, int) and not isinstance(value, bool):
+    if (
+        key in ("validation_num_inference_steps", "validation_resolution")
+        and isinstance(value, int)
+        and not isinstance(value, bool)
+    ):
         value = str(value)  # one number, where the flag takes a list
     fits = {
         bool: isinstance(value, bool),

@@ -52,6 +52,20 @@ KEYS = {
 }  # fmt: skip
 
 
+def check_data_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, rules: Rules):
+    """Opens the datasets; says what is cached and when, and how many samples an epoch has."""
+    args.datasets = open_datasets(parser, args, rules)
+    remote = not all(is_local(part) for dataset in args.datasets for part in dataset.parts)
+    args.caches = "ondemand" if args.vae_cache_ondemand else "off" if args.vae_cache_disable or remote else "fill"
+    if remote and args.caches == "off" and not args.vae_cache_disable:
+        args.notes.append("The shards are not local: nothing is cached. --vae_cache_ondemand keeps what is encoded.")
+    args.num_samples = args.max_train_samples or count_epoch(args.datasets)
+    if args.max_train_steps is None and args.num_samples is None:
+        parser.error(
+            "--max_train_steps or --max_train_samples: one is needed, shards that are not local are not counted"
+        )
+
+
 def open_datasets(parser: argparse.ArgumentParser, args: argparse.Namespace, rules: Rules) -> list[Dataset]:
     """Datasets from whichever flag names them; a flag on the command line wins over a config's.
 

@@ -12,7 +12,8 @@ def write_model_card(
     """README.md with how to use the model, what made it, and what came out."""
     command = shlex.join(["accelerate", "launch", *hide_secrets(sys.argv)])
     # Of the data the flags alone: shards and files may be thousands of lines.
-    shown = {key: value for key, value in sorted(settings.items()) if key not in ("hub_token", "datasets", "notes")}
+    hidden = ("hub_token", "datasets", "notes", "webhook")
+    shown = {key: value for key, value in sorted(settings.items()) if key not in hidden}
     base = settings["pretrained_teacher_model"]
     # A hub's base_model is owner/name; a folder of this machine is nobody else's business.
     base_model = f"base_model: {base}\n" if not Path(base).exists() else ""
@@ -46,12 +47,17 @@ def create_hub_repository(args) -> str:
         ) from None
 
 
-def push_to_hub(args, repository: str, files: list[str]):
+def push_to_hub(args, repository: str, files: list[str], message: str, fatal: bool = True):
     """The named files and folders of the output folder, and nothing else of it."""
     from huggingface_hub import upload_folder
 
     patterns = [f"{name}/*" if Path(args.output_dir, name).is_dir() else name for name in files]
-    upload_folder(
-        repo_id=repository, folder_path=args.output_dir, allow_patterns=patterns, token=args.hub_token,
-        commit_message="Distilled model",
-    )  # fmt: skip
+    try:
+        upload_folder(
+            repo_id=repository, folder_path=args.output_dir, allow_patterns=patterns, token=args.hub_token,
+            commit_message=message,
+        )  # fmt: skip
+    except Exception as error:  # a hub that is away for a while must not end the training
+        if fatal:
+            raise
+        print(f"--push_checkpoints_to_hub: {message} was not uploaded ({error})")

@@ -1,6 +1,7 @@
-"""Optimizers by name, and the moving average of weights."""
+"""Optimizers and learning rate schedules by name, clipping, and the moving average of weights."""
 
 import importlib.util
+import math
 
 import torch
 
@@ -41,6 +42,41 @@ def make_optimizer(args, params, lr: float, device: torch.device) -> torch.optim
         else:
             raise SystemExit("8-bit AdamW: install torchao (or bitsandbytes), or use --optimizer adamw")
     return torch.optim.AdamW(params, lr, betas, args.adam_epsilon, decay, fused=True)
+
+
+# What is left of the way from the full rate to the last, p of the decay being done, 0 <= p <= 1
+DECAYS = {
+    "constant": lambda p: 1.0,
+    "constant_with_warmup": lambda p: 1.0,
+    "linear": lambda p: 1.0 - p,
+    "polynomial": lambda p: 1.0 - p,  # diffusers' of power 1
+    "cosine": lambda p: 0.5 + 0.5 * math.cos(math.pi * p),
+    "cosine_with_min_lr": lambda p: 0.5 + 0.5 * math.cos(math.pi * p),
+    "cosine_with_restarts": lambda p: 0.5 + 0.5 * math.cos(math.pi * p),  # diffusers' of one cycle
+    "sine": lambda p: 1.0 - math.sin(0.5 * math.pi * p),  # falls fast at first
+}
+
+
+def make_schedule(args, optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """A linear warm-up from 0, then one decay to --lr_end at --max_train_steps. Counts optimizer steps."""
+    warmup = 0 if args.lr_scheduler == "constant" else args.lr_warmup_steps
+    end = args.lr_end / optimizer.param_groups[0]["lr"]
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        done = min(1.0, (step - warmup) / max(1, args.max_train_steps - warmup))
+        return end + (1.0 - end) * DECAYS[args.lr_scheduler](done)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def clip_gradients(accelerator, params, method: str, most: float):
+    """norm: of all gradients together, at most `most`. value: each element in [-most, most]."""
+    if method == "norm":
+        accelerator.clip_grad_norm_(params, most)
+    else:
+        accelerator.clip_grad_value_(params, most)
 
 
 @torch.no_grad()

@@ -274,3 +274,8 @@ def sample_generator(seed: int, position: int) -> torch.Generator:
     """Random numbers that follow from the seed and the sample's place in the global sequence alone."""
     digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def stack(rows: list[tuple], device) -> tuple[torch.Tensor, ...]:
+    """Draws of samples, one tuple each, as batches on the device."""
+    return tuple(torch.stack(column).to(device) for column in zip(*rows, strict=True))

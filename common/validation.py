@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 PROMPTS = (
@@ -57,6 +58,54 @@ def wrap(text: str, font, width: int, most_lines: int = 5) -> list[str]:
     return lines
 
 
+def below_each_other(sheets: list[Image.Image]) -> Image.Image:
+    whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
+    y = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, y))
+        y += sheet.height
+    return whole
+
+
+def pixels_of(picture: Image.Image) -> torch.Tensor:
+    """[3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255.0
+
+
+def comparison(args, pictures, teacher_rows: dict, preview, clip):
+    """A grid for each size, below each other: steps down, prompts across, the teacher's picture beside the student's.
+
+    `pictures(which, prompts, steps, seed, size=, callback=)` draws; `teacher_rows` keeps the teacher's, which do not
+    change. Returns the sheet, and the CLIP scores of the student's pictures where there is a CLIP.
+    """
+    prompts, seed, sheets, scores = validation_prompts(args), args.validation_seed, [], {}
+    for size in args.validation_resolution:
+        rows, labels = [], []
+        for steps in args.validation_num_inference_steps:
+            label = f"{steps} step" + "s" * (steps > 1)
+            if len(args.validation_resolution) > 1:
+                label += f" {size[1]}x{size[0]}"
+            callback = preview(f"preview-{label.replace(' ', '-')}")
+            row = pictures("student", prompts, steps, seed, size=size, callback=callback)
+            if clip is not None:
+                scores |= spread(f"clip_score/{label}", clip(row, prompts))
+            if not args.disable_benchmark:
+                if label not in teacher_rows:
+                    teacher_rows[label] = pictures("teacher", prompts, steps, seed, size=size)
+                row = [side_by_side(*pair) for pair in zip(teacher_rows[label], row, strict=True)]
+            rows.append(row)
+            labels.append(label)
+        who = "student: " if args.disable_benchmark else "teacher | student: "
+        sheets.append(labelled_grid(rows, labels, [who + prompt for prompt in prompts]))
+    return below_each_other(sheets), scores
+
+
+def spread(name: str, scores: torch.Tensor) -> dict[str, float]:
+    """Min, max, mean and standard deviation, for the trackers."""
+    values = {"min": scores.min(), "max": scores.max(), "mean": scores.mean(), "std": scores.std(correction=0)}
+    return {f"{name}/{statistic}": value.item() for statistic, value in values.items()}
+
+
 def show_picture(accelerator, picture: Image.Image, folder: Path, name: str, step: int):
     """Saves FOLDER/NAME-STEP.png and logs it to every tracker."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,5 +137,6 @@ def init_trackers(args, accelerator):
         name: value if isinstance(value, int | float | str) else str(value) for name, value in vars(args).items()
     }
     settings.pop("hub_token")
+    settings.pop("webhook")  # its URL may be a secret
     named = {"name": args.tracker_run_name}
     accelerator.init_trackers(args.tracker_project_name, settings, {"wandb": named, "trackio": named})

@@ -282,6 +282,7 @@ def run_scenario(options) -> dict:
             "--dataloader_num_workers",
             2,
             "--disable_benchmark",
+            "--report_steps=",
         ]
         flags += ["--compile"] * options.compile
         flags += ["--validation_num_inference_steps", 1]

@@ -365,7 +365,6 @@ def test_a_bad_entry_is_one_sentence(tmp_path, folder, refused, changes, named):
         ("--minimum_image_size -1", "--minimum_image_size -1.0: must not be negative"),
         ("--aspect_bucket_rounding 0", "--aspect_bucket_rounding 0: must be at least 1"),
         ("--bucket_alignment 0", "--bucket_alignment 0: must be at least 1"),
-        ("--ignore_final_epochs", "--ignore_final_epochs: needs --max_train_steps"),
         ("--dataset_config_name x", "--dataset_config_name x: needs --dataset_name"),
         ("--resolution_type area", "resolution 1024 with resolution_type area is in megapixels"),
         ("--dataset_name nobody/nothing", "--train_data_dir and --dataset_name: one or the other"),

@@ -204,7 +204,14 @@ def test_kill_while_filling_leaves_whole_files(teacher, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert records(store) > 0
-    done = launch("train_lcm_distill_sd.py", *flags, "--disable_benchmark", "--validation_num_inference_steps", 1)
+    done = launch(
+        "train_lcm_distill_sd.py",
+        *flags,
+        "--disable_benchmark",
+        "--validation_num_inference_steps",
+        1,
+        "--report_steps=",
+    )
     assert "caches: 240 latents" in done.stdout
 
 
@@ -219,7 +226,7 @@ def test_two_processes_split_the_fill(teacher, tmp_path):
         tmp_path / "o",
     ]
     flags += ["--resolution", 32, "--max_train_steps", 1, "--validation_steps", 0, "--train_batch_size", 2]
-    done = launch("train_lcm_distill_sd.py", *flags, "--disable_benchmark", processes=2)
+    done = launch("train_lcm_distill_sd.py", *flags, "--disable_benchmark", "--report_steps=", processes=2)
     assert "caches: 24 latents" in done.stdout
     stores = [path for path in (tmp_path / "o" / "cache" / "vae").iterdir()]
     assert sum(len(TensorStore(path).index) for path in stores) == 24
@@ -282,7 +289,16 @@ def test_a_record_that_was_made_again_is_the_one_that_counts(tmp_path, monkeypat
 def test_a_full_cache_trains_a_whole_run_without_encoders(teacher, shards, tmp_path, monkeypatch):
     """The script's own loop, up to the pictures at its end."""
     flags = ["--pretrained_teacher_model", teacher, "--train_shards_path_or_url", shards, "--resolution", 32]
-    flags += ["--train_batch_size", 4, "--validation_steps", 0, "--report_to", "none", "--disable_benchmark"]
+    flags += [
+        "--train_batch_size",
+        4,
+        "--validation_steps",
+        0,
+        "--report_to",
+        "none",
+        "--disable_benchmark",
+        "--report_steps=",
+    ]
     flags += ["--cache_dir_vae", tmp_path / "vae", "--cache_dir_text", tmp_path / "text", "--mixed_precision", "no"]
     flags += ["--validation_num_inference_steps", 1]
     train(*flags, "--output_dir", tmp_path / "a", "--max_train_steps", 1)

@@ -32,7 +32,16 @@ def flags(world, folder, *more):
     values = [
         *("--pretrained_teacher_model", teacher, "--train_shards_path_or_url", shards, "--output_dir", folder),
         *("--resolution", 32, "--train_batch_size", 4, "--max_train_steps", STEPS, "--checkpointing_steps", 3),
-        *("--validation_steps", 0, "--disable_benchmark", "--validation_num_inference_steps", 1, "--report_to", "none"),
+        *(
+            "--validation_steps",
+            0,
+            "--disable_benchmark",
+            "--report_steps=",
+            "--validation_num_inference_steps",
+            1,
+            "--report_to",
+            "none",
+        ),
         *("--learning_rate", 1e-3, "--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--random_flip", *more),
     ]
     return [str(value) for value in values]

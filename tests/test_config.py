@@ -41,9 +41,12 @@ def parse(shards, tmp_path):
 AT_LEAST_ONE = (
     "train_batch_size", "gradient_accumulation_steps", "vae_encode_batch_size", "num_train_epochs", "max_train_steps",
     "max_train_samples", "checkpoints_total_limit", "resolution", "num_ddim_timesteps", "unet_time_cond_proj_dim",
-    "lora_rank", "lora_alpha",
+    "lora_rank", "lora_alpha", "validation_preview_steps", "eval_samples",
 )  # fmt: skip
-NOT_NEGATIVE = ("dataloader_num_workers", "checkpointing_steps", "validation_steps", "lr_warmup_steps", "seed")
+NOT_NEGATIVE = (
+    "dataloader_num_workers", "checkpointing_steps", "validation_steps", "lr_warmup_steps", "seed", "eval_steps",
+    "scheduled_sampling_max_step_offset",
+)  # fmt: skip
 POSITIVE = ("learning_rate", "max_grad_norm", "adam_epsilon", "huber_c", "timestep_scaling_factor")
 FRACTIONS = ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout")
 BAD_FLAGS = [
@@ -70,6 +73,15 @@ BAD_FLAGS = [
     ("--loss_type", "l1"),
     ("--lr_scheduler", "cosin"),
     ("--max_train_steps", "many"),
+    ("--report_steps", "1,0"),
+    ("--validation_resolution", "64x65"),
+    ("--validation_resolution", "64x64x64"),
+    ("--validation_resolution", "big"),
+    ("--base_model_precision", "int4"),
+    ("--attention_mechanism", "flashy"),
+    ("--lr_end", "1.0"),  # above the rate
+    ("--export_formats", "pickle"),
+    ("--webhook_config", "no_such.json"),
 ]
 
 
@@ -92,6 +104,14 @@ def test_a_bad_flag_is_named_with_its_value(parse, capsys, flag, value):
         ("--model_type full --use_dora", "--model_type full: takes no --lora_* flag"),
         ("--train_shards_path_or_url pipe:true", "--max_train_steps or --max_train_samples"),
         ("--lora 4", "ambiguous option: --lora could match"),
+        ("--scheduled_sampling_probability 0.5", "--scheduled_sampling_max_step_offset: one needs the other"),
+        ("--scheduled_sampling_max_step_offset 5", "--scheduled_sampling_max_step_offset: one needs the other"),
+        ("--ignore_final_epochs", "--ignore_final_epochs: needs --max_train_steps"),
+        ("--num_train_epochs 0", "--num_train_epochs 0: must be at least 1, or give --max_train_steps"),
+        ("--lr_end 1e-6", "--lr_end 1e-06 and --lr_scheduler constant: it has no decay"),
+        ("--evaluation_type clip", "--evaluation_type clip: needs --evaluation_clip_model"),
+        ("--push_checkpoints_to_hub", "--push_checkpoints_to_hub: needs --push_to_hub"),
+        ("--export_formats kohya", "--export_formats kohya: is a layout of LoRA files"),
     ],
 )
 def test_flags_that_do_not_go_together(parse, capsys, flags, named):
@@ -124,7 +144,8 @@ def test_no_flags_are_the_toy_recipe(tmp_path):
     args = script.parse_args([])
     assert args.toy and args.resolution == 64 and args.model_type == "full" and "toy teacher" in args.notes[0]
     assert script.parse_args(["--learning_rate", "0.5"]).learning_rate == 0.5
-    assert script.parse_args(["--lora_rank", "4"]).w_min == 2.0  # the recipe has settings of its own for a LoRA
+    own = json.loads((script.TOY / "sd_recipe.json").read_text())["lora"]["num_ddim_timesteps"]
+    assert script.parse_args(["--lora_rank", "4"]).num_ddim_timesteps == own != args.num_ddim_timesteps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,7 +339,14 @@ class StandInHub(http.server.BaseHTTPRequestHandler):
             files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
             self.answer({"files": [file | {"shouldIgnore": False} for file in files]})
         elif "/commit/" in self.path:
-            for line in map(json.loads, body.splitlines()):
+            lines = [json.loads(line) for line in body.splitlines()]
+            if self.server.broken_commits:
+                self.server.broken_commits -= 1
+                self.send_error(403)
+                return
+            title = next(line["value"]["summary"] for line in lines if line["key"] == "header")
+            self.server.commits[title] = {line["value"]["path"] for line in lines if line["key"] == "file"}
+            for line in lines:
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             self.answer({"commitUrl": f"{self.server.url}/me/out/commit/1", "commitOid": "1" * 40, "success": True})
@@ -334,6 +362,7 @@ def hub():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandInHub)
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     server.requests, server.created, server.files = [], [], {}
+    server.commits, server.broken_commits = {}, 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -362,7 +391,7 @@ def test_the_documents_launch_line_runs_and_uploads_the_model_alone(tmp_path, sh
 
     assert [made["name"] for made in hub.created] == ["out"] and hub.created[0]["visibility"] == "private"
     assert set(hub.files) == {
-        "README.md", "samples.png", "config.json", "scheduler/scheduler_config.json",
+        "README.md", "samples.png", "report.json", "report.png", "config.json", "scheduler/scheduler_config.json",
         "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
     }  # fmt: skip
     model = tmp_path / "out" / "diffusion_pytorch_model.safetensors"
@@ -370,6 +399,24 @@ def test_the_documents_launch_line_runs_and_uploads_the_model_alone(tmp_path, sh
     assert any(path.startswith("/api/models/me/out/commit/") for path in hub.requests)
     card = hub.files["README.md"].decode()
     assert shards in card and "00002.tar" not in card  # the shards as they were given, not all 1100 of the document
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_checkpoints_go_to_the_hub_as_the_model_that_they_are(tmp_path, shards, hub, broken):
+    """And a hub that fails in between does not end the training."""
+    hub.broken_commits = 1 if broken else 0
+    flags = ["--pretrained_teacher_model", tiny_pipeline(tmp_path / "teacher"), "--train_shards_path_or_url", shards]
+    flags += ["--resolution", 32, "--output_dir", tmp_path / "out", "--train_batch_size", 2, "--max_train_steps", 3]
+    flags += ["--push_to_hub", "--push_checkpoints_to_hub", "--hub_model_id", "me/out", "--checkpointing_steps", 2]
+    flags += ["--validation_steps", 0, "--report_steps=", "--disable_benchmark", "--validation_num_inference_steps", 1]
+    flags += ["--lora_rank", 2, "--export_formats", "diffusers,kohya", "--report_to", "none"]
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "x", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    done = launch("train_lcm_distill_sd.py", *flags, **environment, HF_HUB_DISABLE_XET="1")
+    assert hub.created[0]["visibility"] == "private"
+    model = {"pytorch_lora_weights.safetensors", "kohya_lora.safetensors", "scheduler/scheduler_config.json"}
+    final = {"Distilled model": model | {"README.md", "samples.png"}}
+    assert hub.commits == (final if broken else {"Step 2": model} | final)
+    assert ("--push_checkpoints_to_hub: Step 2 was not uploaded" in done.stdout) == broken
 
 
 def test_fp16_on_a_cpu_is_refused(tmp_path, shards):

@@ -172,7 +172,16 @@ def test_script_on_faulty_shards(tmp_path):
     faulty_shards(tmp_path / "bad")
     teacher = tiny_pipeline(tmp_path / "teacher")
     flags = ["--pretrained_teacher_model", teacher, "--output_dir", tmp_path / "out", "--resolution", 32]
-    flags += ["--validation_steps", 0, "--train_batch_size", 2, "--max_train_steps", 12, "--disable_benchmark"]
+    flags += [
+        "--validation_steps",
+        0,
+        "--train_batch_size",
+        2,
+        "--max_train_steps",
+        12,
+        "--disable_benchmark",
+        "--report_steps=",
+    ]
     done = launch("train_lcm_distill_sd.py", *flags, "--train_shards_path_or_url", tmp_path / "bad" / "{a,b,c,d}.tar")
     source = batches([str(tmp_path / "bad" / f"{name}.tar") for name in "abcd"], batch_size=2, seed=42, buffer=1000)
     captions(source, 12)

@@ -31,7 +31,7 @@ def flags(world, folder, *more):
     return [
         *("--pretrained_teacher_model", teacher, "--train_shards_path_or_url", shards, "--output_dir", folder),
         *("--resolution", 32, "--train_batch_size", 4, "--checkpointing_steps", 3, "--validation_steps", 5),
-        *("--validation_prompt", PROMPT, "--learning_rate", 1e-3, "--w_min", 1, "--w_max", 3, *more),
+        *("--report_steps=", "--validation_prompt", PROMPT, "--learning_rate", 1e-3, "--w_min", 1, "--w_max", 3, *more),
     ]
 
 

@@ -28,6 +28,7 @@ PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 # The shortest run; tests add what they are about.
 SHORT = "--resolution 32 --train_batch_size 4 --max_train_steps 1 --validation_steps 0 --checkpointing_steps 0"
 SHORT += " --validation_num_inference_steps 1 --disable_benchmark --report_to none --lr_warmup_steps 0 --center_crop"
+SHORT += " --report_steps="
 
 
 @pytest.fixture(scope="module")
@@ -471,14 +472,14 @@ def test_pictures_stay_in_the_trained_range_of_guidance(flags, w, parse, monkeyp
     calls = watch(monkeypatch, "draw")
     args = parse(f"--w_min 2 --w_max 4 {flags}")
     script.main(args)
-    assert [arguments[-2] for arguments, _ in calls] == [1.0 + w]
+    assert [arguments[7] for arguments, _ in calls] == [1.0 + w]
     assert any("--validation_guidance 0" in note for note in args.notes) == (w == 2.0)
 
 
 def test_pictures_of_a_lora_are_drawn_without_guidance(parse, monkeypatch):
     calls = watch(monkeypatch, "draw")
     script.main(parse("--model_type lora"))
-    assert [arguments[-2] for arguments, _ in calls] == [1.0]
+    assert [arguments[7] for arguments, _ in calls] == [1.0]
 
 
 def uses_of_arguments(path, but_in: set[str]) -> set[str]:
@@ -511,13 +512,14 @@ def test_every_flag_is_read(monkeypatch):
         script.parse_args(["--help"])
     flags = {action.dest for action in parsers[0]._actions}
     files = [ROOT / "train_lcm_distill_sd.py", *(ROOT / "common").glob("*.py")]
-    used = set().union(
-        *(uses_of_arguments(path, {"parse_args", "check_shared_flags", "check_lcm_flags"}) for path in files)
-    )
+    checks = {"parse_args", "check_shared_flags", "check_lcm_flags", "check_precision"}
+    used = set().union(*(uses_of_arguments(path, checks) for path in files))
     done_while_parsing = {
         "help",
         "local_rank",  # says that it has no job
         "use_8bit_adam",  # becomes --optimizer
+        "ignore_final_epochs",  # demands --max_train_steps
+        "webhook_config",  # becomes args.webhook
         "train_shards_path_or_url",  # becomes args.datasets
         "max_train_samples",  # becomes args.num_samples
         "vae_cache_ondemand",  # these become args.caches

@@ -44,7 +44,6 @@ def test_imports_differ_by_model_and_sizes_alone():
         ("transformers", "CLIPTextModelWithProjection"),
         ("common.buckets", "add_bucket_flags"),
         ("common.buckets", "check_bucket_flags"),
-        ("common.buckets", "target_size"),
     }
     constants = [text[text.index("LORA_TARGETS") :] for text in (sd, sdxl)]
     assert constants[0] == constants[1]

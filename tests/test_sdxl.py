@@ -153,7 +153,7 @@ def test_pictures_are_the_pipeline_s_own_at_any_size(parse, teachers):  # noqa: 
     embeds, no_embeds, pooled, no_pooled = pipe.encode_prompt(prompt, device="cpu")
     (ours,) = script.draw(
         args, pipe.vae, pipe.unet, pipe.scheduler, {"prompt_embeds": embeds, "text_embeds": pooled},
-        {"prompt_embeds": no_embeds, "text_embeds": no_pooled}, (48, 32), 3, 4.0, 7,
+        {"prompt_embeds": no_embeds, "text_embeds": no_pooled}, 3, 4.0, 7, (48, 32), None,
     )  # fmt: skip
     noise = torch.Generator().manual_seed(7)
     stock = pipe(prompt, height=48, width=32, num_inference_steps=3, guidance_scale=4.0, generator=noise).images[0]
