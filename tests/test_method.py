@@ -1,7 +1,5 @@
 """The script's algorithm: against a plain restatement in float64, and against a teacher whose answer is known."""
 
-import argparse
-import ast
 import copy
 import gc
 import signal
@@ -22,7 +20,7 @@ from common.data import ImageReader
 from common.export import hide_secrets
 from common.optim import update_ema
 from common.validation import show_picture
-from tests.helpers import ROOT, tiny_pipeline, toy_shards
+from tests.helpers import tiny_pipeline, toy_shards
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 # The shortest run; tests add what they are about.
@@ -480,52 +478,6 @@ def test_pictures_of_a_lora_are_drawn_without_guidance(parse, monkeypatch):
     calls = watch(monkeypatch, "draw")
     script.main(parse("--model_type lora"))
     assert [arguments[7] for arguments, _ in calls] == [1.0]
-
-
-def uses_of_arguments(path, but_in: set[str]) -> set[str]:
-    """Names read as args.NAME, but for those in functions that only parse and check."""
-
-    class Reader(ast.NodeVisitor):
-        def __init__(self):
-            self.names = set()
-
-        def visit_FunctionDef(self, node):
-            if node.name not in but_in:
-                self.generic_visit(node)
-
-        def visit_Attribute(self, node):
-            if isinstance(node.value, ast.Name) and node.value.id == "args" and isinstance(node.ctx, ast.Load):
-                self.names.add(node.attr)
-            self.generic_visit(node)
-
-    reader = Reader()
-    reader.visit(ast.parse(path.read_text()))
-    return reader.names
-
-
-def test_every_flag_is_read(monkeypatch):
-    parsers, parse_args = [], argparse.ArgumentParser.parse_args
-    monkeypatch.setattr(
-        argparse.ArgumentParser, "parse_args", lambda self, *a: parsers.append(self) or parse_args(self, *a)
-    )
-    with pytest.raises(SystemExit):
-        script.parse_args(["--help"])
-    flags = {action.dest for action in parsers[0]._actions}
-    files = [ROOT / "train_lcm_distill_sd.py", *(ROOT / "common").glob("*.py")]
-    checks = {"parse_args", "check_shared_flags", "check_lcm_flags", "check_precision"}
-    used = set().union(*(uses_of_arguments(path, checks) for path in files))
-    done_while_parsing = {
-        "help",
-        "local_rank",  # says that it has no job
-        "use_8bit_adam",  # becomes --optimizer
-        "ignore_final_epochs",  # demands --max_train_steps
-        "webhook_config",  # becomes args.webhook
-        "train_shards_path_or_url",  # becomes args.datasets
-        "max_train_samples",  # becomes args.num_samples
-        "vae_cache_ondemand",  # these become args.caches
-        "vae_cache_disable",
-    }
-    assert flags - used == done_while_parsing
 
 
 # ---------------------------------------------------------------------------------------------------------------------

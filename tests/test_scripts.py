@@ -1,7 +1,11 @@
 """Scripts of one method are word for word the same, but for their arguments and the model."""
 
+import argparse
 import ast
+import importlib
 import re
+
+import pytest
 
 from tests.helpers import ROOT
 
@@ -59,6 +63,61 @@ def test_arguments_differ_by_defaults_and_the_model_alone():
     """The SDXL script has those of sizes and datasets besides, all in common/buckets.py."""
     sd, sdxl = (set(re.findall(r'add\("--(\w+)"', parts(name)["arguments"])) for name in SCRIPTS)
     assert sd == sdxl
+
+
+def uses_of_arguments(path, but_in: set[str]) -> set[str]:
+    """Names read as args.NAME or getattr(args, "NAME", ...), but for those in functions that only parse and check."""
+
+    class Reader(ast.NodeVisitor):
+        def __init__(self):
+            self.names = set()
+
+        def visit_FunctionDef(self, node):
+            if node.name not in but_in:
+                self.generic_visit(node)
+
+        def visit_Call(self, node):
+            if isinstance(node.func, ast.Name) and node.func.id == "getattr" and ast.unparse(node.args[0]) == "args":
+                self.names |= {node.args[1].value} if isinstance(node.args[1], ast.Constant) else set()
+            self.generic_visit(node)
+
+        def visit_Attribute(self, node):
+            if isinstance(node.value, ast.Name) and node.value.id == "args" and isinstance(node.ctx, ast.Load):
+                self.names.add(node.attr)
+            self.generic_visit(node)
+
+    reader = Reader()
+    reader.visit(ast.parse(path.read_text()))
+    return reader.names
+
+
+# What other flags become while they are parsed.
+DONE_WHILE_PARSING = {
+    "help",
+    "local_rank",  # says that it has no job
+    "use_8bit_adam",  # becomes --optimizer
+    "ignore_final_epochs",  # demands --max_train_steps
+    "webhook_config",  # becomes args.webhook
+    "train_shards_path_or_url",  # becomes args.datasets
+    "max_train_samples",  # becomes args.num_samples
+    "vae_cache_ondemand",  # these become args.caches
+    "vae_cache_disable",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_is_read(name, monkeypatch):
+    parsers, parse_args = [], argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(
+        argparse.ArgumentParser, "parse_args", lambda self, *a: parsers.append(self) or parse_args(self, *a)
+    )
+    with pytest.raises(SystemExit):
+        importlib.import_module(name.removesuffix(".py")).parse_args(["--help"])
+    flags = {action.dest for action in parsers[0]._actions}
+    files = [ROOT / name, *(ROOT / "common").glob("*.py")]
+    checks = {"parse_args", "check_shared_flags", "check_lcm_flags", "check_data_flags", "check_precision"}
+    used = set().union(*(uses_of_arguments(path, checks) for path in files))
+    assert flags - used == DONE_WHILE_PARSING
 
 
 def test_scripts_stay_readable():
