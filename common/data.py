@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors.torch import load, save
 
 from common.buckets import Rules, place, square_side, target_size, too_small
 from common.cache import TensorStore
@@ -60,6 +61,12 @@ class Sample:
     @property
     def bucket(self) -> tuple[int, ...]:
         return self.size_ids[4:]
+
+    def __getstate__(self):  # on the way from a reader process small tensors are much slower than their bytes
+        return self.__dict__ | {"latents": save(self.latents) if self.latents else self.latents}
+
+    def __setstate__(self, state):
+        self.__dict__ |= state | {"latents": load(state["latents"]) if state["latents"] else state["latents"]}
 
 
 def member_bytes(members: dict[str, bytes], names) -> tuple[str, bytes] | None:
