@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from common.diffusion import expand_to
 from tests.toy import world
 
 TOY = Path(__file__).parent
@@ -365,7 +366,9 @@ def train_unet(work: Path, tokenizer, text_encoder, latents, captions, steps: in
 
 BUCKETS = ((64, 64), (80, 48), (48, 80))  # height, width
 TIME_DIM = 32  # of each size id's embedding
-START_DRIFT = 500  # steps: before, it does not know yet what zeros and size ids mean
+MOST_GUIDANCE = 12.0  # w that the teacher must bear
+PATH_STEP = 20  # of t: 50 steps
+START_PATHS = 500  # steps: before, it does not know yet what zeros and size ids mean
 
 
 def draw_view(scene: world.Scene, rng: np.random.Generator, height: int, width: int):
@@ -519,16 +522,25 @@ def new_sdxl_unet(sd_unet: UNet2DConditionModel, sd_width: int, width: int, pool
     return unet
 
 
-def guidance_drift(predict, rows, abar, x0, eps, t_from):
-    """Which way guidance drives the picture that the network sees at t_from, with a mean square of 1.
+def begin_paths(latents, noise_scheduler, count: int, rng: torch.Generator) -> dict[str, torch.Tensor]:
+    """Noised scenes from which a sampler goes on, each with a guidance w of its own."""
+    pick = torch.randint(len(latents), (count,), generator=rng)
+    t = torch.randint(200, 999, (count,), generator=rng)
+    x = noise_scheduler.add_noise(latents[pick], torch.randn((count, *latents.shape[1:]), generator=rng), t)
+    return {"x": x, "t": t, "w": MOST_GUIDANCE * torch.rand(count, generator=rng), "pick": pick}
 
-    `predict(x, t, rows, prompted)` gives velocities for rows of the batch, without a prompt after the first `prompted`.
-    """
-    a, s = abar[t_from].sqrt().view(-1, 1, 1, 1), (1 - abar[t_from]).sqrt().view(-1, 1, 1, 1)
-    x = a * x0 + s * eps
-    v, v_uncond = predict(torch.cat([x, x]), torch.cat([t_from, t_from]), rows, len(x)).chunk(2)
-    drift = s * (v_uncond - v)  # x0 = a * x - s * v
-    return drift / drift.square().mean((1, 2, 3), keepdim=True).sqrt()
+
+@torch.no_grad()
+def follow_paths(path: dict[str, torch.Tensor], predict, abar):
+    """One step of the guided sampler. `predict(x, t, rows, prompted)`: with prompts for the first `prompted` rows."""
+    x, rows = path["x"], torch.arange(len(path["x"]))
+    twice = predict(torch.cat([x, x]), torch.cat([path["t"]] * 2), torch.cat([rows, rows]), len(x))
+    v, v_uncond = twice.chunk(2)
+    v = v + path["w"].view(-1, 1, 1, 1) * (v - v_uncond)
+    a, s = abar[path["t"]].sqrt().view(-1, 1, 1, 1), (1 - abar[path["t"]]).sqrt().view(-1, 1, 1, 1)
+    path["t"] = path["t"] - PATH_STEP
+    a_next, s_next = abar[path["t"]].sqrt().view(-1, 1, 1, 1), (1 - abar[path["t"]]).sqrt().view(-1, 1, 1, 1)
+    path["x"] = a_next * (a * x - s * v) + s_next * (s * x + a * v)
 
 
 def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, batch_size: int):
@@ -536,7 +548,7 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
 
     A large guidance scale drives x_t to where noised pictures never are: things in the right place, but with ragged
     outlines and patches of other colours, which a network that has seen nothing else takes for granted. So half of each
-    batch has drifted that way, more or less far, and the network learns to lead back.
+    batch is on its way through the sampler, with any guidance of the range, and the network learns to lead it back.
     """
     unet.to(memory_format=torch.channels_last)
     parameters = list(unet.parameters())
@@ -553,13 +565,20 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
 
     tokens = [tokenize(tokenizer, captions) for _, _, captions in views]
     noise_scheduler = new_scheduler()
-    abar = noise_scheduler.alphas_cumprod
+    abar, paths = noise_scheduler.alphas_cumprod, [None] * len(views)
     start, running = time.time(), 0.0
     for step in range(done, steps):
         rng = torch.Generator().manual_seed(step)
         bucket = step % len(views)
         latents, sizes, _ = views[bucket]
         pick = torch.randint(len(latents), (batch_size,), generator=rng)
+        half = batch_size // 2 if step >= START_PATHS else 0  # these rows are on the sampler's way
+        if half:
+            fresh = begin_paths(latents, noise_scheduler, half, rng)
+            path = paths[bucket] or fresh
+            ended = path["t"] < 2 * PATH_STEP
+            path = {name: torch.where(expand_to(ended, v), fresh[name], v) for name, v in path.items()}
+            pick[:half], paths[bucket] = path["pick"], path
         x0, eps = latents[pick], torch.randn((batch_size, *latents.shape[1:]), generator=rng)
         t = (1000 * torch.rand(batch_size, generator=rng) ** 0.415).long().clamp(max=999)  # as for SD
         with torch.no_grad():
@@ -573,16 +592,13 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
             return unet(x, t, cond[rows] * told[:, None, None], added_cond_kwargs=added).sample
 
         x_t, v = noise_scheduler.add_noise(x0, eps, t), noise_scheduler.get_velocity(x0, eps, t)
-        half = torch.arange(batch_size // 2)  # these rows drift
-        if step >= START_DRIFT:
-            t[half] = torch.randint(20, 960, (len(half),), generator=rng)  # most harm is done at little noise
-            t_from = t[half] + ((999 - t[half]) * torch.rand(len(half), generator=rng)).long()
-            with torch.no_grad():
-                drift = guidance_drift(predict, torch.cat([half, half]), abar, x0[half], eps[half], t_from)
+        weight = torch.ones(batch_size, 1, 1, 1)
+        if half:
+            follow_paths(path, predict, abar)
+            x_t[:half], t[:half] = path["x"], path["t"]
             a, s = abar[t].sqrt().view(-1, 1, 1, 1), (1 - abar[t]).sqrt().view(-1, 1, 1, 1)
-            far = torch.rand(len(half), 1, 1, 1, generator=rng) * (s[half] / 0.3).clamp(max=1.0)
-            x_t[half] = a[half] * (x0[half] + far * drift) + s[half] * eps[half]
-            v[half] = ((a * x_t - x0) / s)[half]
+            v[:half] = ((a * x_t - x0) / s)[:half]
+            weight[:half] = (s[:half] / 0.3).clamp(max=1.0) ** 2  # the nearer to the end, the more v it takes
         twice = torch.arange(0, batch_size, 2)  # these are seen with the empty prompt too
         out = predict(
             torch.cat([x_t, x_t[twice]]), torch.cat([t, t[twice]]), torch.cat([torch.arange(batch_size), twice]),
@@ -590,7 +606,7 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
         )  # fmt: skip
         out, out_uncond = out.split([batch_size, len(twice)])
         v_uncond = torch.where((t < 500)[twice, None, None, None], out.detach()[twice], v[twice])
-        loss = F.mse_loss(out, v) + 0.5 * F.mse_loss(out_uncond, v_uncond)
+        loss = (weight * (out - v) ** 2).mean() + 0.5 * (weight[twice] * (out_uncond - v_uncond) ** 2).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
