@@ -8,11 +8,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import train_lcm_distill_sd as script
+import train_lcm_distill_sdxl as sdxl_script
 from common.config import FLAG_OF_KEY
 from common.export import hide_secrets
-from tests.helpers import launch, tiny_pipeline, toy_shards
+from tests.helpers import ROOT, launch, tiny_pipeline, tiny_sdxl_pipeline, toy_shards
 
 
 @pytest.fixture(scope="module")
@@ -464,3 +466,102 @@ def test_the_documents_flags_and_defaults(shards):
     }  # fmt: skip
     assert {name: args[name] for name in defaults} == defaults
     assert "cast_teacher_unet" in args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The documents' configs for SDXL, as they stand but for the paths
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def images(tmp_path):
+    """A folder of small images with captions, one of them too small."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, size in enumerate([(64, 48), (48, 64), (40, 40), (16, 16)] * 3):
+        Image.new("RGB", size, (20 * i, 0, 90)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"colour {i}")
+    return folder
+
+
+def write_configs(name: str, folder: Path, images: Path, **paths) -> dict:
+    """The config, in FOLDER/config.json, and where it has one its dataset file, where the document puts it."""
+    config = json.loads((ROOT / "tests" / "configs" / f"{name}.config.json").read_text())
+    config |= {key: str(path) for key, path in paths.items() if key in config}
+    (folder / "config.json").write_text(json.dumps(config))
+    datasets = ROOT / "tests" / "configs" / f"{name}.multidatabackend.json"
+    if datasets.exists():
+        pictures, texts = json.loads(datasets.read_text())
+        pictures |= {"instance_data_dir": str(images), "cache_dir_vae": str(folder / "cache" / "vae")}
+        texts |= {"cache_dir": str(folder / "cache" / "text")}
+        Path(paths["output_dir"]).mkdir()
+        Path(paths["output_dir"], "multidatabackend.json").write_text(json.dumps([pictures, texts]))
+    return config
+
+
+@pytest.mark.parametrize("name", ["lcm_sdxl", "sdxl_lora", "quantized", "validation_preview"])
+def test_a_documents_config_means_its_flags(name, tmp_path, images):
+    paths = {"output_dir": tmp_path / "out", "pretrained_model_name_or_path": "teacher"}
+    config = write_configs(name, tmp_path, images, **paths)
+    flags = ["--config", str(tmp_path / "config.json")]
+    if "output_dir" not in config:  # part of a config: the rest is given on the command line
+        flags += ["--pretrained_teacher_model", "teacher", "--train_data_dir", str(images)]
+    args = sdxl_script.parse_args(flags)
+
+    expected = config | config.pop("distillation_config", {}).get("lcm", {})
+    for key in ("model_family", "model_flavour", "distillation_method", "distillation_config"):
+        expected.pop(key, None)
+    expected = {FLAG_OF_KEY.get(key, key): value for key, value in expected.items()}
+    sizes = {
+        (1024, 1024): "1024x1024",
+        (768, 1280): "1280x768",
+        (1280, 768): "768x1280",
+    }  # height and width in the code
+    assert ",".join(map(sizes.get, args.validation_resolution)) == expected.pop("validation_resolution", "1024x1024")
+    if name == "lcm_sdxl":
+        assert args.validation_num_inference_steps == [expected.pop("validation_num_inference_steps")]
+    if name == "sdxl_lora":
+        assert args.pretrained_teacher_model == "stabilityai/stable-diffusion-xl-base-1.0"
+    if name == "quantized":
+        assert (args.base_model_precision, args.optimizer) == ("int8-torchao", "lion")  # what the names stand for
+        del expected["base_model_precision"], expected["optimizer"]
+    assert {key: getattr(args, key) for key in expected} == expected
+
+    rules = args.datasets[0].rules
+    if name in ("lcm_sdxl", "sdxl_lora"):  # the dataset's own entry wins
+        assert args.data_source == "--data_backend_config" and args.datasets[0].id != "images"
+        assert (rules.resolution, rules.resolution_type, rules.crop) == (1.0, "area", name == "sdxl_lora")
+        assert rules.minimum == ("area", 500_000 if name == "lcm_sdxl" else 250_000)
+        assert rules.maximum == rules.downsample == ("area", 1_000_000)
+        assert (args.cache_dir_text, args.write_batch_size) == (str(tmp_path / "cache" / "text"), 128)
+    else:
+        assert (rules.resolution, rules.resolution_type, rules.minimum) == (1024, "pixel", None)
+    assert rules.alignment == 64
+
+
+def test_the_documents_lcm_config_trains_on_small_images(tmp_path, images, hub):
+    """Other than in the document: teacher, data, sizes, and numbers of steps."""
+    paths = {"output_dir": tmp_path / "out", "pretrained_model_name_or_path": tiny_sdxl_pipeline(tmp_path / "teacher")}
+    config = write_configs("lcm_sdxl", tmp_path, images, **paths)
+    sizes = {"minimum_image_size": 0.0005, "maximum_image_size": 0.001}  # megapixels
+    config |= sizes | {"resolution": 32, "validation_resolution": "32x32,48x32,32x48", "aspect_bucket_rounding": 16}
+    config |= {"max_train_steps": 2, "lr_warmup_steps": 1, "validation_step_interval": 1, "checkpoint_step_interval": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "out" / "multidatabackend.json"
+    pictures, texts = json.loads(file.read_text())
+    file.write_text(json.dumps([pictures | sizes | {"resolution": 0.001, "target_downsample_size": 0.001}, texts]))
+
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "x", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    environment |= {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    done = launch("train_lcm_distill_sdxl.py", "--config", tmp_path / "config.json", **environment)
+    assert f"--data_backend_config: {file} is taken" in done.stdout and "no checkpoint in" in done.stdout
+    assert "aspect_bucket_rounding 16: decimals are 1 to 9" in done.stdout
+    assert "--validation_guidance 0: trained is 2 to 13, 2 is taken" in done.stdout
+    assert "3 images are below minimum_image_size" in done.stdout and "caches: 9 latents" in done.stdout
+    assert "for 2 steps of 4 samples" in done.stdout and "Traceback" not in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    sheet = Image.open(tmp_path / "out" / "validation" / "grid-000001.png")
+    assert sheet.height > 3 * 128  # a row for each size
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    assert {"pytorch_lora_weights.safetensors", "samples.png", "scheduler/scheduler_config.json"} < set(hub.files)
+    assert hub.created[0]["name"] == "sdxl-lcm-distilled" and hub.created[0]["visibility"] == "private"
