@@ -506,9 +506,9 @@ def test_steps_of_a_run_given_in_epochs(tmp_path, monkeypatch):
     import train_lcm_distill_sd as script
 
     seen = []
-    monkeypatch.setattr(script, "get_scheduler", lambda *_, num_training_steps, **__: seen.append(num_training_steps))
-    monkeypatch.setattr(script, "find_checkpoint", lambda *_: exit("enough"))
-    flags = ["--pretrained_teacher_model", tiny_pipeline(tmp_path / "teacher"), "--resume_from_checkpoint", "latest"]
+    monkeypatch.setattr(script, "make_schedule", lambda args, _: seen.append(args.max_train_steps))
+    monkeypatch.setattr(script, "resume", lambda *_: exit("enough"))
+    flags = ["--pretrained_teacher_model", tiny_pipeline(tmp_path / "teacher")]
     flags += ["--train_shards_path_or_url", toy_shards(tmp_path / "shards", 2, 5), "--output_dir", tmp_path / "out"]
     flags += ["--num_train_epochs", 7, "--train_batch_size", 2, "--gradient_accumulation_steps", 2]
     for more in ([], ["--max_train_samples", 9]):

@@ -4,6 +4,7 @@ What both LCM scripts do alike is tested on the SD script; tests/test_scripts.py
 """
 
 import io
+import json
 
 import pytest
 import torch
@@ -242,6 +243,90 @@ def test_without_asking_nothing_but_the_student_is_written(parse, tmp_path):  # 
     assert not {"model_index.json", "unet", "vae", "text_encoder"} & {
         path.name for path in (tmp_path / "out").iterdir()
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may be added to a run, where SDXL is another matter than SD
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_negative_prompt_reaches_the_teachers_pictures_in_both_embeddings(parse, teachers, monkeypatch):  # noqa: F811
+    calls = watch(monkeypatch, "draw")
+    args = parse("--validation_negative_prompt blue --validation_resolution 48x32")
+    args.disable_benchmark = False
+    script.main(args)
+    pipe = StableDiffusionXLPipeline.from_pretrained(teachers["epsilon"])
+    embeds, _, pooled, _ = pipe.encode_prompt("blue", device="cpu", do_classifier_free_guidance=False)
+    (student, _), (teacher, pictures) = calls
+    assert student[5]["prompt_embeds"].abs().max() == student[5]["text_embeds"].abs().max() == 0
+    torch.testing.assert_close(teacher[5], {"prompt_embeds": embeds, "text_embeds": pooled}, rtol=0, atol=1e-5)
+    assert {picture.size for picture in pictures} == {(48, 32)}
+
+
+def test_each_text_encoder_has_its_precision(parse, tmp_path):  # noqa: F811
+    embeds = []
+    for flags in ("", "--text_encoder_1_precision int8-torchao", "--text_encoder_2_precision fp8-torchao"):
+        args = parse(flags)
+        encoders = script.load_text_encoder(args, torch.device("cpu"), torch.float32)
+        layers = [next(m for m in encoder.modules() if isinstance(m, torch.nn.Linear)) for _, encoder in encoders]
+        wanted = {"int8-torchao": "Int8Tensor", "fp8-torchao": "Float8Tensor", "no_change": "Parameter"}
+        assert [type(layer.weight).__name__ for layer in layers] == [
+            wanted[args.text_encoder_1_precision],
+            wanted[args.text_encoder_2_precision],
+        ]
+        with torch.no_grad():
+            embeds.append(script.encode_prompts(encoders, ["a small red circle"])["prompt_embeds"][0])
+    plain, first, second = embeds  # [77, 16 + 24]
+    assert torch.equal(first[:, 16:], plain[:, 16:]) and torch.equal(second[:, :16], plain[:, :16])
+    for found, places in ((first, slice(0, 16)), (second, slice(16, 40))):
+        assert 0 < (found - plain)[:, places].norm() / plain[:, places].norm() < 0.2
+
+
+def test_the_kohya_file_is_the_lora_in_stabilitys_names(parse, teachers, monkeypatch, tmp_path):  # noqa: F811
+    networks = perturb(monkeypatch, randomize_adapters)
+    targets = "to_q,to_v,ff.net.2,conv1,conv_shortcut,time_emb_proj"
+    script.main(parse(f"--lora_rank 4 --lora_alpha 8 --export_formats diffusers,kohya --lora_target_modules {targets}"))
+    keys = load_file(tmp_path / "out" / "kohya_lora.safetensors").keys()
+    assert all(key.startswith(("lora_unet_input_", "lora_unet_middle_", "lora_unet_output_")) for key in keys)
+    pipe = StableDiffusionXLPipeline.from_pretrained(teachers["epsilon"])
+    pipe.load_lora_weights(tmp_path / "out", weight_name="kohya_lora.safetensors")
+    (x, t), cond = tiny_inputs(), tiny_conditions()
+    with torch.no_grad():
+        ours, loaded = (script.predict(unet.eval(), x, t, cond) for unet in (networks[1], pipe.unet))
+    torch.testing.assert_close(loaded, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache", ["", "--vae_cache_disable"])
+def test_what_is_held_out_is_of_all_datasets(cache, teachers, monkeypatch, tmp_path, capsys):
+    """Two datasets of the same images with other rules: neither trains on what is held out."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            Image.new("RGB", (48, 32) if i % 2 else (32, 48), (40 * i, 0, 0)).save(tmp_path / name / f"{i}.png")
+            (tmp_path / name / f"{i}.txt").write_text(f"colour {i}")
+    entry = {"type": "local", "resolution_type": "pixel"}
+    datasets = [
+        entry | {"id": "a", "instance_data_dir": str(tmp_path / "a"), "resolution": 32},
+        entry | {"id": "b", "instance_data_dir": str(tmp_path / "b"), "resolution": 32, "crop": False},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(datasets))
+    held_out, trained, original = [], set(), script.stable_loss
+
+    def watched(args, loss_of, network, samples, encoder):
+        held_out.extend(samples)
+        return original(args, loss_of, network, samples, encoder)
+
+    monkeypatch.setattr(script, "stable_loss", watched)
+    draws = watch(monkeypatch, "open_batches")
+    flags = f"--pretrained_teacher_model {teachers['epsilon']} --data_backend_config {tmp_path / 'data.json'} {cache}"
+    flags += f" --output_dir {tmp_path / 'out'} --eval_steps 2 --eval_samples 3 --max_train_steps 2 --lora_rank 2"
+    script.main(script.parse_args([*test_method.SHORT.split(), *flags.split(), "--train_batch_size", "1"]))
+    batches = draws[0][1]
+    for _ in range(20):
+        trained |= {sample.key.partition("-")[0] for sample in next(batches)}
+    keys = {sample.key.partition("-")[0] for sample in held_out}
+    assert len(held_out) == len(keys) == 3 and len(trained) == 3 and not keys & trained
+    assert "held out for --eval_steps" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
