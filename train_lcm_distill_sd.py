@@ -454,10 +454,7 @@ def main(args):
         args.max_train_steps = args.num_train_epochs * max(1, args.num_samples // batch)
     optimizer = make_optimizer(args, trained, args.learning_rate * (batch if args.scale_lr else 1), device)
     lr_schedule = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
     student, optimizer = accelerator.prepare(network, optimizer)
     saved = {"student": network} if lora else {"student": network, "target": target}
