@@ -27,12 +27,13 @@ def identity(**parts) -> str:
 
 
 def weights_identity(model: str, subfolder: str | None, revision: str | None) -> str:
-    """Hash of a local network's weight files; name and revision of one on the hub."""
+    """Hash of the files of a local network or tokenizer; name and revision of one on the hub."""
     folder = Path(model, subfolder or "")
     if not folder.is_dir():
         return f"{model}/{subfolder} @ {revision}"
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("config.json")]):
+    kinds = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")  # a tokenizer's files too
+    for path in sorted(path for kind in kinds for path in folder.glob(kind)):
         with open(path, "rb") as file:
             while chunk := file.read(1 << 24):
                 digest.update(chunk)

@@ -83,13 +83,15 @@ def repeat_picture(folder, tmp_path):
 
 
 def test_compile_trains_the_same_and_its_checkpoint_fits_a_run_without(world, tmp_path):
-    short = ["--max_train_steps", 2, "--validation_steps", 0, "--lora_rank", 4]
+    # Adam divides a gradient by its size: with its usual epsilon, rounding errors alone would move some weights.
+    short = ["--max_train_steps", 2, "--validation_steps", 0, "--lora_rank", 4, "--adam_epsilon", 1e-3]
     launch(SCRIPT, *flags(world, tmp_path / "eager", *short))
     launch(SCRIPT, *flags(world, tmp_path / "compiled", *short, "--compile"))
     weights = [load(tmp_path / name / "checkpoint-2" / "student.safetensors") for name in ("eager", "compiled")]
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
-        np.testing.assert_allclose(weights[1][name], value, atol=2e-5)
+        np.testing.assert_allclose(weights[1][name], value, atol=2e-6)
+    assert max(np.abs(value).max() for name, value in weights[0].items() if "lora_B" in name) > 2e-4  # they start at 0
 
 
 def load(path):

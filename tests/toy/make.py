@@ -2,8 +2,9 @@
 
 Stages run in order, each writes its result under `--work` and is skipped where that result stands, so that a run that
 was cut off goes on: autoencoder, latents of many scenes, text encoder, U-Net (EMA), and the pipeline folder with
-its shards under `--output`. On two CPU cores the SD teacher takes about 40 minutes. The SDXL teacher starts from the SD
-teacher in OUTPUT/sd, which is made where it is missing, and takes about 35 minutes more.
+its shards under `--output`. On two CPU cores the SD teacher takes more than an hour. (In the first half of its training
+the committed U-Net saw the empty prompt in one of ten samples and not, as here, beside the captions.) The SDXL teacher
+starts from the SD teacher in OUTPUT/sd, which is made where it is missing, and takes about 35 minutes more.
 """
 
 import argparse
