@@ -270,7 +270,7 @@ class ShardPass(IterableDataset):
             yield number
 
 
-def sample_generator(seed: int, position: int) -> torch.Generator:
+def sample_generator(seed: int, position: int | str) -> torch.Generator:
     """Random numbers that follow from the seed and the sample's place in the global sequence alone."""
     digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,32 @@
+"""Several networks in one: the base alone, or with one of its adapters."""
+
+import contextlib
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+@contextlib.contextmanager
+def active_adapter(network: torch.nn.Module, name: str):
+    """Inside, the network is its base with the adapter `name`; where it has no such adapter, the base alone.
+
+    PEFT's own switches also change requires_grad, so that an adapter that another one's turn has switched off is left
+    without a gradient, silently. This one touches nothing but which adapter acts. Activation checkpointing computes
+    again in backward(), with the adapter that is active then: backward() belongs inside as well.
+    """
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = name not in layer.lora_A
+        layer._active_adapter = [name]
+    try:
+        yield
+    finally:
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def adapter_weights(network: torch.nn.Module, name: str) -> torch.nn.ParameterDict:
+    """The weights of one adapter, as a module of their own: what a checkpoint holds of it."""
+    mine = {key: p for key, p in network.named_parameters() if name in key.split(".")}
+    return torch.nn.ParameterDict({key.replace(".", "/"): p for key, p in mine.items()})

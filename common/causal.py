@@ -1,0 +1,159 @@
+"""Block-wise causal video on the stock WanTransformer3DModel, and the rollout of a few-step student.
+
+A clip's latent frames are cut into blocks. Within a block attention is full; a block sees the clean blocks before it
+through a cache of their keys and values, which is only ever extended by copies and carries no gradient. A clip of one
+block is an ordinary, bidirectional one, and goes the same way.
+
+CausVid (Yin et al. 2024, arXiv 2412.07772), Self-Forcing (Huang et al. 2025, arXiv 2506.08009).
+"""
+
+import contextlib
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+from common.dmd import TIMESTEPS, renoise
+
+Cache = tuple[tuple[torch.Tensor, torch.Tensor], ...]  # of each layer keys and values, [B, tokens, heads, D]
+
+
+def block_lengths(frames: int, per_block: int, independent_first_frame: bool = False) -> list[int]:
+    """Latent frames of each block; per_block 0 is one block as long as the clip."""
+    if per_block == 0:
+        return [frames]
+    first = [1] if independent_first_frame else []
+    count, rest = divmod(frames - len(first), per_block)
+    if rest or count < 0 or frames < 1:
+        below, above = (len(first) + per_block * n for n in (count, count + 1))
+        fits = f"{below} or {above} do" if below > 0 else f"{above} do"
+        raise ValueError(f"{frames} latent frames do not split into blocks of {per_block}, {fits}")
+    return first + [per_block] * count
+
+
+class Context(NamedTuple):
+    """What self-attention is told besides its input. It travels with the rotary embedding, an argument of each layer,
+    so that activation checkpointing computes again with what was there the first time."""
+
+    past: Cache | None  # of the frames before
+    ends: tuple[int, ...] | None  # last token + 1 of each block, where the input is many blocks
+    kept: list | None  # takes each layer's keys and values
+
+
+class BlockCausalAttention(WanAttnProcessor):
+    """Self-attention of one layer; without a Context it is the stock one."""
+
+    def __init__(self, layer: int):
+        super().__init__()
+        self.layer = layer
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        if len(rotary_emb) == 2:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        cos, sin, context = rotary_emb
+        q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
+        q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in (q, k, v))  # [B, L, C] -> [B, L, heads, D]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if context.kept is not None:
+            context.kept.append((k.detach(), v.detach()))
+        before = 0
+        if context.past is not None:
+            past_k, past_v = context.past[self.layer]
+            before = past_k.shape[1]
+            k, v = torch.cat([past_k.to(k.dtype), k], 1), torch.cat([past_v.to(v.dtype), v], 1)
+        out = [
+            dispatch_attention_fn(
+                q[:, start:end], k[:, : before + end], v[:, : before + end], backend=self._attention_backend
+            )
+            for start, end in pairwise((0, *(context.ends or (q.shape[1],))))
+        ]
+        out = torch.cat(out, 1).flatten(2).type_as(q)
+        for layer in attn.to_out:
+            out = layer(out)
+        return out
+
+
+def rotate(x, cos, sin):
+    """Each pair of channels of x [B, L, heads, D] by its angle; cos and sin [1, L, 1, D] hold each angle twice."""
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., ::2], sin[..., ::2]
+    return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).type_as(x)
+
+
+class BlockCausal:
+    """Makes a transformer's calls inside `at(...)` those of a block in a longer clip; others stay what they are."""
+
+    def __init__(self, transformer: WanTransformer3DModel):
+        self.call = None  # first frame and Context of the call that runs
+        for layer, block in enumerate(transformer.blocks):
+            block.attn1.set_processor(BlockCausalAttention(layer))
+        transformer.rope.register_forward_pre_hook(self.lengthen)
+        transformer.rope.register_forward_hook(self.cut)
+
+    @contextlib.contextmanager
+    def at(self, start: int = 0, past: Cache | None = None, ends: tuple[int, ...] | None = None, kept=None):
+        """The input's first frame is frame `start` of the clip."""
+        self.call = start, Context(past, ends, kept)
+        try:
+            yield
+        finally:
+            self.call = None
+
+    def lengthen(self, rope, inputs):
+        """The rotary embedding reads nothing of its input but the shape, and always begins at frame 0."""
+        if self.call is not None:
+            batch, channels, frames, height, width = inputs[0].shape
+            return (torch.empty(batch, channels, self.call[0] + frames, height, width, device="meta"),)
+
+    def cut(self, rope, inputs, angles):
+        if self.call is not None:
+            start, context = self.call
+            tokens = angles[0].shape[1] * start // inputs[0].shape[2]  # [1, L, 1, D] from frame 0 on
+            return *(part[:, tokens:] for part in angles), context
+
+
+def extend(cache: Cache | None, kept: list) -> Cache:
+    """A new cache; the old one, which backward() may need, stays as it is."""
+    if cache is None:
+        return tuple(kept)
+    pairs = zip(cache, kept, strict=True)
+    return tuple((torch.cat([k, new_k], 1), torch.cat([v, new_v], 1)) for (k, v), (new_k, new_v) in pairs)
+
+
+def first_tokens(cache: Cache, tokens: int) -> Cache | None:
+    return tuple((k[:, :tokens], v[:, :tokens]) for k, v in cache) if tokens else None
+
+
+def roll_out(predict, remember, noise, steps, blocks, exits, trained_from: int = 0, context_noise: float = 0.0):
+    """Yields each block's clean frames [B, C, n, h, w], as the student makes them from noise.
+
+    predict(x, t, start, cache) -> v, and remember(x, t, start, cache) -> longer cache. noise(k), [B, C, F, h, w], is
+    that of step k, and noise(None) that of the context. A block is denoised down to its exit step, and only that step,
+    of blocks from frame `trained_from` on, has a gradient. Its clean frames then go once through the student at
+    t = context_noise, for the blocks after it.
+    """
+    cache, start, last = None, 0, sum(blocks)
+    with_gradient = torch.is_grad_enabled()
+    for length, exit_step in zip(blocks, exits, strict=True):
+        frames = slice(start, start + length)
+        x0 = None
+        for k in range(exit_step + 1):
+            eps = noise(k)[:, :, frames]
+            x = eps if x0 is None else renoise(x0, steps[k] / TIMESTEPS, eps)
+            with torch.set_grad_enabled(with_gradient and k == exit_step and start >= trained_from):
+                x0 = x - steps[k] / TIMESTEPS * predict(x, steps[k], start, cache)
+        if frames.stop < last:
+            with torch.no_grad():
+                context = x0.detach()
+                if context_noise > 0.0:
+                    context = renoise(context, context_noise / TIMESTEPS, noise(None)[:, :, frames])
+                cache = remember(context, context_noise, start, cache)
+        yield x0
+        start = frames.stop
+
+
+def block_ends(blocks: list[int], tokens_per_frame: int) -> tuple[int, ...]:
+    return tuple(tokens_per_frame * end for end in accumulate(blocks))

@@ -1,0 +1,355 @@
+"""DMD's mathematics: against distributions whose scores are known, and against the other form of the same gradient."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+from torch.distributions import Categorical, MixtureSameFamily, Normal
+
+from common.causal import roll_out
+from common.dmd import (
+    denoising_steps,
+    dmd_gradient,
+    dmd_loss,
+    draw_exits,
+    fake_score_loss,
+    flow_grid,
+    flow_trajectory,
+    renoise,
+    score_range,
+    score_timesteps,
+    shift_time,
+    stock_scheduler,
+    unshift_time,
+)
+
+MEANS, DEVIATIONS = torch.tensor([-1.5, 0.2, 1.4]).double(), torch.tensor([0.3, 0.2, 0.4]).double()
+WEIGHTS = torch.tensor([0.5, 0.2, 0.3]).double()
+
+
+def noisy(means, deviations, weights, sigma) -> MixtureSameFamily:
+    """The density of x_t where x0 is this mixture."""
+    spread = ((1 - sigma) ** 2 * deviations**2 + sigma**2).sqrt()
+    return MixtureSameFamily(Categorical(weights), Normal((1 - sigma) * means, spread))
+
+
+def score(density, x):
+    """d log p / dx, by autograd through torch's own density."""
+    x = x.detach().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(density.log_prob(x).sum(), x)
+    return gradient
+
+
+def ideal_velocity(density, x, sigma):
+    """Of E[eps | x_t] = -sigma * score: v = (eps - x_t) / (1 - sigma)."""
+    return (-sigma * score(density, x) - x) / (1 - sigma)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The gradient
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.3, 0.9])
+def test_the_gradient_is_that_of_the_divergence_in_closed_form(sigma):
+    """d KL(fake || real) / dx0 of the noised densities is (1 - sigma) * (score_fake - score_real)."""
+    sigma = torch.tensor(sigma).double()
+    rng = torch.Generator().manual_seed(0)
+    x_g = torch.randn(64, 1, generator=rng).double()
+    eps = torch.randn(64, 1, generator=rng).double()
+    x_t = (1 - sigma) * x_g + sigma * eps
+    real = noisy(MEANS, DEVIATIONS, WEIGHTS, sigma)
+    fake = noisy(torch.zeros(1).double(), torch.ones(1).double(), torch.ones(1).double(), sigma)
+    g, gap = dmd_gradient(ideal_velocity(real, x_t, sigma), ideal_velocity(fake, x_t, sigma), x_g, eps)
+    divergence = (1 - sigma) * (score(fake, x_t) - score(real, x_t))
+    weight = sigma / (1 - sigma) ** 2  # of velocities
+    torch.testing.assert_close(g * gap[:, None], weight * divergence, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.5, 0.98])
+def test_velocities_give_the_gradient_of_clean_samples(sigma):
+    """DMD's own form, equations 7 and 8 of DMD2's appendix, in float64."""
+    rng = torch.Generator().manual_seed(1)
+    x_g, eps, v_real, v_fake = torch.randn(4, 3, 2, 5, 4, 4, generator=rng).double()
+    x_t = renoise(x_g, torch.full((3,), sigma, dtype=torch.float64), eps)
+    x0_real, x0_fake = x_t - sigma * v_real, x_t - sigma * v_fake
+    expected = (x0_fake - x0_real) / (x_g - x0_real).abs().mean((1, 2, 3, 4), keepdim=True)
+    g, gap = dmd_gradient(v_real, v_fake, x_g, eps)
+    torch.testing.assert_close(g, expected, rtol=1e-9, atol=1e-12)
+    assert gap.shape == (3,)
+
+
+def test_velocities_keep_their_digits_in_bf16_where_clean_samples_lose_them():
+    rng = torch.Generator().manual_seed(2)
+    x_g, eps, v_real = torch.randn(3, 1, 4096, generator=rng).double()
+    v_fake = v_real + 0.1 * torch.randn(1, 4096, generator=rng).double()
+    truth, _ = dmd_gradient(v_real, v_fake, x_g, eps)
+    real, fake = v_real.bfloat16(), v_fake.bfloat16()
+    ours, _ = dmd_gradient(real.float(), fake.float(), x_g.float(), eps.float())
+    x_t = (0.98 * x_g + 0.02 * eps).bfloat16()
+    x0_real, x0_fake = x_t - 0.02 * real, x_t - 0.02 * fake
+    theirs = (x0_fake - x0_real) / (x_g.bfloat16() - x0_real).abs().mean()
+
+    def error(g):
+        return ((g.double() - truth).norm() / truth.norm()).item()
+
+    assert error(ours) < 0.03 < 5 * error(ours) < error(theirs)
+
+
+def test_the_loss_has_that_gradient_and_no_other():
+    rng = torch.Generator().manual_seed(3)
+    x_g = torch.randn(2, 3, 4, generator=rng, requires_grad=True)
+    g = torch.randn(2, 3, 4, generator=rng)
+    loss = dmd_loss(x_g, g)
+    loss.backward()
+    torch.testing.assert_close(x_g.grad, g / 24)
+    torch.testing.assert_close(loss.detach(), 0.5 * g.square().mean())
+
+
+def test_the_fake_score_of_least_loss_is_the_ideal_velocity():
+    """A linear network fitted to the loss on Gaussian samples finds E[v | x_t], which is linear there."""
+    sigma, mean, deviation = 0.6, 0.7, 0.5
+    rng = torch.Generator().manual_seed(4)
+    x_g = mean + deviation * torch.randn(200_000, generator=rng).double()
+    eps = torch.randn(200_000, generator=rng).double()
+    x_t = renoise(x_g, sigma, eps)
+    line = torch.zeros(2).double().requires_grad_(True)
+    optimizer = torch.optim.LBFGS([line])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = fake_score_loss(line[0] * x_t + line[1], x_g, eps)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    one = torch.ones(1).double()
+    density = noisy(mean * one, deviation * one, one, torch.tensor(sigma).double())
+    points = torch.linspace(-1, 1, 9).double()
+    torch.testing.assert_close(
+        (line[0] * points + line[1]).detach(), ideal_velocity(density, points, sigma), atol=0.02, rtol=0
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Timesteps
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, shift, expected",
+    [
+        ("1000,757,522", 1.0, [1000, 757, 522]),
+        ("1000,500", 7.0, [1000, 500]),
+        ("4", 5.0, [1000, 937.5, 833.333333, 625]),
+        ("2", 1.0, [1000, 500]),
+        ("1000", 1.0, [1000]),
+    ],
+)
+def test_steps_are_listed_or_counted(text, shift, expected):
+    assert denoising_steps(text, shift) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text", ["757,522", "1000,522,757", "1000,1000", "1000,0", "2.5", "0", "1000,x", ""])
+def test_steps_that_are_none_are_refused(text):
+    with pytest.raises(ValueError):
+        denoising_steps(text, 5.0)
+
+
+def test_the_shift_is_flow_matching_s_own():
+    u = torch.linspace(0.001, 1, 1000)
+    stock = FlowMatchEulerDiscreteScheduler(shift=5.0).sigmas.flip(0)
+    torch.testing.assert_close(shift_time(u, 5.0), stock, rtol=1e-5, atol=0)
+    torch.testing.assert_close(unshift_time(stock, 5.0), u, rtol=1e-4, atol=1e-6)
+
+
+def test_score_timesteps_cover_the_window_by_their_shift():
+    u = (torch.arange(100_000) + 0.5) / 100_000
+    plain = score_timesteps(u, 0.0, 1000.0, 1.0, 0.02, 0.98)
+    assert plain.min() == 20 and plain.max() == 980
+    torch.testing.assert_close(plain.mean(), torch.tensor(500.0), atol=1.0, rtol=0)
+    shifted = score_timesteps(u, 0.0, 1000.0, 5.0, 0.02, 0.98)
+    torch.testing.assert_close(shifted.median(), torch.tensor(5000 / 6), atol=1.0, rtol=0)  # of u = 1/2
+    for shift in (1.0, 7.0):  # bounds are timesteps, whatever the shift
+        bounded = score_timesteps(u, 522.0, 757.0, shift, 0.02, 0.98)
+        assert 522 <= bounded.min() < 523 and 756 < bounded.max() <= 757.001
+
+
+def test_the_range_of_score_timesteps_follows_the_exit():
+    steps = [1000.0, 757.0, 522.0]
+    assert score_range([1], steps, False, False, 0.0) == (0.0, 1000.0)
+    assert score_range([1], steps, False, False, 300.0) == (300.0, 1000.0)
+    assert score_range([1], steps, True, False, 300.0) == (522.0, 1000.0)
+    assert score_range([1], steps, True, True, 0.0) == (522.0, 757.0)
+    assert score_range([2], steps, True, True, 0.0) == (0.0, 522.0)
+    assert score_range([0, 1, 0], steps, True, True, 0.0) == (522.0, 1000.0)  # around all blocks' ranges
+
+
+def test_exits_follow_from_seed_and_iteration():
+    drawn = [draw_exits(7, i, 3, 5, False, False) for i in range(2000)]
+    assert drawn == [draw_exits(7, i, 3, 5, False, False) for i in range(2000)]
+    assert drawn != [draw_exits(8, i, 3, 5, False, False) for i in range(2000)]
+    shares = torch.tensor(drawn).flatten().bincount() / 10_000
+    torch.testing.assert_close(shares, torch.full((3,), 1 / 3), atol=0.02, rtol=0)
+    assert any(len(set(exits)) > 1 for exits in drawn)
+    same = [draw_exits(7, i, 3, 5, True, False) for i in range(300)]
+    assert all(len(set(exits)) == 1 for exits in same) and {exits[0] for exits in same} == {0, 1, 2}
+    assert draw_exits(7, 0, 3, 5, False, True) == [2] * 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def bent(x, t):
+    """A velocity that is no straight line to any x0."""
+    return torch.sin(3 * x) + t / 1000
+
+
+@pytest.mark.parametrize("text, stock", [
+    ("1000", True), ("1000,500", True), ("1000,757,522", True), ("1000,666,333", True), ("4", True),
+    ("1000,800,700,100", False),
+])  # fmt: skip
+def test_the_stock_scheduler_takes_the_rollout_s_steps(text, stock, tmp_path):
+    steps = denoising_steps(text, 5.0)
+    scheduler = stock_scheduler(steps)
+    assert (scheduler is not None) == stock
+    if not stock:
+        return
+    scheduler.save_pretrained(tmp_path)
+    scheduler = FlowMatchLCMScheduler.from_pretrained(tmp_path)
+    scheduler.set_timesteps(len(steps))
+    torch.testing.assert_close(scheduler.timesteps, torch.tensor(steps), atol=2e-4, rtol=0)
+    torch.manual_seed(0)
+    noise = torch.randn(len(steps), 2, 4, 3, 2, 2)
+    (ours,) = roll_out(
+        lambda x, t, start, cache: bent(x, t), None, noise.__getitem__, steps, [3], [len(steps) - 1]
+    )  # fmt: skip
+    torch.manual_seed(0)
+    x = torch.randn(len(steps), 2, 4, 3, 2, 2)[0]
+    torch.manual_seed(0)
+    draws = iter([*torch.randn(len(steps), 2, 4, 3, 2, 2)[1:], torch.zeros(2, 4, 3, 2, 2)])
+    from diffusers.schedulers import scheduling_flow_match_lcm as module
+
+    original, module.randn_tensor = module.randn_tensor, lambda *args, **kwargs: next(draws)
+    try:
+        for t in scheduler.timesteps:
+            x = scheduler.step(bent(x, t), t, x, return_dict=False)[0]
+    finally:
+        module.randn_tensor = original
+    torch.testing.assert_close(ours, x, atol=1e-5, rtol=0)
+
+
+def test_the_flow_s_trajectory_is_the_stock_solver_s():
+    grid = flow_grid([1000.0, 757.0, 522.0], 40, 3.0)
+    assert {1000.0, 757.0, 522.0, 0.0} < set(grid) and len(grid) == 43
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=[t / 1000 for t in grid[:-1]])
+    noise = torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    kept, end = flow_trajectory(bent, noise, grid, [1000.0, 757.0, 522.0])
+    x, seen = noise, {}
+    for t in scheduler.timesteps:
+        seen[round(t.item(), 2)] = x
+        x = scheduler.step(bent(x, t), t, x, return_dict=False)[0]
+    torch.testing.assert_close(end, x, atol=1e-4, rtol=0)
+    for t, ours in zip([1000.0, 757.0, 522.0], kept, strict=True):
+        torch.testing.assert_close(ours, seen[t], atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training on an ideal teacher
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mixture_velocity(x, sigma):
+    """The ideal teacher's, by hand: x [B, 1, 1, 1, 1], sigma [B]."""
+    means, deviations, keep = MEANS.float(), DEVIATIONS.float(), 1 - sigma[:, None]
+    variance = keep**2 * deviations**2 + sigma[:, None] ** 2
+    offset = x.flatten()[:, None] - keep * means
+    share = (WEIGHTS.float().log() - 0.5 * variance.log() - offset**2 / (2 * variance)).softmax(1)
+    clean = (share * (means + keep * deviations**2 / variance * offset)).sum(1)
+    return (x.flatten() - clean).div(sigma).reshape(x.shape)
+
+
+class Velocity(torch.nn.Module):
+    """The teacher's plus a small network that starts at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(8, 96), torch.nn.SiLU(), torch.nn.Linear(96, 96), torch.nn.SiLU(), torch.nn.Linear(96, 1)
+        )
+        torch.nn.init.zeros_(self.layers[-1].weight)
+        torch.nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, x, sigma):
+        points, sigma = x.flatten(), sigma.expand(len(x))
+        inputs = [points, sigma] + [f(k * points) for k in (1.0, 2.0, 4.0) for f in (torch.sin, torch.cos)]
+        return mixture_velocity(x, sigma) + self.layers(torch.stack(inputs, 1)).reshape(x.shape)
+
+
+def test_the_ideal_teacher_is_the_score_s():
+    x, sigma = torch.linspace(-3, 3, 50), torch.tensor(0.4)
+    expected = ideal_velocity(noisy(MEANS, DEVIATIONS, WEIGHTS, sigma.double()), x.double(), sigma.double())
+    ours = mixture_velocity(x.reshape(-1, 1, 1, 1, 1), sigma.expand(50)).flatten()
+    torch.testing.assert_close(ours, expected.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "steps, last_only, start, end",
+    [
+        ([1000.0], False, 1.0, 0.12),
+        ([1000.0, 757.0, 522.0], True, 0.4, 0.12),
+        # The critic sees samples of all exits alike: it is their mixture that has to fit
+        ([1000.0, 757.0, 522.0], False, 0.4, 0.2),
+    ],
+)
+def test_training_on_an_ideal_teacher_converges_to_its_distribution(steps, last_only, start, end):
+    """Wasserstein distance of the student's samples from the teacher's data: above `start` untrained, below `end`."""
+    torch.manual_seed(0)
+    student, fake = Velocity(), Velocity()
+    optimizers = [torch.optim.Adam(student.parameters(), 1e-3), torch.optim.Adam(fake.parameters(), 2e-3)]
+    rng = torch.Generator().manual_seed(1)
+    size, iterations = 1024, 3000
+    decay = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) for optimizer in optimizers]
+
+    def rollout(exit_step, count):
+        noise = torch.randn(len(steps), count, 1, 1, 1, 1, generator=rng)
+        (x,) = roll_out(
+            lambda x, t, start, cache: student(x, torch.tensor(t / 1000)), None, noise.__getitem__, steps, [1],
+            [exit_step],
+        )  # fmt: skip
+        return x
+
+    def distance():
+        with torch.no_grad():
+            made = rollout(len(steps) - 1, 20_000).flatten().sort().values
+        truth = noisy(MEANS, DEVIATIONS, WEIGHTS, torch.tensor(0.0)).sample((20_000,)).sort().values
+        return (made - truth).abs().mean().item()
+
+    def draw_noise(low, high):
+        t = score_timesteps(torch.rand(size, generator=rng), low, high, 1.0, 0.02, 0.98)
+        return t, torch.randn(size, 1, 1, 1, 1, generator=rng)
+
+    before = distance()
+    for iteration in range(iterations):
+        exits = draw_exits(0, iteration, len(steps), 1, False, last_only)
+        x_g = rollout(exits[0], size)
+        low, high = score_range(exits, steps, True, False, 0.0)
+        for turn in range(2):
+            t, eps = draw_noise(low, high)
+            if turn == 0:
+                with torch.no_grad():
+                    x_t = renoise(x_g, t / 1000, eps)
+                    g, _ = dmd_gradient(mixture_velocity(x_t, t / 1000), fake(x_t, t / 1000), x_g, eps)
+                loss = dmd_loss(x_g, g)
+            else:
+                x_g = x_g.detach()
+                loss = fake_score_loss(fake(renoise(x_g, t / 1000, eps), t / 1000), x_g, eps)
+            optimizers[turn].zero_grad()
+            loss.backward()
+            optimizers[turn].step()
+            decay[turn].step()
+    after = distance()
+    print(f"{len(steps)} steps: distance {before:.3f} -> {after:.3f}")
+    assert before > start and after < end
