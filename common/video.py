@@ -7,6 +7,7 @@ import argparse
 import io
 import random
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -122,7 +123,9 @@ def decode(files: list[bytes]) -> Iterator[Callable[[], Image.Image]]:
 def is_picture(file) -> bool:
     """PIL's, which also has animated GIF and WebP; else it is for FFmpeg."""
     try:
-        Image.open(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            Image.open(file)
     except UnidentifiedImageError:
         return False
     except Exception:  # broken, or a bomb: open_image says so
