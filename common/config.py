@@ -26,9 +26,17 @@ FLAG_OF_KEY = {
     "validation_step_interval": "validation_steps",
     "checkpoint_step_interval": "checkpointing_steps",
 }
+# Flags that take several numbers with commas between, for which a config may have a number or a list.
+LISTS = ("validation_num_inference_steps", "validation_resolution", "report_steps", "dmd_denoising_steps")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 # What a config's model_flavour names, for each family of models.
-FLAVOURS = {"sdxl": {"base-1.0": "stabilityai/stable-diffusion-xl-base-1.0"}}
+FLAVOURS = {
+    "sdxl": {"base-1.0": "stabilityai/stable-diffusion-xl-base-1.0"},
+    "wan": {
+        "t2v-480p-1.3b-2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "t2v-480p-14b-2.1": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    },
+}
 
 
 # fmt: off
@@ -281,13 +289,16 @@ def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method
 
 def check_value(parser, path: Path, key: str, value, action):
     """A config's value must be of its flag's own type: a string is neither a number nor a boolean."""
+    if isinstance(action.nargs, int) and action.nargs > 1:
+        if not isinstance(value, list) or len(value) != action.nargs:
+            parser.error(f"--config {path}: {key} is {value!r}, and must be a list of {action.nargs}")
+        single = argparse.Namespace(nargs=None, type=action.type, choices=action.choices)
+        return [check_value(parser, path, key, each, single) for each in value]
     wanted = bool if action.nargs == 0 else action.type or str
-    if (
-        key in ("validation_num_inference_steps", "validation_resolution")
-        and isinstance(value, int)
-        and not isinstance(value, bool)
-    ):
+    if key in LISTS and isinstance(value, int) and not isinstance(value, bool):
         value = str(value)  # one number, where the flag takes a list
+    if key in LISTS and isinstance(value, list) and all(isinstance(each, int | float) for each in value):
+        value = ",".join(map(str, value))
     fits = {
         bool: isinstance(value, bool),
         int: isinstance(value, int) and not isinstance(value, bool),

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load, save
 
-from common.buckets import Rules, place, square_side, target_size, too_small
+from common.buckets import Placement, Rules, place, square_side, target_size, too_small
 from common.cache import TensorStore
 from common.shards import IMAGE_MEMBERS, MOST_MEMBER_BYTES
 from common.sources import true_size
@@ -47,12 +47,12 @@ class NoGoodSamples(Exception):
 
 @dataclass
 class Sample:
-    key: str  # hash of the image's bytes
+    key: str  # hash of the image's, or the clip's, bytes
     captions: list[str]  # all there are to choose from
     caption: str  # this visit's
     latents: dict[str, torch.Tensor] | None  # what the cache has of it
-    pixels: torch.Tensor | None  # uint8 [3, H, W], where the cache has nothing
-    size_ids: tuple[int, ...]  # H and W of the original, top and left of the crop, H and W of the crop
+    pixels: torch.Tensor | None  # uint8 [3, H, W], of a clip [3, F, H, W], where the cache has nothing
+    size_ids: tuple[int, ...]  # H and W of the original, top and left of the crop, its bucket
     dataset: int = 0  # which one
     position: int = -1  # in the global sequence
     cursor: tuple[int, ...] = ()  # lane, epoch, shard in the lane, members of it that were read
@@ -60,6 +60,7 @@ class Sample:
 
     @property
     def bucket(self) -> tuple[int, ...]:
+        """H and W of an image; F, H and W of a clip."""
         return self.size_ids[4:]
 
     def __getstate__(self):  # on the way from a reader process small tensors are much slower than their bytes
@@ -134,20 +135,17 @@ class ImageReader:
 
     def __call__(self, members: dict[str, bytes], visit: str, name: str = "") -> Sample:
         """`visit` is another one each time, and decides all that is drawn; `name` is the file's."""
-        found = member_bytes(members, IMAGE_MEMBERS)
-        if found is None:
-            raise BadSample("no image")
-        data = found[1]
-        if not data:
+        files = self.find(members)
+        if not all(files):
             raise BadSample("empty image")
         captions = read_captions(members, self.caption_strategy, name)
         caption = captions[0]
         if len(captions) > 1:
             caption = random.Random(f"{self.seed} caption {visit}").choice(captions)
-        key = hashlib.blake2b(data, digest_size=16).hexdigest()
+        key = hashlib.blake2b(b"".join(files), digest_size=16).hexdigest()
         drawn_from = f"{self.seed} {visit if self.cache is None else key}"
         if self.cache is not None and self.merged:  # a record of its own for what is not in its own bucket
-            _, original = open_image(data, header_only=True)
+            original = self.original_size(files)
             own, target = target_size(*original, self.rules), self.target(original)
             key += f"-{target[0]}x{target[1]}" if target != own else ""
         latents, pixels, size_ids = None, None, ()
@@ -156,9 +154,19 @@ class ImageReader:
         if latents:
             size_ids = tuple(latents["size_ids"].tolist())
         elif latents is None:
-            pixels, size_ids = self.read_pixels(data, random.Random(drawn_from))
+            pixels, size_ids = self.read_pixels(files, random.Random(drawn_from))
         ignored = {"pickle member (ignored)": 1} if any(name.split(".")[0] in PICKLES for name in members) else {}
         return Sample(key, captions, caption, latents, pixels, size_ids, self.dataset, faults=Counter(ignored))
+
+    def find(self, members: dict[str, bytes]) -> list[bytes]:
+        """The image among the members."""
+        found = member_bytes(members, IMAGE_MEMBERS)
+        if found is None:
+            raise BadSample("no image")
+        return [found[1]]
+
+    def original_size(self, files: list[bytes]) -> tuple[int, int]:
+        return open_image(files[0], header_only=True)[1]
 
     def geometry(self) -> list:
         """All that shapes a cached record besides the image and its encoder."""
@@ -170,14 +178,33 @@ class ImageReader:
         target = target_size(*original, self.rules)
         return self.merged.get(target, target)
 
-    def read_pixels(self, data: bytes, rng: random.Random):
-        image, original = open_image(data)
+    def place(self, original: tuple[int, int], rng: random.Random) -> tuple[Placement, bool]:
+        """Where an image of this size goes, and whether it is mirrored."""
         if too_small(*original, self.rules):
             raise BadSample("below minimum_image_size")
         placed = place(*original, self.target(original), self.rules, rng)
-        (height, width), (rows, columns) = placed.resized, placed.target
-        if height * width > Image.MAX_IMAGE_PIXELS:
+        if placed.resized[0] * placed.resized[1] > Image.MAX_IMAGE_PIXELS:
             raise BadSample("image bomb")  # a line of pixels
+        return placed, self.random_flip and rng.random() < 0.5
+
+    def fit(self, image: Image.Image, placed: Placement, mirrored: bool) -> Image.Image:
+        height, width = placed.resized
+        image = image.resize((width, height), RESAMPLING[self.interpolation_type])
+        image = image.crop((placed.left, placed.top, placed.left + placed.target[1], placed.top + placed.target[0]))
+        return ImageOps.mirror(image) if mirrored else image
+
+    def size_ids(self, original: tuple[int, int], placed: Placement, mirrored: bool) -> tuple[int, ...]:
+        """H and W of the original, top and left of the crop."""
+        if self.rules.fixed_size_ids:
+            return (round(square_side(self.rules)),) * 2 + (0, 0)
+        # where the crop lies in the mirrored picture
+        left = placed.resized[1] - placed.target[1] - placed.left if mirrored else placed.left
+        return (*original, placed.top, left)
+
+    def read_pixels(self, files: list[bytes], rng: random.Random):
+        image, original = open_image(files[0])
+        placed, mirrored = self.place(original, rng)
+        height, width = placed.resized
         try:
             # JPEG decodes at a half, a quarter or an eighth for free, as long as that leaves twice what is needed.
             lies = image.size != original[::-1]
@@ -185,16 +212,9 @@ class ImageReader:
             image = to_rgb(ImageOps.exif_transpose(image))
         except Exception:  # PIL's decoders raise nearly anything on wrong bytes
             raise BadSample("broken image") from None
-        top, left = placed.top, placed.left
-        image = image.resize((width, height), RESAMPLING[self.interpolation_type])
-        image = image.crop((left, top, left + columns, top + rows))
-        if self.random_flip and rng.random() < 0.5:
-            image = ImageOps.mirror(image)
-            left = width - columns - left  # where the crop lies in the mirrored picture
-        if self.rules.fixed_size_ids:
-            original, top, left = (round(square_side(self.rules)),) * 2, 0, 0
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # [H, W, 3] -> [3, H, W]
-        return pixels, (*original, top, left, rows, columns)
+        image = np.array(self.fit(image, placed, mirrored))
+        pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()  # [H, W, 3] -> [3, H, W]
+        return pixels, (*self.size_ids(original, placed, mirrored), *placed.target)
 
 
 def open_image(data: bytes, header_only: bool = False) -> tuple[Image.Image, tuple[int, int]]:

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -21,12 +21,26 @@ from common.buckets import (
     too_small,
     with_settings,
 )
-from common.shards import expand_shards, is_local
-from common.sources import count_samples, image_sizes, read_metadata, split_folder, split_hub_dataset, split_table
+from common.shards import IMAGE_MEMBERS, VIDEO_MEMBERS, expand_shards, is_local
+from common.sources import (
+    count_samples,
+    image_size,
+    picture_sizes,
+    read_metadata,
+    split_folder,
+    split_hub_dataset,
+    split_prompts,
+    split_table,
+)
+from common.video import check_frame_count, clip_size
 
-SOURCES = ("train_shards_path_or_url", "data_backend_config", "train_data_dir", "dataset_name")
+SOURCES = ("train_shards_path_or_url", "data_backend_config", "train_data_dir", "dataset_name", "train_prompts")
 MOST_COUNTED = 100_000  # images whose headers are read for the table of buckets
 SKIPS = ("vae", "text", "aspect", "metadata")
+NOTHING = {
+    "image": f"no images ({', '.join(IMAGE_MEMBERS)})",
+    "video": f"no clips ({', '.join(VIDEO_MEMBERS)}, or folders of frames)",
+}
 
 
 @dataclass
@@ -39,16 +53,24 @@ class Dataset:
     cache_dir_vae: str | None = None
     skip: tuple[str, ...] = ()  # of what is done before training
     merged: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    num_frames: int | None = None  # of a clip; None for images
+    frame_interval: int = 1
+    sizes: tuple[tuple[int, int], ...] = ()  # of prompts alone: height and width of clips that they could have
+
+    @property
+    def kind(self) -> str:
+        return "image" if self.num_frames is None else "video"
 
 
 # Keys of a dataset file: their type, or the strings they may be.
 KEYS = {
-    "id": str, "type": ("local", "webdataset"), "dataset_type": ("image", "text_embeds"), "disabled": bool,
+    "id": str, "type": ("local", "webdataset"), "dataset_type": ("image", "video", "text_embeds"), "disabled": bool,
     "instance_data_dir": str, "repeats": int, "resolution": float, "resolution_type": RESOLUTION_TYPES,
     "aspect_bucket_rounding": int, "minimum_image_size": float, "maximum_image_size": float,
     "target_downsample_size": float, "crop": bool, "crop_aspect": CROP_ASPECTS, "crop_style": CROP_STYLES,
     "caption_strategy": ("textfile", "filename"), "metadata_backend": ("discovery",), "skip_file_discovery": str,
     "cache_dir_vae": str, "cache_dir": str, "default": bool, "write_batch_size": int,
+    "num_frames": int, "frame_interval": int,
 }  # fmt: skip
 
 
@@ -93,11 +115,28 @@ def open_datasets(parser: argparse.ArgumentParser, args: argparse.Namespace, rul
     except ValueError as error:
         parser.error(str(error))
     try:
+        if given[0] == "train_prompts":
+            # As clips of --resolution would be, in the shapes that validation draws
+            keep = replace(rules, crop=False)
+            sizes = tuple(dict.fromkeys(target_size(*size, keep) for size in args.validation_resolution or [(1, 1)]))
+            return [Dataset("prompts", split_prompts(source), rules, sizes=sizes, **frames_of(args, {}, "--"))]
         if given[0] == "train_shards_path_or_url":
-            return [Dataset("shards", open_shards(source), rules)]
+            return [Dataset("shards", open_shards(source), rules, **frames_of(args, {}, "--"))]
         return [open_table_or_folder(args, source, rules)]
     except ValueError as error:
         parser.error(f"{args.data_source}: {error}")
+
+
+def frames_of(args, entry: dict, where: str) -> dict:
+    """Fields of a dataset of clips, from its entry or the command line; none in a script that trains on images."""
+    if not hasattr(args, "num_frames"):
+        return {}
+    frames = entry.get("num_frames", args.num_frames)
+    check_frame_count(f"{where}num_frames", frames)
+    interval = entry.get("frame_interval", args.frame_interval)
+    if interval < 1:
+        raise ValueError(f"{where}frame_interval {interval}: must be at least 1")
+    return {"num_frames": frames, "frame_interval": interval}
 
 
 def open_shards(spec: str) -> list[str]:
@@ -108,23 +147,25 @@ def open_shards(spec: str) -> list[str]:
 
 
 def open_table_or_folder(args, source: str, rules: Rules) -> Dataset:
-    """A folder of images or of parquet files, a parquet file, or a dataset on the hub."""
-    columns = args.image_column, args.caption_column
-    path = Path(source)
+    """A folder of images, of clips or of parquet files, a parquet file, or a dataset on the hub."""
+    columns, frames = (args.image_column, args.caption_column), frames_of(args, {}, "--")
+    kind, path = "video" if frames else "image", Path(source)
     if path.is_file():
-        return Dataset(path.name, split_table([source], *columns), rules)
+        return Dataset(path.name, split_table([source], *columns), rules, **frames)
     if not path.is_dir():
         if args.train_data_dir == source:
             raise ValueError(f"{source}: no such folder")
+        if frames:
+            raise ValueError(f"{source}: no such folder or file, and datasets on the hub are read for images alone")
         parts = split_hub_dataset(source, args.dataset_config_name, args.cache_dir, *columns)
         return Dataset(source, parts, rules)
     if tables := sorted(map(str, path.rglob("*.parquet"))):
-        return Dataset(path.name, split_table(tables, *columns), rules)
+        return Dataset(path.name, split_table(tables, *columns), rules, **frames)
     captions = read_metadata(source, args.caption_column)
-    parts = split_folder(source, captions)
+    parts = split_folder(source, captions, kind)
     if not parts:
-        raise ValueError(f"{source}: no images (jpg, png, webp) and no parquet files in it")
-    return Dataset(path.name, parts, rules, caption_strategy="textfile" if captions is None else None)
+        raise ValueError(f"{source}: {NOTHING[kind]} and no parquet files in it")
+    return Dataset(path.name, parts, rules, caption_strategy="textfile" if captions is None else None, **frames)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,24 +229,29 @@ def check_entry(entry: dict, where: str):
 
 
 def open_entry(args, entry: dict, rules: Rules, where: str) -> Dataset:
-    if "type" not in entry:
-        raise ValueError(f"{where} has no type: local or webdataset")
+    frames = frames_of(args, entry, f"{where}: ")
+    kind = "video" if frames else "image"
+    if entry.get("dataset_type", kind) != kind:
+        raise ValueError(f"{where} has dataset_type {entry['dataset_type']!r}, and this script trains on {kind}s")
+    if unused := [key for key in ("num_frames", "frame_interval") if key in entry and not frames]:
+        raise ValueError(f"{where} has {unused[0]}, and images have no frames")
     if "instance_data_dir" not in entry:
         raise ValueError(f"{where} has no instance_data_dir, the images' folder or the shards' path or URL")
     rules = with_settings(rules, entry, f"{where}: ", args.notes)
     check_rules(rules, f"{where}: ")
     source, strategy = entry["instance_data_dir"], entry.get("caption_strategy")
-    if entry["type"] == "webdataset":
+    if entry.get("type", "local") == "webdataset":
         parts = open_shards(source)
     else:
         strategy = strategy or "textfile"
         if not Path(source).is_dir():
             raise ValueError(f"{where}: {source}: no such folder")
-        if not (parts := split_folder(source)):
-            raise ValueError(f"{where}: {source}: no images (jpg, png, webp) in it")
+        if not (parts := split_folder(source, kind=kind)):
+            raise ValueError(f"{where}: {source}: {NOTHING[kind]} in it")
     return Dataset(
-        entry.get("id", source), parts, rules, entry.get("repeats", 0), strategy, entry.get("cache_dir_vae"),
-        tuple(word.strip() for word in entry.get("skip_file_discovery", "").split(",") if word.strip()),
+        entry.get("id", source), parts, rules, entry.get("repeats", 0), strategy,
+        entry.get("cache_dir_vae", entry.get("cache_dir")),
+        tuple(word.strip() for word in entry.get("skip_file_discovery", "").split(",") if word.strip()), **frames,
     )  # fmt: skip
 
 
@@ -228,7 +274,8 @@ def count_buckets(dataset: Dataset) -> tuple[Counter, int, int]:
     stride = -(-total // MOST_COUNTED) or 1
     counts, small = Counter(), 0
     for part in dataset.parts[::stride]:
-        for height, width in image_sizes(part):
+        size_of = image_size if dataset.kind == "image" else clip_size
+        for height, width in picture_sizes(part, dataset.kind, size_of):
             if too_small(height, width, dataset.rules):
                 small += stride
             else:
@@ -242,8 +289,9 @@ def plan_buckets(args, accelerator):
     if accelerator.is_main_process:
         found = {}
         for i, dataset in enumerate(args.datasets):
+            known = dataset.sizes or one_bucket(dataset.rules) and dataset.rules.minimum is None  # by the flags alone
             local = all(map(is_local, dataset.parts)) and not set(dataset.skip) & {"aspect", "metadata"}
-            if local and not (one_bucket(dataset.rules) and dataset.rules.minimum is None):  # else the flags say it all
+            if local and not known:
                 found[i] = count_buckets(dataset)
         samples = Counter()  # of an epoch, in all datasets: they share buckets
         for i, (counts, _, _) in found.items():

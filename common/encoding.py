@@ -19,14 +19,18 @@ class SampleEncoder:
     """Latents and text embeddings of samples. `text` is a store, `latents` are the datasets' stores, None for no cache.
 
     `load_vae() -> vae`, `encode_pixels(vae, pixels) -> {name: [B, ...]}`, `load_text() -> encoder` and
-    `encode_prompts(encoder, prompts) -> {name: [B, ...]}` are the model's own.
+    `encode_prompts(encoder, prompts) -> {name: [B, ...]}` are the model's own. With `text_length` a text's rows may be
+    of any length up to that, `{name: [[L, C], ...]}`: they are kept so, and padded with zeros when they are used.
     """
 
-    def __init__(self, *, load_vae, encode_pixels, load_text, encode_prompts, latents, text, vae_batch_size, device):
+    def __init__(
+        self, *, load_vae, encode_pixels, load_text, encode_prompts, latents, text, vae_batch_size, device,
+        text_length=None,
+    ):  # fmt: skip
         self.load_vae, self.encode_pixels = load_vae, encode_pixels
         self.load_text, self.encode_prompts = load_text, encode_prompts
         self.latents, self.text = latents, text
-        self.vae_batch_size, self.device = vae_batch_size, device
+        self.vae_batch_size, self.device, self.text_length = vae_batch_size, device, text_length
         self.loaded_vae = self.loaded_text = None
 
     @property
@@ -75,11 +79,14 @@ class SampleEncoder:
                 rows[prompt] = {name: values[i] for name, values in encoded.items()}
                 if self.text is not None:
                     self.text.put(text_key(prompt), rows[prompt])
-        return self.stack([rows[prompt] for prompt in prompts])
+        return self.stack([rows[prompt] for prompt in prompts], self.text_length)
 
-    def stack(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def stack(self, rows: list[dict[str, torch.Tensor]], length: int | None = None) -> dict[str, torch.Tensor]:
+        def whole(row):  # [L, C] -> [length, C]
+            return row if length is None else torch.nn.functional.pad(row, (0, 0, 0, length - len(row)))
+
         names = rows[0] if rows else {}
-        return {name: torch.stack([row[name].to(self.device) for row in rows]) for name in names}
+        return {name: torch.stack([whole(row[name].to(self.device)) for row in rows]) for name in names}
 
     def fill(self, accelerator, datasets: list[Dataset], readers, prompts: list[str], workers: int):
         """Encode all that the caches lack, each process its share of the shards. Shards that are done are not read."""
@@ -91,7 +98,7 @@ class SampleEncoder:
             self.encode_text(prompts)
         share = ShardPass(todo, readers, process=accelerator.process_index, processes=accelerator.num_processes)
         waiting: dict[tuple, list[Sample]] = {}  # by bucket
-        with tqdm(desc="filling caches", unit=" images", disable=not accelerator.is_main_process) as bar:
+        with tqdm(desc="filling caches", unit=" samples", disable=not accelerator.is_main_process) as bar:
             for item in DataLoader(share, batch_size=None, num_workers=min(workers, len(todo))):
                 if isinstance(item, Sample):
                     bar.update()
@@ -109,7 +116,7 @@ class SampleEncoder:
                     self.latents[dataset].mark(self.done_name(datasets[dataset], part))
         self.flush()
         accelerator.wait_for_everyone()
-        stores = {id(store): store for store in self.latents}.values()
+        stores = {id(store): store for store in self.latents if store is not self.text}.values()
         for store in [*stores, self.text]:
             store.refresh()
         count = sum(len(store.index) for store in stores)
@@ -131,14 +138,20 @@ class SampleEncoder:
 
 
 def open_stores(args, latents_identities: list[str], text_identity: str) -> tuple[list[TensorStore], TensorStore]:
-    """Each dataset's store of latents and that of texts, in folders named by what shaped their records."""
+    """Each dataset's store of latents and that of texts, in folders named by what shaped their records.
+
+    Prompts alone have no latents: the store of texts stands in for theirs.
+    """
     root = f"{args.output_dir}/cache"
     pairs = zip(args.datasets, latents_identities, strict=True)
-    folders = [f"{dataset.cache_dir_vae or args.cache_dir_vae or root + '/vae'}/{name}" for dataset, name in pairs]
-    stores = {folder: TensorStore(folder, args.compress_disk_cache) for folder in dict.fromkeys(folders)}
+    folders = [
+        None if dataset.sizes else f"{dataset.cache_dir_vae or args.cache_dir_vae or root + '/vae'}/{name}"
+        for dataset, name in pairs
+    ]
+    stores = {folder: TensorStore(folder, args.compress_disk_cache) for folder in dict.fromkeys(folders) if folder}
     text = TensorStore(
         f"{args.cache_dir_text or root + '/text'}/{text_identity}",
         args.compress_disk_cache,
         args.write_batch_size or RECORDS_PER_FILE,
     )
-    return [stores[folder] for folder in folders], text
+    return [stores.get(folder, text) for folder in folders], text

@@ -10,6 +10,7 @@ from braceexpand import braceexpand
 
 SHARD_ERRORS = (OSError, EOFError, http.client.HTTPException, tarfile.TarError, zlib.error)
 IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp")
+VIDEO_MEMBERS = ("mp4", "webm", "mkv", "mov", "m4v", "avi", "gif", "webp")  # webp: an animated one
 MOST_MEMBER_BYTES = 1 << 28
 
 
@@ -94,15 +95,27 @@ def shard_keys(shard: str) -> set[tuple[str, str]]:
     return keys
 
 
-def shard_images(shard: str):
-    """A file object for each image of a local shard, but for compressed ones."""
+def is_frame(extension: str) -> bool:
+    """Of a sequence of pictures in one sample: clip.0001.jpg, clip.0002.jpg, ..."""
+    return extension.rpartition(".")[2] in IMAGE_MEMBERS
+
+
+def shard_pictures(shard: str, kind: str):
+    """A file object for the image, or for the video or its first frame, of each sample of a local shard.
+
+    Compressed ones are left out.
+    """
     seen = set()
     try:
         with tarfile.open(shard) as tar:
             for info in tar:
                 folder, _, name = info.name.rpartition("/")
                 stem, _, extension = name.partition(".")
-                if info.isfile() and extension.lower() in IMAGE_MEMBERS and (folder, stem) not in seen:
+                extension = extension.lower()
+                wanted = extension in IMAGE_MEMBERS
+                if kind == "video":
+                    wanted = extension in VIDEO_MEMBERS or is_frame(extension)
+                if info.isfile() and wanted and (folder, stem) not in seen:
                     seen.add((folder, stem))
                     yield tar.extractfile(info)
     except SHARD_ERRORS:

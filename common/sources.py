@@ -1,7 +1,8 @@
-"""Where samples come from: shards, folders of images, tables.
+"""Where samples come from: shards, folders of images or clips, tables, files of prompts.
 
-A source is a list of parts: a shard, some files of a folder, some rows of a table. A part yields (key, members) for
-each of its samples, members by extension as a shard has them, or (key, cause) for one that cannot be used.
+A source is a list of parts: a shard, some files of a folder, some rows of a table, some prompts. A part yields
+(key, members) for each of its samples, members by extension as a shard has them, or (key, cause) for one that cannot
+be used.
 """
 
 import hashlib
@@ -14,7 +15,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.shards import IMAGE_MEMBERS, MOST_MEMBER_BYTES, is_local, read_shard, shard_images, shard_keys
+from common.shards import (
+    IMAGE_MEMBERS,
+    MOST_MEMBER_BYTES,
+    VIDEO_MEMBERS,
+    is_local,
+    read_shard,
+    shard_keys,
+    shard_pictures,
+)
 
 EXIF_ORIENTATION = 0x0112
 PARTS, MOST_FILES = 64, 1024  # a folder's parts, and the files in one, of which the cache makes one file
@@ -22,7 +31,10 @@ PARTS, MOST_FILES = 64, 1024  # a folder's parts, and the files in one, of which
 
 @dataclass(frozen=True)
 class Files:
-    """Some images of a folder; the caption is None where a .txt beside the image holds it."""
+    """Some images or clips of a folder; the caption is None where a .txt beside the file holds it.
+
+    A clip may be a folder too, with a file for each frame.
+    """
 
     folder: str
     files: tuple[tuple[str, str | list[str] | None], ...]  # path inside the folder, caption
@@ -40,9 +52,19 @@ class Rows:
     caption_column: str
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """Some lines of a file of prompts."""
+
+    start: int  # number of the first
+    prompts: tuple[bytes, ...]
+
+
 def read_part(part):
     if isinstance(part, Files):
         return read_files(part)
+    if isinstance(part, Prompts):
+        return ((f"/{number}", {"txt": prompt}) for number, prompt in enumerate(part.prompts, part.start))
     return read_rows(part) if isinstance(part, Rows) else read_shard(part)
 
 
@@ -52,7 +74,10 @@ def part_fingerprint(part) -> str:
         stamps = [json.dumps(part.files)]
         for name, _ in part.files:
             image = Path(part.folder, name)
-            stamps += [file_stamp(image), file_stamp(image.with_suffix(".txt"))]
+            frames = sorted(image.iterdir()) if image.is_dir() else []
+            stamps += map(file_stamp, [image, *frames, caption_file(image)])
+    elif isinstance(part, Prompts):
+        stamps = [repr(part.prompts)]
     elif isinstance(part, Rows):
         stamp = file_stamp(Path(part.path)) if part.table is None else part.table._fingerprint
         stamps = [f"{stamp} {part.start} {part.samples} {part.image_column} {part.caption_column}"]
@@ -81,21 +106,27 @@ def count_part(part) -> int:
         return len(part.files)
     if isinstance(part, Rows):
         return part.samples
-    return len(shard_keys(part))
+    return len(part.prompts) if isinstance(part, Prompts) else len(shard_keys(part))
 
 
-def image_sizes(part):
-    """(height, width) of each image of a local part, from its header alone; those that cannot be read are left out."""
+def image_size(source) -> tuple[int, int]:
+    """(height, width), from the header alone."""
+    with Image.open(source) as image:
+        return true_size(image, header_only=True)
+
+
+def picture_sizes(part, kind: str, size_of):
+    """size_of of each image or video of a local part; those that cannot be read are left out."""
     if isinstance(part, Files):
-        sources = (Path(part.folder, name) for name, _ in part.files)
+        paths = (Path(part.folder, name) for name, _ in part.files)
+        sources = (frame_files(path)[0] if path.is_dir() else path for path in paths)
     elif isinstance(part, Rows):
         sources = (io.BytesIO(members["jpg"]) for _, members in read_rows(part) if not isinstance(members, str))
     else:
-        sources = shard_images(part)
+        sources = shard_pictures(part, kind)
     for source in sources:
         try:
-            with Image.open(source) as image:
-                yield true_size(image, header_only=True)
+            yield size_of(source)
         except Exception:  # PIL's decoders raise nearly anything on wrong bytes
             pass
 
@@ -113,8 +144,8 @@ def true_size(image: Image.Image, header_only: bool = False) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def split_folder(folder: str, captions: dict[str, str | list[str]] | None = None) -> list[Files]:
-    """Parts of all images in a folder and its subfolders, or of those with a caption.
+def split_folder(folder: str, captions: dict[str, str | list[str]] | None = None, kind: str = "image") -> list[Files]:
+    """Parts of all images or clips in a folder and its subfolders, or of those with a caption.
 
     Which file is in which part follows from the names alone, mixed, for neighbours are often alike.
     """
@@ -122,7 +153,9 @@ def split_folder(folder: str, captions: dict[str, str | list[str]] | None = None
         names = []
         for place, folders, files in os.walk(folder):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            found = [name for name in files if is_image(name) and not name.startswith(".")]
+            found = [name for name in files if is_of(name, kind) and not name.startswith(".")]
+            if kind == "video" and not found and place != folder and frame_files(Path(place)):
+                found = [""]  # the subfolder itself is a clip
             names += [Path(place, name).relative_to(folder).as_posix() for name in found]
     else:
         names = list(captions)
@@ -136,8 +169,16 @@ def split_folder(folder: str, captions: dict[str, str | list[str]] | None = None
     ]
 
 
-def is_image(name: str) -> bool:
-    return Path(name).suffix.lower().removeprefix(".") in IMAGE_MEMBERS
+def is_of(name: str, kind: str) -> bool:
+    return Path(name).suffix.lower().removeprefix(".") in {"image": IMAGE_MEMBERS, "video": VIDEO_MEMBERS}[kind]
+
+
+def frame_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if is_of(path.name, "image") and not path.name.startswith("."))
+
+
+def caption_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.txt") if path.is_dir() else path.with_suffix(".txt")
 
 
 def read_metadata(folder: str, caption_column: str) -> dict[str, str | list[str]] | None:
@@ -161,9 +202,13 @@ def read_files(part: Files):
         path = Path(part.folder, name)
         members = {}
         try:
-            large = path.stat().st_size > MOST_MEMBER_BYTES
-            members[path.suffix.lower().removeprefix(".")] = b"" if large else path.read_bytes()
-            text = path.with_suffix(".txt")
+            if path.is_dir():
+                files = {frame.name.lower(): frame for frame in frame_files(path)}
+            else:
+                files = {path.suffix.lower().removeprefix("."): path}
+            for extension, file in files.items():
+                members[extension] = b"" if file.stat().st_size > MOST_MEMBER_BYTES else file.read_bytes()
+            text = caption_file(path)
             if caption is not None:
                 members["json"] = json.dumps({"caption": caption}).encode()
             elif text.is_file():
@@ -172,6 +217,24 @@ def read_files(part: Files):
             yield name, "unreadable file"
             continue
         yield str(Path("/", name).with_suffix("")), members
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def split_prompts(path: str) -> list[Prompts]:
+    """Parts of a text file with a prompt a line; empty lines do not count."""
+    try:
+        lines = [line.strip() for line in Path(path).read_bytes().splitlines()]
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    lines = [line for line in lines if line]
+    if not lines:
+        raise ValueError(f"{path}: no prompts in it")
+    size = min(MOST_FILES, -(-len(lines) // PARTS))
+    return [Prompts(start, tuple(lines[start : start + size])) for start in range(0, len(lines), size)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,7 +296,7 @@ def read_rows(part: Rows):
         for number, row in enumerate(rows):
             image, caption = row[part.image_column], row[part.caption_column]
             data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-            if data is None and path and is_image(path):  # beside the file
+            if data is None and path and is_of(path, "image"):  # beside the file
                 beside = Path(Path(part.path).parent, path)
                 data = beside.read_bytes() if beside.is_file() else b""
             text = json.dumps({"caption": caption}, default=str).encode()

@@ -209,11 +209,11 @@ class Batches:
             self.ready.append([sample for _, sample in self.waiting.pop(bucket)])
         self.reads += 1
 
-    def report_padding(self, bucket: tuple[int, int]):
+    def report_padding(self, bucket: tuple[int, ...]):
         if bucket not in self.padded:
             self.padded.add(bucket)
             print(
-                f"bucket {bucket[1]}x{bucket[0]}: fewer than {self.stream.batch_size} samples among "
+                f"bucket {'x'.join(map(str, reversed(bucket)))}: fewer than {self.stream.batch_size} samples among "
                 f"{PATIENCE * self.stream.batch_size}, its batches are filled by repeating them"
             )
 

@@ -10,13 +10,25 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from tests.toy.make import add_member, draw, make_tokenizer
 
@@ -112,6 +124,34 @@ def tiny_sdxl_pipeline(folder: Path, prediction_type: str = "epsilon", force_zer
         tiny_vae(), first, second, tokenizer, tokenizer, unet, sd_scheduler(prediction_type),
         force_zeros_for_empty_prompt=force_zeros, add_watermarker=False,
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte, </s> at the end, as T5's tokenizers have it."""
+    names = ["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    letters = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="</s>", model_max_length=512)
+
+
+def tiny_wan_pipeline(folder: Path) -> Path:
+    """A Wan 2.1 folder with random weights, for clips whose sides are multiples of 16."""
+    torch.manual_seed(1)
+    tokenizer = letter_tokenizer()
+    text = UMT5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+        relative_attention_num_buckets=8,
+    )  # fmt: skip
+    statistics = {"latents_mean": [0.5, -0.25, 0.0, 1.0], "latents_std": [2.0, 0.5, 1.0, 4.0]}
+    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **statistics)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        ffn_dim=32, num_layers=2,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    WanPipeline(tokenizer, UMT5EncoderModel(text), vae, scheduler, transformer).save_pretrained(folder)
     return folder
 
 

@@ -349,7 +349,7 @@ def test_text_embeds_say_where_and_how_texts_are_kept(tmp_path, folder):
         ({"aspect_bucket_rounding": 0}, "aspect_bucket_rounding 0: must be at least 1"),
         ({"instance_data_dir": "/no/such"}, "/no/such: no such folder"),
         ({"instance_data_dir": None}, "has no instance_data_dir"),
-        ({"type": None}, "has no type"),
+        ({"num_frames": 81}, "has num_frames, and images have no frames"),
         ({"disabled": True}, "no dataset in it that is enabled"),
     ],
 )

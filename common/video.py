@@ -1,0 +1,269 @@
+"""Clips: files of video, or a picture for each frame, at equal distances in time and of one size.
+
+Wan's VAE keeps the first frame and makes one latent frame of each four that follow: a clip has 4k + 1 frames.
+"""
+
+import argparse
+import io
+import random
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from common.cache import text_key
+from common.data import BadSample, ImageReader, Sample, member_bytes, open_image, open_readers, read_captions, to_rgb
+from common.shards import VIDEO_MEMBERS, is_frame
+from common.sources import image_size
+
+FRAMES_PER_LATENT = 4
+# Demuxers that read nothing but the bytes they are given: a playlist could name any file or address.
+CONTAINERS = {"format_whitelist": "mov,mp4,matroska,webm,avi", "protocol_whitelist": ""}
+
+
+# fmt: off
+def add_video_flags(parser: argparse.ArgumentParser):
+    """Flags of scripts that train on clips."""
+    add = parser.add_argument_group("clips; in a dataset file a dataset's own entry wins").add_argument
+    add("--num_frames", type=int, default=81, help="frames of a clip, 4k + 1; longer clips are cut as --crop_style says, shorter ones are skipped and counted")
+    add("--frame_interval", type=int, default=1, help="every how many frames of a file one is taken")
+# fmt: on
+
+
+def latent_frames(frames: int) -> int:
+    return (frames - 1) // FRAMES_PER_LATENT + 1
+
+
+def pixel_frames(latents: int) -> int:
+    return (latents - 1) * FRAMES_PER_LATENT + 1
+
+
+def check_frame_count(name: str, frames: int):
+    if frames < 1 or frames != pixel_frames(latent_frames(frames)):
+        below = pixel_frames(max(1, latent_frames(frames)))
+        raise ValueError(f"{name} {frames}: must be 4k + 1, as {below} or {below + FRAMES_PER_LATENT}")
+
+
+def whole_blocks(latents: int, per_block: int, independent_first_frame: bool) -> int:
+    """How many of so many latent frames make whole blocks; per_block 0: the clip is one block."""
+    if per_block == 0:
+        return latents
+    first = int(independent_first_frame)
+    return first + (latents - first) // per_block * per_block if latents >= first + per_block else 0
+
+
+def fit_to_blocks(name: str, frames: int, args) -> int:
+    """Frames of a clip as they are where blocks divide them, else cut to --num_training_frames.
+
+    Reads num_frame_per_block, independent_first_frame and num_training_frames.
+    """
+    blocks = args.num_frame_per_block, args.independent_first_frame
+    if (latents := latent_frames(frames)) == whole_blocks(latents, *blocks):
+        return frames
+    if args.num_training_frames < latents and args.num_training_frames == whole_blocks(
+        args.num_training_frames, *blocks
+    ):
+        cut = pixel_frames(args.num_training_frames)
+        args.notes.append(
+            f"{name} {frames}: {latents} latent frames are no whole blocks of {args.num_frame_per_block}; "
+            f"cut to --num_training_frames {args.num_training_frames}, {cut} frames"
+        )
+        return cut
+    fits = whole_blocks(latents, *blocks)
+    near = [pixel_frames(count) for count in (fits, max(fits, blocks[1]) + blocks[0]) if count]
+    raise ValueError(
+        f"{name} {frames}: {latents} latent frames are no whole blocks of --num_frame_per_block {blocks[0]}"
+        f"{' after the first frame' * blocks[1]}; {' or '.join(map(str, near))} frames are"
+    )
+
+
+def check_clip_flags(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Frames of the datasets' clips and of validation's, as the blocks divide them; after check_data_flags."""
+    try:
+        for dataset in args.datasets:
+            dataset.num_frames = fit_to_blocks(f"{dataset.id}: num_frames", dataset.num_frames, args)
+        name, frames = "--validation_num_video_frames", args.validation_num_video_frames
+        check_frame_count(name, frames)
+        args.validation_num_video_frames = fit_to_blocks(name, frames, args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def decode(files: list[bytes]) -> Iterator[Callable[[], Image.Image]]:
+    """For each frame, in order, what makes an upright picture of it, good until the next one.
+
+    `files` are a video, or a picture for each frame.
+    """
+    if len(files) > 1 or is_picture(io.BytesIO(files[0])):
+        for data in files:
+            image, _ = open_image(data)
+            for i in range(getattr(image, "n_frames", 1)):
+                image.seek(i)
+                yield partial(ImageOps.exif_transpose, image)
+    else:
+        with open_video(io.BytesIO(files[0])) as container:
+            for frame in container.decode(container.streams.video[0]):
+                if frame.is_corrupt:
+                    raise BadSample("broken clip")
+                yield partial(upright, frame, container.streams.video[0].sample_aspect_ratio)
+
+
+def is_picture(file) -> bool:
+    """PIL's, which also has animated GIF and WebP; else it is for FFmpeg."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            Image.open(file)
+    except UnidentifiedImageError:
+        return False
+    except Exception:  # broken, or a bomb: open_image says so
+        pass
+    return True
+
+
+def open_video(file):
+    container = av.open(file, options=CONTAINERS)
+    if not container.streams.video:
+        raise BadSample("no video in the clip")
+    codec = container.streams.video[0].codec_context
+    if codec.width * codec.height > Image.MAX_IMAGE_PIXELS:
+        raise BadSample("image bomb")
+    return container
+
+
+def upright(frame: av.VideoFrame, sample_aspect_ratio) -> Image.Image:
+    """With square pixels, and turned as a telephone's video says."""
+    picture = frame.to_image()
+    if sample_aspect_ratio not in (None, 0, 1):
+        picture = picture.resize((max(1, round(picture.width * sample_aspect_ratio)), picture.height))
+    return picture.rotate(frame.rotation, expand=True)  # both count counterclockwise
+
+
+def clip_size(source) -> tuple[int, int]:
+    """(height, width) of the first frame of a video, or of a picture; `source` is a path or an open file."""
+    if isinstance(source, Path):
+        with open(source, "rb") as file:
+            return clip_size(file)
+    picture = is_picture(source)
+    source.seek(0)
+    if picture:
+        return image_size(source)
+    with open_video(source) as container:
+        stream = container.streams.video[0]
+        picture = upright(next(container.decode(stream)), stream.sample_aspect_ratio)
+        return picture.height, picture.width
+
+
+def count_frames(files: list[bytes]) -> int:
+    """As the container has it: a video may show fewer frames than it has packets."""
+    if len(files) > 1:
+        return len(files)
+    if is_picture(io.BytesIO(files[0])):
+        return getattr(open_image(files[0])[0], "n_frames", 1)
+    with open_video(io.BytesIO(files[0])) as container:
+        return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ClipReader(ImageReader):
+    """Turns the members of a sample into a clip of its bucket, which is frames, height and width."""
+
+    num_frames: int = 1
+    frame_interval: int = 1
+
+    def find(self, members: dict[str, bytes]) -> list[bytes]:
+        """A video among the members; or their pictures, in the order of the numbers in their names."""
+        if found := member_bytes(members, VIDEO_MEMBERS):
+            return [found[1]]
+        frames = [name for name in members if is_frame(name.removesuffix(".gz"))]
+        if not frames:
+            raise BadSample("no clip")
+        frames.sort(key=lambda name: [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", name)])
+        return [member_bytes(members, [name.removesuffix(".gz")])[1] for name in frames]
+
+    def original_size(self, files: list[bytes]) -> tuple[int, int]:
+        try:
+            return clip_size(io.BytesIO(files[0]))
+        except BadSample:
+            raise
+        except Exception:  # PIL's decoders raise nearly anything on wrong bytes, and FFmpeg has errors of its own
+            raise BadSample("broken clip") from None
+
+    def geometry(self) -> list:
+        return [*super().geometry(), self.num_frames, self.frame_interval]
+
+    def read_pixels(self, files: list[bytes], rng: random.Random):
+        original = self.original_size(files)
+        placed, mirrored = self.place(original, rng)
+        # How much of what is too long goes before the clip: as a picture is cropped, so is time
+        before = {"center": 0.5, "corner": 0.0}.get(self.rules.crop_style, rng.random())
+        span = (self.num_frames - 1) * self.frame_interval + 1
+        try:
+            count, frames = count_frames(files), []
+            while len(frames) < self.num_frames:  # a second time where not all packets are frames
+                if count < span:
+                    raise BadSample(f"fewer than {span} frames")
+                start = int(before * (count - span + 1))
+                frames, count = self.read_frames(files, start, original, placed, mirrored)
+        except BadSample:
+            raise
+        except Exception:  # as above
+            raise BadSample("broken clip") from None
+        pixels = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).contiguous()  # [F, H, W, 3] -> [3, F, H, W]
+        return pixels, (*self.size_ids(original, placed, mirrored), self.num_frames, *placed.target)
+
+    def read_frames(self, files, start: int, original, placed, mirrored) -> tuple[list[np.ndarray], int]:
+        """The clip's frames from `start` on, [H, W, 3] each, and how many were read to find them."""
+        frames, count = [], 0
+        for index, picture in enumerate(decode(files)):
+            count = index + 1
+            if index >= start and (index - start) % self.frame_interval == 0:
+                image = to_rgb(picture())
+                if image.size != original[::-1]:
+                    raise BadSample("frames of several sizes")
+                frames.append(np.array(self.fit(image, placed, mirrored)))
+            if len(frames) == self.num_frames:
+                break
+        return frames, count
+
+
+@dataclass
+class PromptReader(ImageReader):
+    """A prompt alone, and the size that its clip would have."""
+
+    num_frames: int = 1
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def __call__(self, members: dict[str, bytes], visit: str, name: str = "") -> Sample:
+        captions = read_captions(members, self.caption_strategy, name)
+        size = random.Random(f"{self.seed} size {visit}").choice(self.sizes)
+        return Sample(text_key(captions[0]), captions, captions[0], {}, None, (*size, 0, 0, self.num_frames, *size))
+
+
+def open_clip_readers(args) -> list[ImageReader]:
+    """One for each dataset."""
+    readers = []
+    for dataset, reader in zip(args.datasets, open_readers(args), strict=True):
+        if dataset.sizes:
+            readers.append(PromptReader(**vars(reader), num_frames=dataset.num_frames, sizes=dataset.sizes))
+        else:
+            frames = {"num_frames": dataset.num_frames, "frame_interval": dataset.frame_interval}
+            readers.append(ClipReader(**vars(reader), **frames))
+    return readers
