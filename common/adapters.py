@@ -12,21 +12,45 @@ def active_adapter(network: torch.nn.Module, name: str):
 
     PEFT's own switches also change requires_grad, so that an adapter that another one's turn has switched off is left
     without a gradient, silently. This one touches nothing but which adapter acts. Activation checkpointing computes
-    again in backward(), with the adapter that is active then: backward() belongs inside as well.
+    again in backward(), with the adapter that is active then: backward() belongs inside as well. Dropout acts where
+    there is a gradient.
     """
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    before = [(layer._disable_adapters, layer._active_adapter, layer.lora_dropout.training) for layer in layers]
     for layer in layers:
         layer._disable_adapters = name not in layer.lora_A
         layer._active_adapter = [name]
+        layer.lora_dropout.train(torch.is_grad_enabled())
     try:
         yield
     finally:
-        for layer, (disabled, active) in zip(layers, before, strict=True):
+        for layer, (disabled, active, training) in zip(layers, before, strict=True):
             layer._disable_adapters, layer._active_adapter = disabled, active
+            layer.lora_dropout.train(training)
 
 
 def adapter_weights(network: torch.nn.Module, name: str) -> torch.nn.ParameterDict:
     """The weights of one adapter, as a module of their own: what a checkpoint holds of it."""
     mine = {key: p for key, p in network.named_parameters() if name in key.split(".")}
     return torch.nn.ParameterDict({key.replace(".", "/"): p for key, p in mine.items()})
+
+
+def weights_copy(part: torch.nn.Module, device) -> torch.nn.ParameterDict:
+    """Of what is trained in it: where a moving average starts."""
+    trained = {name.replace(".", "/"): p for name, p in part.named_parameters() if p.requires_grad}
+    return torch.nn.ParameterDict(
+        {name: torch.nn.Parameter(p.detach().to(device, copy=True), requires_grad=False) for name, p in trained.items()}
+    )
+
+
+@contextlib.contextmanager
+def weights_replaced(params: list[torch.nn.Parameter], others):
+    """Inside, the parameters have the values of the others."""
+    own = [p.data for p in params]
+    for p, other in zip(params, others, strict=True):
+        p.data = other.data.to(p.device)
+    try:
+        yield
+    finally:
+        for p, data in zip(params, own, strict=True):
+            p.data = data

@@ -79,6 +79,19 @@ def clip_gradients(accelerator, params, method: str, most: float):
         accelerator.clip_grad_value_(params, most)
 
 
+def gradient_norm(params) -> torch.Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+
+
+def average_gradients(params, processes: int):
+    """Of all processes, where no wrapper does it: a network that is called many times before one backward()."""
+    if processes > 1:
+        waiting = [torch.distributed.all_reduce(p.grad, async_op=True) for p in params]
+        for work in waiting:
+            work.wait()
+        torch._foreach_div_([p.grad for p in params], processes)
+
+
 @torch.no_grad()
 def update_ema(target: list[torch.Tensor], source: list[torch.Tensor], decay: float):
     """target = decay * target + (1 - decay) * source, all tensors in one call."""

@@ -276,6 +276,21 @@ def sample_generator(seed: int, position: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+class Draws:
+    """Random numbers of a batch, one after the other; those of a sample follow from the seed and its place alone."""
+
+    def __init__(self, seed: int, positions: list[int], device):
+        self.rngs, self.device = [sample_generator(seed, position) for position in positions], device
+
+    def uniform(self) -> torch.Tensor:
+        """[B] in [0, 1), on the CPU, where the loop can look at them without waiting."""
+        return torch.stack([torch.rand((), generator=rng) for rng in self.rngs])
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """[B, *shape]"""
+        return torch.stack([torch.randn(shape, generator=rng) for rng in self.rngs]).to(self.device)
+
+
 def stack(rows: list[tuple], device) -> tuple[torch.Tensor, ...]:
     """Draws of samples, one tuple each, as batches on the device."""
     return tuple(torch.stack(column).to(device) for column in zip(*rows, strict=True))

@@ -9,7 +9,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -257,7 +257,23 @@ class PromptReader(ImageReader):
         return Sample(text_key(captions[0]), captions, captions[0], {}, None, (*size, 0, 0, self.num_frames, *size))
 
 
-def open_clip_readers(args) -> list[ImageReader]:
+@dataclass
+class CaptionReader(ClipReader):
+    """A clip's caption, and its bucket, for training that rolls out from noise: its pixels are not decoded."""
+
+    def __call__(self, members: dict[str, bytes], visit: str, name: str = "") -> Sample:
+        return replace(super().__call__(members, visit, name), latents={})
+
+    def geometry(self) -> list:
+        return ["captions", *super().geometry()]
+
+    def read_pixels(self, files: list[bytes], rng: random.Random):
+        original = self.original_size(files)
+        placed, mirrored = self.place(original, rng)
+        return None, (*self.size_ids(original, placed, mirrored), self.num_frames, *placed.target)
+
+
+def open_clip_readers(args, captions_only: bool = False) -> list[ImageReader]:
     """One for each dataset."""
     readers = []
     for dataset, reader in zip(args.datasets, open_readers(args), strict=True):
@@ -265,5 +281,5 @@ def open_clip_readers(args) -> list[ImageReader]:
             readers.append(PromptReader(**vars(reader), num_frames=dataset.num_frames, sizes=dataset.sizes))
         else:
             frames = {"num_frames": dataset.num_frames, "frame_interval": dataset.frame_interval}
-            readers.append(ClipReader(**vars(reader), **frames))
+            readers.append((CaptionReader if captions_only else ClipReader)(**vars(reader), **frames))
     return readers

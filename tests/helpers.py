@@ -136,6 +136,15 @@ def letter_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="</s>", model_max_length=512)
 
 
+def tiny_wan(seed: int = 0) -> WanTransformer3DModel:
+    torch.manual_seed(seed)
+    network = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        ffn_dim=32, num_layers=2,
+    )  # fmt: skip
+    return network.requires_grad_(False).eval()
+
+
 def tiny_wan_pipeline(folder: Path) -> Path:
     """A Wan 2.1 folder with random weights, for clips whose sides are multiples of 16."""
     torch.manual_seed(1)
@@ -146,12 +155,8 @@ def tiny_wan_pipeline(folder: Path) -> Path:
     )  # fmt: skip
     statistics = {"latents_mean": [0.5, -0.25, 0.0, 1.0], "latents_std": [2.0, 0.5, 1.0, 4.0]}
     vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **statistics)
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
-        ffn_dim=32, num_layers=2,
-    )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    WanPipeline(tokenizer, UMT5EncoderModel(text), vae, scheduler, transformer).save_pretrained(folder)
+    WanPipeline(tokenizer, UMT5EncoderModel(text), vae, scheduler, tiny_wan()).save_pretrained(folder)
     return folder
 
 

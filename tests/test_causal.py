@@ -5,7 +5,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from common.causal import BlockCausal, block_ends, block_lengths, extend, first_tokens, roll_out
-from tests.wan import tiny_wan
+from tests.helpers import tiny_wan
 
 FRAMES, TOKENS = 6, 4  # latent frames, and tokens of each at 4x4
 

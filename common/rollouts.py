@@ -1,0 +1,83 @@
+"""What every DMD script does alike: rules of its flags, the student's steps, and the blocks of its rollouts."""
+
+import math
+
+from common.causal import block_lengths
+from common.config import check_ranges
+from common.dmd import TIMESTEPS, denoising_steps
+from common.video import latent_frames
+
+
+def check_dmd_flags(parser, args, lora_targets: str, validation_steps: str):
+    """Every rule of the student's and the method's flags; fills in the LoRA's defaults."""
+    if args.toy:
+        toy = f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type})."
+        args.notes.insert(0, toy)
+    lora = {"lora_rank": 128, "lora_alpha": 128, "lora_dropout": 0.0, "lora_target_modules": lora_targets}
+    for name, default in lora.items():
+        if args.model_type == "full" and getattr(args, name) is not None:
+            parser.error(f"--model_type full: takes no --{name}")
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.model_type == "lora" and args.export_pipeline:
+        parser.error("--export_pipeline: is for a full student; a LoRA loads into its teacher's pipeline")
+    if args.mixed_precision == "fp16":
+        parser.error("--mixed_precision fp16: Wan's activations overflow it; bf16 or no")
+    check_ranges(
+        parser, args,
+        at_least_one=("lora_rank", "lora_alpha", "generator_update_interval", "ema_update_interval", "num_training_frames"),
+        not_negative=("num_frame_per_block", "fake_score_guidance_scale", "fake_score_weight_decay", "causal_init_steps"),
+        positive=("fake_score_lr", "fake_score_eps", "fake_score_grad_clip", "timestep_shift", "flow_schedule_shift"),
+        below_one=("lora_dropout", "ema_decay"), share=("min_timestep_ratio", "max_timestep_ratio"),
+    )  # fmt: skip
+    if not 1.0 <= args.real_score_guidance_scale < math.inf:
+        parser.error(f"--real_score_guidance_scale {args.real_score_guidance_scale:g}: must be at least 1, no guidance")
+    if not args.min_timestep_ratio < args.max_timestep_ratio:
+        parser.error(
+            f"--min_timestep_ratio {args.min_timestep_ratio:g} and --max_timestep_ratio {args.max_timestep_ratio:g}: "
+            f"need 0 <= min < max <= 1"
+        )
+    for name in ("min_score_timestep", "context_noise"):
+        if not 0.0 <= getattr(args, name) < TIMESTEPS:
+            parser.error(f"--{name} {getattr(args, name):g}: must be in [0, 1000)")
+    if not all(0.0 <= beta < 1.0 for beta in args.fake_score_betas):
+        parser.error(f"--fake_score_betas {args.fake_score_betas}: must be in [0, 1)")
+    try:
+        args.steps = denoising_steps(args.dmd_denoising_steps, args.flow_schedule_shift or 1.0)
+    except ValueError as error:
+        parser.error(f"--dmd_denoising_steps {args.dmd_denoising_steps}: {error}")
+    if "," not in args.dmd_denoising_steps and len(args.steps) > 1 and args.flow_schedule_shift is None:
+        parser.error(f"--dmd_denoising_steps {args.dmd_denoising_steps}: a number of steps needs --flow_schedule_shift")
+    if validation_steps not in ("0", str(len(args.steps))):
+        args.notes.append(f"--validation_num_inference_steps {validation_steps}: the student has {len(args.steps)}")
+    args.validation_num_inference_steps = [len(args.steps)]
+    args.negative_prompt = args.negative_prompt or args.validation_negative_prompt or ""
+    if args.validation_guidance not in (None, 1.0):
+        args.notes.append(f"--validation_guidance {args.validation_guidance:g}: of the teacher; a student takes none")
+
+
+def check_rollouts(parser, args):
+    """Blocks of each dataset's rollouts, and which of their frames are trained; after check_clip_flags."""
+    if args.causal_init_steps and not args.num_frame_per_block:
+        parser.error("--causal_init_steps: a bidirectional student starts as its teacher, it needs none")
+    for dataset in args.datasets:
+        blocks = blocks_of(args, latent_frames(dataset.num_frames))
+        trained, ends = trained_from(args, sum(blocks)), [0]
+        for length in blocks:
+            ends.append(ends[-1] + length)
+        if trained not in ends:
+            parser.error(
+                f"--num_training_frames {args.num_training_frames}: must be whole blocks of a rollout of {sum(blocks)} "
+                f"latent frames ({', '.join(map(str, blocks))})"
+            )
+
+
+def blocks_of(args, frames: int) -> list[int]:
+    """Of a clip of so many latent frames. One block is rolled out no longer than it is trained."""
+    frames = frames if args.num_frame_per_block else min(frames, args.num_training_frames)
+    return block_lengths(frames, args.num_frame_per_block, args.independent_first_frame)
+
+
+def trained_from(args, frames: int) -> int:
+    """First latent frame that is trained, of so many."""
+    return max(0, frames - args.num_training_frames)
