@@ -74,11 +74,11 @@ from common.dmd import (
     score_timesteps,
     stock_scheduler,
 )
+from common.dmd_flags import blocks_of, check_dmd_flags, check_rollouts, trained_from
 from common.export import create_hub_repository, push_to_hub, write_model_card
 from common.optim import average_gradients, clip_gradients, gradient_norm, make_optimizer, make_schedule, update_ema
 from common.progress import Progress
 from common.quantize import quantize
-from common.rollouts import blocks_of, check_dmd_flags, check_rollouts, trained_from
 from common.speed import set_up_device, speed_up
 from common.stream import Draws, gather_states, open_batches
 from common.validation import below_each_other, labelled_grid, validation_prompts

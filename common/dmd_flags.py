@@ -23,11 +23,17 @@ def check_dmd_flags(parser, args, lora_targets: str, validation_steps: str):
         parser.error("--export_pipeline: is for a full student; a LoRA loads into its teacher's pipeline")
     if args.mixed_precision == "fp16":
         parser.error("--mixed_precision fp16: Wan's activations overflow it; bf16 or no")
+    at_least_one = (
+        "lora_rank",
+        "lora_alpha",
+        "generator_update_interval",
+        "ema_update_interval",
+        "num_training_frames",
+    )
+    not_negative = ("num_frame_per_block", "fake_score_guidance_scale", "fake_score_weight_decay", "causal_init_steps")
+    positive = ("fake_score_lr", "fake_score_eps", "fake_score_grad_clip", "timestep_shift", "flow_schedule_shift")
     check_ranges(
-        parser, args,
-        at_least_one=("lora_rank", "lora_alpha", "generator_update_interval", "ema_update_interval", "num_training_frames"),
-        not_negative=("num_frame_per_block", "fake_score_guidance_scale", "fake_score_weight_decay", "causal_init_steps"),
-        positive=("fake_score_lr", "fake_score_eps", "fake_score_grad_clip", "timestep_shift", "flow_schedule_shift"),
+        parser, args, at_least_one=at_least_one, not_negative=not_negative, positive=positive,
         below_one=("lora_dropout", "ema_decay"), share=("min_timestep_ratio", "max_timestep_ratio"),
     )  # fmt: skip
     if not 1.0 <= args.real_score_guidance_scale < math.inf:
