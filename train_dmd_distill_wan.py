@@ -57,6 +57,7 @@ from common.adapters import active_adapter, adapter_weights, weights_copy, weigh
 from common.buckets import add_bucket_flags, check_bucket_flags, target_size
 from common.causal import BlockCausal, block_ends, block_lengths, extend, first_tokens, roll_out
 from common.checkpoint import StopSignal, find_checkpoint, resume, save_checkpoint
+from common.comfy import save_comfy_lora
 from common.config import add_shared_flags, check_shared_flags, parse_with_config
 from common.data import NoGoodSamples
 from common.datasets import check_data_flags, plan_buckets
@@ -124,6 +125,7 @@ def parse_args(argv=None):
     add("--ema_validation", type=str, default="ema_only", choices=["none", "ema_only", "comparison"], help="whose clips validation draws: the student's, the average's, or both")
     add("--ema_device", type=str, default="accelerator", choices=["accelerator", "cpu"], help="where the average is kept")
     add("--export_pipeline", action="store_true", help="full: write all of the pipeline, so that from_pretrained(OUTPUT_DIR) loads it; default: transformer and scheduler alone")
+    add("--export_formats", type=str, default="diffusers", choices=["diffusers", "diffusers,comfyui"], metavar="FORMATS", help="diffusers, or diffusers,comfyui; of a LoRA: comfyui writes a second file, in the names of Wan's own code")
 
     add = parser.add_argument_group("distribution matching distillation").add_argument
     add("--dmd_denoising_steps", type=str, default="1000,757,522", metavar="STEPS", help="the student's timesteps, falling from 1000; or their number, evenly spaced and shifted by --flow_schedule_shift: 4 at shift 5 is 1000,937.5,833.3,625")
@@ -302,7 +304,11 @@ def export(args, folder: Path, transformer) -> tuple[list[str], str]:
             folder, transformer_lora_layers={name: value.contiguous() for name, value in layers.items()},
             transformer_lora_adapter_metadata=adapter,
         )  # fmt: skip
-        files, after = ["pytorch_lora_weights.safetensors"], f'pipeline.load_lora_weights("{folder}")\n'
+        files = ["pytorch_lora_weights.safetensors"]
+        after = f'pipeline.load_lora_weights("{folder}", weight_name="{files[0]}")\n'
+        if "comfyui" in args.export_formats:
+            files.append("comfyui_lora.safetensors")
+            save_comfy_lora(folder / files[-1], layers, args.lora_alpha)
     else:
         transformer.save_pretrained(folder / "transformer")
         files, after = ["transformer"], ""

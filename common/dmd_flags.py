@@ -21,6 +21,8 @@ def check_dmd_flags(parser, args, lora_targets: str, validation_steps: str):
             setattr(args, name, default)
     if args.model_type == "lora" and args.export_pipeline:
         parser.error("--export_pipeline: is for a full student; a LoRA loads into its teacher's pipeline")
+    if args.model_type == "full" and "comfyui" in args.export_formats:
+        parser.error("--export_formats comfyui: is a layout of LoRA files")
     if args.mixed_precision == "fp16":
         parser.error("--mixed_precision fp16: Wan's activations overflow it; bf16 or no")
     at_least_one = (

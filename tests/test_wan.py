@@ -150,7 +150,8 @@ def test_training_steps_equal_the_algorithm_restated_in_float64(run, parse, teac
     flags = f"{FULL} --max_train_steps 3 --adam_epsilon 1e-3 --fake_score_eps 1e-3 --validation_negative_prompt bad"
     args = parse(flags)
     pipe = WanPipeline.from_pretrained(teacher)
-    embeds, negative = pipe.encode_prompt("a red ball", "bad", max_sequence_length=512)
+    with torch.no_grad():
+        embeds, negative = pipe.encode_prompt("a red ball", "bad", max_sequence_length=512)
     losses, student, fake = dmd_in_float64(teacher, args, embeds.double(), negative.double())
     ours = {name: watch(monkeypatch, name) for name in ("dmd_loss", "fake_score_loss")}
     weights = run(flags)
@@ -197,7 +198,7 @@ def test_the_teacher_is_the_base_bit_for_bit_at_any_time(flags, run, parse, monk
     args = parse(flags)
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     stock = script.load_transformer(args, dtype)
-    calls, original = {"teacher": 0, "adapted": 0}, script.predict
+    calls, original = {"teacher": 0, "adapted": 0, "other": 0}, script.predict
 
     def compare(transformer, x, t, cond):
         out = original(transformer, x, t, cond)
@@ -205,14 +206,14 @@ def test_the_teacher_is_the_base_bit_for_bit_at_any_time(flags, run, parse, monk
         if layer.disable_adapters:
             calls["teacher"] += 1
             assert torch.equal(out, original(stock, x, t, cond))
-        elif calls["adapted"] > 6 and x.shape[2] == 3:  # adapters start at zero
-            assert not torch.equal(out, original(stock, x, t, cond))
-        calls["adapted"] += not layer.disable_adapters
+        elif x.shape[2] == 3:
+            calls["other"] += not torch.equal(out, original(stock, x, t, cond))
+            calls["adapted"] += 1
         return out
 
     monkeypatch.setattr(script, "predict", compare)
     run(f"{flags} --max_train_steps 4")
-    assert calls["teacher"] == 4 and calls["adapted"] > 8
+    assert calls["teacher"] == 4 and calls["adapted"] >= 8 and calls["other"] >= 5  # adapters start at zero
 
 
 @pytest.mark.parametrize("flags", [LORA, CAUSAL])
@@ -247,6 +248,20 @@ def test_bf16_leaves_every_trained_weight_a_gradient_and_timesteps_their_digits(
         assert all(g is not None and g.dtype == torch.float32 for g in gradients)
         assert sum(bool(g.any()) for g in gradients) > 0.9 * len(gradients)
     assert [t.item() for t in told[:3]] == [1000.0, 757.0, 522.0]
+
+
+def test_dropout_acts_where_there_is_a_gradient_alone(run, monkeypatch):
+    modes, original = [], script.predict
+
+    def look(transformer, x, t, cond):
+        layer = transformer.blocks[0].attn1.to_q
+        modes.append((torch.is_grad_enabled(), layer.lora_dropout["student"].training))
+        return original(transformer, x, t, cond)
+
+    monkeypatch.setattr(script, "predict", look)
+    run(f"{LORA} --lora_dropout 0.5 --last_step_only")
+    assert [grad for grad, _ in modes[:6]] == [False, False, True, False, False, True]
+    assert all(grad == training for grad, training in modes)
 
 
 def test_an_error_of_the_critic_ends_the_run(run, monkeypatch):
@@ -353,6 +368,7 @@ def test_the_document_s_config_means_its_flags(parse, tmp_path):
         ("--mixed_precision fp16", "bf16 or no"),
         ("--validation_resolution 40x40", "multiples of 16"),
         ("--export_pipeline", "full student"),
+        ("--model_type full --export_formats diffusers,comfyui", "layout of LoRA files"),
         ("--fake_score_betas 0.9 1", r"must be in \[0, 1\)"),
     ],
 )
@@ -407,7 +423,7 @@ def test_regression_to_the_teacher_s_flow_lowers_its_loss(run, monkeypatch):
     [
         f"{LORA} --use_ema --generator_update_interval 2 --lora_dropout 0.1 --lr_scheduler cosine",
         f"{CAUSAL} --causal_init_steps 1 --gradient_accumulation_steps 2",
-        f"{FULL} --use_ema",
+        f"{FULL} --use_ema --ema_update_interval 3",
     ],
 )
 def test_killed_and_resumed_is_the_same_bit_for_bit(flags, run, monkeypatch):
@@ -481,7 +497,8 @@ def test_the_card_s_lines_sample_in_the_stock_pipeline_what_the_student_makes(fl
         ours_ema = weights["ema"]
         for name, p in student.named_parameters():
             assert torch.equal(p, ours_ema[name.replace(".", "/")])
-    embeds, _ = pipe.encode_prompt("a red ball", max_sequence_length=512)
+    with torch.no_grad():
+        embeds, _ = pipe.encode_prompt("a red ball", max_sequence_length=512)
     torch.manual_seed(0)
     drawn = [torch.randn(1, 4, 3, 4, 4) for _ in args.steps]
 
@@ -493,6 +510,22 @@ def test_the_card_s_lines_sample_in_the_stock_pipeline_what_the_student_makes(fl
         (ours,) = roll_out(predict, None, drawn.__getitem__, args.steps, [3], [len(args.steps) - 1])
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
     assert ours.std() > 0.1
+
+
+def test_the_file_for_comfyui_is_the_same_adapter(run, parse, teacher):
+    """By diffusers' own reader of that layout."""
+    run(f"{LORA} --lora_alpha 2 --export_formats diffusers,comfyui", "comfy")
+    folder, outputs = parse("", "comfy").output_dir, []
+    x, text = torch.randn(1, 4, 3, 4, 4), torch.randn(1, 8, 16)
+    for name in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors", None):
+        pipe = WanPipeline.from_pretrained(teacher)
+        if name:
+            pipe.load_lora_weights(folder, weight_name=name)
+        with torch.no_grad():
+            outputs.append(pipe.transformer(x, torch.tensor([757.0]), text).sample)
+    ours, comfy, base = outputs
+    torch.testing.assert_close(comfy, ours, atol=1e-6, rtol=1e-5)
+    assert (ours - base).abs().max() > 1e-3
 
 
 def test_an_exported_pipeline_loads_whole(run, parse):
