@@ -55,7 +55,7 @@ from tqdm import tqdm
 from common import wan
 from common.adapters import active_adapter, adapter_weights, weights_copy, weights_replaced
 from common.buckets import add_bucket_flags, check_bucket_flags, target_size
-from common.causal import BlockCausal, block_ends, block_lengths, extend, first_tokens, roll_out
+from common.causal import BlockCausal, block_ends, block_lengths, first_tokens, roll_out
 from common.checkpoint import StopSignal, find_checkpoint, resume, save_checkpoint
 from common.comfy import save_comfy_lora
 from common.config import add_shared_flags, check_shared_flags, parse_with_config
@@ -290,6 +290,31 @@ def student_scheduler(args) -> tuple[FlowMatchLCMScheduler, str]:
     return FlowMatchLCMScheduler(shift=1.0), line
 
 
+def causal_usage(args, transformer) -> str:
+    """Lines that make a clip block by block, with the common/ folder of this repository at hand."""
+    blocks = block_lengths(
+        latent_frames(args.validation_num_video_frames), args.num_frame_per_block, args.independent_first_frame
+    )
+    (height, width), channels = args.validation_resolution[0], transformer.config.in_channels
+    return (
+        "from common.causal import BlockCausal, roll_out\n\n"
+        f"steps, blocks = {args.steps}, {blocks}\n"
+        f'text, _ = pipeline.encode_prompt("your prompt", max_sequence_length={wan.TEXT_LENGTH})\n'
+        "predict, remember = BlockCausal(pipeline.transformer).calls(\n"
+        "    lambda x, t: pipeline.transformer(x.to(text), torch.tensor([t], device=x.device), text).sample.float()\n"
+        ")\n"
+        f"shape = 1, {channels}, sum(blocks), {height} // pipeline.vae_scale_factor_spatial, "
+        f"{width} // pipeline.vae_scale_factor_spatial\n"
+        "noise = functools.cache(lambda k: torch.randn(shape, device=text.device))\n"
+        "exits, made = [len(steps) - 1] * len(blocks), []\n"
+        "with torch.no_grad():\n"
+        "    for latents in roll_out(\n"
+        f"        predict, remember, noise, steps, blocks, exits, context_noise={args.context_noise}\n"
+        "    ):\n"
+        "        made.append(latents)  # this block's frames are there before the next one's are begun\n"
+    )
+
+
 def export(args, folder: Path, transformer) -> tuple[list[str], str]:
     """Writes what stock diffusers loads. Returns the files' names and the lines of code that load them."""
     scheduler, line = student_scheduler(args)
@@ -319,16 +344,15 @@ def export(args, folder: Path, transformer) -> tuple[list[str], str]:
             whole.save_pretrained(folder)
             files += ["model_index.json", *(name for name, part in whole.components.items() if part is not None)]
     usage = (
-        "import functools\n\n" * bool(line)
+        "import functools\n\nimport torch\n"
         + f"from diffusers import FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel\n\n{load}"
         + f'pipeline = WanPipeline.from_pretrained("{base}", {replaced})\n{after}'
-        + f'video = pipeline("your prompt", num_frames={args.validation_num_video_frames}, '
-        + f"num_inference_steps={len(args.steps)}, guidance_scale=1.0).frames[0]\n"
     )
-    if args.num_frame_per_block:
-        usage += (
-            "# A causal student: the pipeline shows the whole clip to each step; block by block is common/causal.py\n"
-        )
+    if args.num_frame_per_block:  # the pipeline would show it the whole clip at once
+        usage += causal_usage(args, transformer)
+    else:
+        usage += f'video = pipeline("your prompt", num_frames={args.validation_num_video_frames}, '
+        usage += f"num_inference_steps={len(args.steps)}, guidance_scale=1.0).frames[0]\n"
     return ["scheduler", *dict.fromkeys(files)], usage
 
 
@@ -461,20 +485,10 @@ def main(args):
         v_cond, v_uncond = velocity(which, x.repeat(2, 1, 1, 1, 1), t, both).chunk(2)
         return v_uncond + scale * (v_cond - v_uncond)
 
-    def student_velocity(x, t, start, cache, cond, kept=None, ends=None):
-        """Of a block that starts at this frame, after those in the cache."""
-        with causal.at(start, cache, ends, kept) if causal else contextlib.nullcontext():
-            return velocity("student", x, t, cond)
-
     def student_rollout(cond, noise, blocks: list[int], exits: list[int], first_trained: int = 0):
         """Each block's clean frames, one after the other."""
-
-        def remember(x, t, start, cache):
-            kept = []
-            student_velocity(x, t, start, cache, cond, kept)
-            return extend(cache, kept)
-
-        predicted = functools.partial(student_velocity, cond=cond)
+        v = functools.partial(velocity, "student", cond=cond)
+        predicted, remember = causal.calls(v) if causal else (lambda x, t, start, cache: v(x, t), None)
         return roll_out(predicted, remember, noise, args.steps, blocks, exits, first_trained, args.context_noise)
 
     # ---- Algorithm, from a batch and its draws to the losses ----
@@ -498,20 +512,21 @@ def main(args):
     def ode_losses(noise, cond, blocks: list[int]):
         """Of each step and block: the student's clean frames against those where the teacher's flow ends, each after
         the flow's own earlier blocks (CausVid, section 4.3)."""
+        v = functools.partial(velocity, "student", cond=cond)
         with torch.no_grad():
             flow = functools.partial(guided, "teacher", cond=cond, scale=args.real_score_guidance_scale)
             starts, x0 = flow_trajectory(flow, noise(0), grid, args.steps)
             context, kept, tokens = x0, [], tokens_of_frame(networks["student"], *x0.shape[3:])
             if args.context_noise:
                 context = renoise(x0, args.context_noise / TIMESTEPS, noise(None))
-            student_velocity(context, args.context_noise, 0, None, cond, kept, block_ends(blocks, tokens))
+            with causal.at(0, None, block_ends(blocks, tokens), kept):
+                v(context, args.context_noise)
         for x_t, t in zip(starts, args.steps, strict=True):
             start = 0
             for length in blocks:
-                frames, cache = slice(start, start + length), first_tokens(kept, start * tokens)
-                x0_student = x_t[:, :, frames] - t / TIMESTEPS * student_velocity(
-                    x_t[:, :, frames], t, start, cache, cond
-                )
+                frames = slice(start, start + length)
+                with causal.at(start, first_tokens(kept, start * tokens)):
+                    x0_student = x_t[:, :, frames] - t / TIMESTEPS * v(x_t[:, :, frames], t)
                 share = length / sum(blocks) / len(args.steps)
                 yield share * torch.nn.functional.mse_loss(x0_student, x0[:, :, frames])
                 start += length

@@ -31,16 +31,15 @@ def active_adapter(network: torch.nn.Module, name: str):
 
 def adapter_weights(network: torch.nn.Module, name: str) -> torch.nn.ParameterDict:
     """The weights of one adapter, as a module of their own: what a checkpoint holds of it."""
-    mine = {key: p for key, p in network.named_parameters() if name in key.split(".")}
-    return torch.nn.ParameterDict({key.replace(".", "/"): p for key, p in mine.items()})
+    mine = [(key.replace(".", "/"), p) for key, p in network.named_parameters() if name in key.split(".")]
+    return torch.nn.ParameterDict(mine)  # of a list: it would sort a dict
 
 
 def weights_copy(part: torch.nn.Module, device) -> torch.nn.ParameterDict:
     """Of what is trained in it: where a moving average starts."""
-    trained = {name.replace(".", "/"): p for name, p in part.named_parameters() if p.requires_grad}
-    return torch.nn.ParameterDict(
-        {name: torch.nn.Parameter(p.detach().to(device, copy=True), requires_grad=False) for name, p in trained.items()}
-    )
+    trained = [(name.replace(".", "/"), p) for name, p in part.named_parameters() if p.requires_grad]
+    copies = [(name, p.detach().to(device, copy=True)) for name, p in trained]
+    return torch.nn.ParameterDict([(name, torch.nn.Parameter(p, requires_grad=False)) for name, p in copies])
 
 
 @contextlib.contextmanager

@@ -102,6 +102,20 @@ class BlockCausal:
         finally:
             self.call = None
 
+    def calls(self, velocity):
+        """predict and remember of `roll_out`, where velocity(x, t) calls the transformer."""
+
+        def predict(x, t, start, cache, kept=None):
+            with self.at(start, cache, kept=kept):
+                return velocity(x, t)
+
+        def remember(x, t, start, cache):
+            kept = []
+            predict(x, t, start, cache, kept)
+            return extend(cache, kept)
+
+        return predict, remember
+
     def lengthen(self, rope, inputs):
         """The rotary embedding reads nothing of its input but the shape, and always begins at frame 0."""
         if self.call is not None:

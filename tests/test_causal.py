@@ -119,18 +119,7 @@ def gradients(network, loss):
 
 
 def student(network, causal, text):
-    """predict and remember, as the script has them."""
-
-    def predict(x, t, start, cache, kept=None):
-        with causal.at(start, cache, kept=kept):
-            return call(network, x, torch.full((len(x),), t), text)
-
-    def remember(x, t, start, cache):
-        kept = []
-        predict(x, t, start, cache, kept)
-        return extend(cache, kept)
-
-    return predict, remember
+    return causal.calls(lambda x, t: call(network, x, torch.full((len(x),), t), text))
 
 
 def clip(network, causal, blocks=(3, 3), exits=(1, 1), seed=0, **options):

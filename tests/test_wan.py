@@ -477,7 +477,7 @@ def test_the_card_s_lines_sample_in_the_stock_pipeline_what_the_student_makes(fl
     weights = run(f"{flags} --max_train_steps 3", "exported")
     args = parse(flags, "exported")
     (_, usage), student = usages[-1], networks[0][0]["student"]
-    assert ("functools" in usage) == ("800" in flags)
+    assert ("partial" in usage) == ("800" in flags)
 
     namespace, steps_taken = {}, []
     setup, call = usage.rsplit("video = ", 1)
@@ -508,6 +508,32 @@ def test_the_card_s_lines_sample_in_the_stock_pipeline_what_the_student_makes(fl
 
     with torch.no_grad():
         (ours,) = roll_out(predict, None, drawn.__getitem__, args.steps, [3], [len(args.steps) - 1])
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+    assert ours.std() > 0.1
+
+
+def test_the_card_s_lines_of_a_causal_student_stream_what_it_makes(run, parse, monkeypatch):
+    loaded, networks, cards = script.load_networks, [], []
+    monkeypatch.setattr(script, "load_networks", lambda *args: networks.append(loaded(*args)) or networks[-1])
+    monkeypatch.setattr(script, "write_model_card", lambda *args, usage, **kwargs: cards.append(usage))
+    run(f"{CAUSAL} --max_train_steps 3 --context_noise 50", "causal")
+    args, namespace = parse(f"{CAUSAL} --context_noise 50", "causal"), {}
+    torch.manual_seed(0)
+    exec(cards[0].replace("your prompt", "a red ball"), namespace)
+    theirs = torch.cat(namespace["made"], 2)
+
+    (nets, causal), steps = networks[0], args.steps
+    torch.manual_seed(0)
+    drawn = [torch.randn(1, 4, 3, 4, 4) for _ in range(4)]
+    noise = {0: drawn[0], 1: drawn[1], 2: drawn[2], None: drawn[3]}  # the order in which a first block asks
+
+    def velocity(x, t):
+        with active_adapter(nets["student"], "student"):
+            return script.predict(nets["student"], x, torch.tensor([t]), namespace["text"])
+
+    with torch.no_grad():
+        made = roll_out(*causal.calls(velocity), noise.__getitem__, steps, [1, 1, 1], [2, 2, 2], context_noise=50.0)
+        ours = torch.cat(list(made), 2)
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
     assert ours.std() > 0.1
 
