@@ -8,6 +8,10 @@ from common.dmd import TIMESTEPS, denoising_steps
 from common.video import latent_frames
 
 
+# Of the flags that scripts share: what there is none of here
+NOT_HERE = ("eval_steps", "evaluation_type", "validation_preview", "text_encoder_2_precision", "use_fix_crop_and_size")
+
+
 def check_dmd_flags(parser, args, lora_targets: str, validation_steps: str):
     """Every rule of the student's and the method's flags; fills in the LoRA's defaults."""
     if args.toy:
@@ -21,6 +25,9 @@ def check_dmd_flags(parser, args, lora_targets: str, validation_steps: str):
             setattr(args, name, default)
     if args.model_type == "lora" and args.export_pipeline:
         parser.error("--export_pipeline: is for a full student; a LoRA loads into its teacher's pipeline")
+    for name in NOT_HERE:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name}: has no job in this script")
     if args.model_type == "full" and "comfyui" in args.export_formats:
         parser.error("--export_formats comfyui: is a layout of LoRA files")
     if args.mixed_precision == "fp16":

@@ -367,6 +367,7 @@ def test_the_document_s_config_means_its_flags(parse, tmp_path):
         ("--model_type full --lora_rank 4", "takes no --lora_rank"),
         ("--mixed_precision fp16", "bf16 or no"),
         ("--validation_resolution 40x40", "multiples of 16"),
+        ("--eval_steps 3", "has no job"),
         ("--export_pipeline", "full student"),
         ("--model_type full --export_formats diffusers,comfyui", "layout of LoRA files"),
         ("--fake_score_betas 0.9 1", r"must be in \[0, 1\)"),

@@ -58,8 +58,8 @@ def test_statistics_of_clips():
 @pytest.mark.parametrize(
     "change, sign",
     [
-        ({}, None), ({"diversity": 0.1}, "all seeds"), ({"motion": 0.02}, "stand still"), ({"saturation": 0.9}, "colours"),
-        ({"saturation": 0.1}, "colours"), ({"diversity": 3.0, "motion": 3.0}, None),
+        ({}, None), ({"diversity": 0.1}, "all seeds"), ({"motion": 0.02}, "stand still"),
+        ({"saturation": 0.9}, "colours"), ({"saturation": 0.1}, "colours"), ({"diversity": 3.0, "motion": 3.0}, None),
     ],
 )  # fmt: skip
 def test_signs_of_collapse(change, sign):
