@@ -264,13 +264,14 @@ def tokens_of_frame(transformer, height: int, width: int) -> int:
 
 
 @torch.no_grad()
-def draw_teacher(transformer, vae, scheduler, cond, negative, guidance_scale: float, seed: int, size, frames: int):
+def draw_teacher(args, transformer, vae, scheduler, cond, negative, seed: int, size):
     """Latents of a clip by the stock pipeline."""
     pipeline = PIPELINE(None, None, vae, scheduler, transformer)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
-        prompt_embeds=cond, negative_prompt_embeds=negative, height=size[0], width=size[1], num_frames=frames,
-        num_inference_steps=TEACHER_STEPS, guidance_scale=guidance_scale, output_type="latent",
+        prompt_embeds=cond, negative_prompt_embeds=negative, height=size[0], width=size[1],
+        num_frames=args.validation_num_video_frames, num_inference_steps=TEACHER_STEPS,
+        guidance_scale=args.validation_guidance, output_type="latent",
         generator=torch.Generator().manual_seed(seed),
     ).frames  # fmt: skip
 
@@ -558,17 +559,12 @@ def main(args):
         cond, frames = encoder.encode_text([prompt])["prompt_embeds"], args.validation_num_video_frames
         if which == "teacher":
             against = encoder.encode_text([args.validation_negative_prompt or args.negative_prompt])["prompt_embeds"]
-            scale = args.validation_guidance or args.real_score_guidance_scale
             with active_adapter(networks[which], which), accelerator.autocast():
-                latents = draw_teacher(
-                    networks[which], encoder.vae, scheduler, cond, against, scale, seed, size, frames
-                )
+                latents = draw_teacher(args, networks[which], encoder.vae, scheduler, cond, against, seed, size)
             return decode(encoder.vae, latents)
         blocks = block_lengths(latent_frames(frames), args.num_frame_per_block, args.independent_first_frame)
-        shape, rng = (
-            latent_shape(networks["student"], vae_config, sum(blocks), size),
-            torch.Generator().manual_seed(seed),
-        )
+        shape = latent_shape(networks["student"], vae_config, sum(blocks), size)
+        rng = torch.Generator().manual_seed(seed)
         noise = functools.cache(lambda k: torch.randn(1, *shape, generator=rng).to(device))
         with torch.no_grad(), averaged(which == "ema"):
             made = list(student_rollout(cond, noise, blocks, [len(args.steps) - 1] * len(blocks)))

@@ -7,7 +7,6 @@ from common.config import check_ranges
 from common.dmd import TIMESTEPS, denoising_steps
 from common.video import latent_frames
 
-
 # Of the flags that scripts share: what there is none of here
 NOT_HERE = ("eval_steps", "evaluation_type", "validation_preview", "text_encoder_2_precision", "use_fix_crop_and_size")
 
@@ -26,19 +25,14 @@ def check_dmd_flags(parser, args, lora_targets: str, validation_steps: str):
     if args.model_type == "lora" and args.export_pipeline:
         parser.error("--export_pipeline: is for a full student; a LoRA loads into its teacher's pipeline")
     for name in NOT_HERE:
-        if getattr(args, name) != parser.get_default(name):
+        if getattr(args, name) not in (0, False, "none", "no_change"):
             parser.error(f"--{name}: has no job in this script")
     if args.model_type == "full" and "comfyui" in args.export_formats:
         parser.error("--export_formats comfyui: is a layout of LoRA files")
     if args.mixed_precision == "fp16":
         parser.error("--mixed_precision fp16: Wan's activations overflow it; bf16 or no")
-    at_least_one = (
-        "lora_rank",
-        "lora_alpha",
-        "generator_update_interval",
-        "ema_update_interval",
-        "num_training_frames",
-    )
+    at_least_one = ("lora_rank", "lora_alpha", "num_training_frames")
+    at_least_one += ("generator_update_interval", "ema_update_interval")
     not_negative = ("num_frame_per_block", "fake_score_guidance_scale", "fake_score_weight_decay", "causal_init_steps")
     positive = ("fake_score_lr", "fake_score_eps", "fake_score_grad_clip", "timestep_shift", "flow_schedule_shift")
     check_ranges(
@@ -69,6 +63,8 @@ def check_dmd_flags(parser, args, lora_targets: str, validation_steps: str):
     args.negative_prompt = args.negative_prompt or args.validation_negative_prompt or ""
     if args.validation_guidance not in (None, 1.0):
         args.notes.append(f"--validation_guidance {args.validation_guidance:g}: of the teacher; a student takes none")
+    if args.validation_guidance in (None, 1.0):
+        args.validation_guidance = args.real_score_guidance_scale
 
 
 def check_rollouts(parser, args):
