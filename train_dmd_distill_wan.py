@@ -41,6 +41,7 @@ import json
 import math
 import time
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -512,7 +513,7 @@ def main(args):
 
     def ode_losses(noise, cond, blocks: list[int]):
         """Of each step and block: the student's clean frames against those where the teacher's flow ends, each after
-        the flow's own earlier blocks (CausVid, section 4.3)."""
+        the flow's own earlier blocks (CausVid, section 4.3); and the loss's share in the whole."""
         v = functools.partial(velocity, "student", cond=cond)
         with torch.no_grad():
             flow = functools.partial(guided, "teacher", cond=cond, scale=args.real_score_guidance_scale)
@@ -529,7 +530,7 @@ def main(args):
                 with causal.at(start, first_tokens(kept, start * tokens)):
                     x0_student = x_t[:, :, frames] - t / TIMESTEPS * v(x_t[:, :, frames], t)
                 share = length / sum(blocks) / len(args.steps)
-                yield share * torch.nn.functional.mse_loss(x0_student, x0[:, :, frames])
+                yield torch.nn.functional.mse_loss(x0_student, x0[:, :, frames]), share
                 start += length
 
     # ---- Checkpoints and clips ----
@@ -637,9 +638,9 @@ def main(args):
 
             if ode_turn:
                 with active_adapter(networks["student"], "student"):
-                    for loss in ode_losses(noise, cond, blocks):
-                        (loss / args.gradient_accumulation_steps).backward()
-                        means.add("ode_loss", loss)
+                    for loss, share in ode_losses(noise, cond, blocks):
+                        (share * loss / args.gradient_accumulation_steps).backward()
+                        means.add("ode_loss", loss, share)
                 continue
 
             # 2. Rollout of the student, with a gradient where it is used
@@ -647,14 +648,15 @@ def main(args):
             exits = draw_exits(
                 args.seed, turn, len(args.steps), len(blocks), args.same_step_across_blocks, args.last_step_only
             )
+            first_trained = trained_from(args, sum(blocks))
             with torch.set_grad_enabled(student_turn):
-                first_trained = trained_from(args, sum(blocks))
                 made = list(student_rollout(cond, noise, blocks, exits, first_trained))
-                x_g = torch.cat(made, 2)[:, :, first_trained:]
+            x_g = torch.cat(made, 2)[:, :, first_trained:]
+            judged = [at for at, end in zip(exits, accumulate(blocks), strict=True) if end > first_trained]
 
             # 3. Student
             if student_turn:
-                t, eps = draw_score(draws, exits, x_g.shape[1:])
+                t, eps = draw_score(draws, judged, x_g.shape[1:])
                 loss, gap = generator_loss(x_g, t.to(device), eps, cond)
                 with active_adapter(networks["student"], "student"):
                     (loss / args.gradient_accumulation_steps).backward()
@@ -662,7 +664,7 @@ def main(args):
                 means.add_gaps(gap, t)
 
             # 4. Fake score, on the same clips
-            t, eps = draw_score(draws, exits, x_g.shape[1:])
+            t, eps = draw_score(draws, judged, x_g.shape[1:])
             loss = critic_loss(x_g.detach(), t.to(device), eps, cond)
             with active_adapter(networks["fake_score"], "fake_score"):
                 (loss / args.gradient_accumulation_steps).backward()

@@ -409,7 +409,7 @@ def test_regression_to_the_teacher_s_flow_lowers_its_loss(run, monkeypatch):
     monkeypatch.setattr(
         script.Means,
         "add",
-        lambda self, name, value, *a: losses.append((name, value.item())) or original(self, name, value, *a),
+        lambda self, name, value, *weight: losses.append((name, value.item())) or original(self, name, value, *weight),
     )
     monkeypatch.setattr("common.stream.sample_generator", lambda seed, position: torch.Generator().manual_seed(0))
     weights = run(f"{CAUSAL} --causal_init_steps 12 --max_train_steps 12 --learning_rate 3e-3 --lora_alpha 16")
