@@ -3,8 +3,10 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
@@ -13,6 +15,8 @@ from common import wan
 from common.adapters import active_adapter
 from common.causal import roll_out
 from common.stream import sample_generator
+from common.video import ClipReader, open_clip_readers
+from common.watch import save_clip
 from tests.helpers import ROOT, launch, tiny_wan_pipeline
 from tests.test_method import one_process  # noqa: F401
 
@@ -459,6 +463,29 @@ def test_embeddings_come_from_the_cache_the_second_time(run, monkeypatch, tmp_pa
     run(f"{LORA} {caches}")
     monkeypatch.setattr(wan, "load_text_encoder", lambda *args: pytest.fail("the text encoder was loaded"))
     run(f"{LORA} {caches}")
+
+
+def test_a_single_prompt_is_read_again_and_again(parse):
+    args = parse(LORA)
+    batches = script.open_batches(args, Accelerator(), open_clip_readers(args, captions_only=True), None)
+    samples = [next(batches)[0] for _ in range(5)]
+    assert [sample.position for sample in samples] == [0, 1, 2, 3, 4]
+    assert {sample.caption for sample in samples} == {"a red ball"}
+
+
+def test_of_clips_the_captions_and_sizes_are_read_alone(teacher, tmp_path, monkeypatch):
+    """The rollout starts from noise: no pixel is decoded, and no latents are cached."""
+    clips = tmp_path / "clips"
+    save_clip(np.zeros((9, 32, 48, 3), np.float32), clips / "a.mp4")
+    (clips / "a.txt").write_text("a red ball")
+    monkeypatch.setattr(ClipReader, "read_frames", lambda *args: pytest.fail("a clip was decoded"))
+    monkeypatch.setattr(wan, "load_vae", lambda *args: pytest.fail("the VAE was loaded"))
+    flags = f"--pretrained_teacher_model {teacher} --train_data_dir {clips} {SHORT} --output_dir {tmp_path / 'out'}"
+    args = script.parse_args([*flags.split(), "--train_batch_size", "1", "--disable_bucket_pruning"])
+    encoder, readers = script.open_encoder(args, Accelerator(), torch.float32)
+    (sample,) = next(script.open_batches(args, Accelerator(), readers, None))
+    assert (sample.caption, sample.bucket, sample.pixels) == ("a red ball", (9, 32, 48), None)
+    assert encoder.encode_text([sample.caption])["prompt_embeds"].shape == (1, 512, 16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
