@@ -54,7 +54,7 @@ from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
 
 from common import wan
-from common.adapters import active_adapter, adapter_weights, weights_copy, weights_replaced
+from common.adapters import active_adapter, adapter_layers, adapter_weights, weights_copy, weights_replaced
 from common.buckets import add_bucket_flags, check_bucket_flags, target_size
 from common.causal import BlockCausal, block_ends, block_lengths, first_tokens, roll_out
 from common.checkpoint import StopSignal, find_checkpoint, resume, save_checkpoint
@@ -440,7 +440,7 @@ def main(args):
     scheduler = load_scheduler(args)
     grid = flow_grid(args.steps, TEACHER_STEPS, schedule_shift(scheduler))
     networks, causal = load_networks(args, accelerator, weight_dtype)
-    lora = args.model_type == "lora"
+    lora, layers = args.model_type == "lora", adapter_layers(networks["student"])
     parts = {
         name: adapter_weights(networks[name], name) if lora else networks[name] for name in ("student", "fake_score")
     }
@@ -475,7 +475,7 @@ def main(args):
     def velocity(which: str, x, t, cond):
         """v of teacher, student or fake_score; t is a number or [B]."""
         t = torch.as_tensor(t, dtype=torch.float32, device=device).expand(len(x))
-        with active_adapter(networks[which], which), accelerator.autocast():
+        with active_adapter(layers, which), accelerator.autocast():
             return predict(networks[which], x, t, cond).float()
 
     def guided(which: str, x, t, cond, scale: float):
@@ -560,7 +560,7 @@ def main(args):
         cond, frames = encoder.encode_text([prompt])["prompt_embeds"], args.validation_num_video_frames
         if which == "teacher":
             against = encoder.encode_text([args.validation_negative_prompt or args.negative_prompt])["prompt_embeds"]
-            with active_adapter(networks[which], which), accelerator.autocast():
+            with active_adapter(layers, which), accelerator.autocast():
                 latents = draw_teacher(args, networks[which], encoder.vae, scheduler, cond, against, seed, size)
             return decode(encoder.vae, latents)
         blocks = block_lengths(latent_frames(frames), args.num_frame_per_block, args.independent_first_frame)
@@ -637,7 +637,7 @@ def main(args):
             torch.manual_seed(args.seed + samples[0].position)  # of dropout: a resumed run draws the same
 
             if ode_turn:
-                with active_adapter(networks["student"], "student"):
+                with active_adapter(layers, "student"):
                     for loss, share in ode_losses(noise, cond, blocks):
                         (share * loss / args.gradient_accumulation_steps).backward()
                         means.add("ode_loss", loss, share)
@@ -658,7 +658,7 @@ def main(args):
             if student_turn:
                 t, eps = draw_score(draws, judged, x_g.shape[1:])
                 loss, gap = generator_loss(x_g, t.to(device), eps, cond)
-                with active_adapter(networks["student"], "student"):
+                with active_adapter(layers, "student"):
                     (loss / args.gradient_accumulation_steps).backward()
                 means.add("dmd_loss", loss)
                 means.add_gaps(gap, t)
@@ -666,7 +666,7 @@ def main(args):
             # 4. Fake score, on the same clips
             t, eps = draw_score(draws, judged, x_g.shape[1:])
             loss = critic_loss(x_g.detach(), t.to(device), eps, cond)
-            with active_adapter(networks["fake_score"], "fake_score"):
+            with active_adapter(layers, "fake_score"):
                 (loss / args.gradient_accumulation_steps).backward()
             means.add("fake_score_loss", loss)
 

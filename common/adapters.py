@@ -6,27 +6,33 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 
+def adapter_layers(network: torch.nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
 @contextlib.contextmanager
-def active_adapter(network: torch.nn.Module, name: str):
-    """Inside, the network is its base with the adapter `name`; where it has no such adapter, the base alone.
+def active_adapter(layers: list[BaseTunerLayer], name: str):
+    """Inside, the network of these layers is its base with the adapter `name`; without such an adapter, the base alone.
 
     PEFT's own switches also change requires_grad, so that an adapter that another one's turn has switched off is left
     without a gradient, silently. This one touches nothing but which adapter acts. Activation checkpointing computes
     again in backward(), with the adapter that is active then: backward() belongs inside as well. Dropout acts where
     there is a gradient.
     """
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
     before = [(layer._disable_adapters, layer._active_adapter, layer.lora_dropout.training) for layer in layers]
     for layer in layers:
-        layer._disable_adapters = name not in layer.lora_A
-        layer._active_adapter = [name]
-        layer.lora_dropout.train(torch.is_grad_enabled())
+        set_layer(layer, name not in layer.lora_A, [name], torch.is_grad_enabled())
     try:
         yield
     finally:
-        for layer, (disabled, active, training) in zip(layers, before, strict=True):
-            layer._disable_adapters, layer._active_adapter = disabled, active
-            layer.lora_dropout.train(training)
+        for layer, state in zip(layers, before, strict=True):
+            set_layer(layer, *state)
+
+
+def set_layer(layer: BaseTunerLayer, disabled: bool, active: list[str], dropout: bool):
+    layer._disable_adapters, layer._active_adapter = disabled, active
+    if layer.lora_dropout.training != dropout:
+        layer.lora_dropout.train(dropout)
 
 
 def adapter_weights(network: torch.nn.Module, name: str) -> torch.nn.ParameterDict:
