@@ -374,6 +374,16 @@ def test_the_document_s_config_means_its_flags(parse, tmp_path):
     assert args.base_model_precision == "int8-torchao" and args.negative_prompt == args.validation_negative_prompt
 
 
+def test_the_document_s_advanced_settings_mean_their_flags(parse):
+    """28 latent frames are 109: one block, or a first frame and 9 blocks of 3."""
+    config = "--config tests/configs/dmd_wan_advanced.config.json --num_frames 109"
+    args = parse(config)
+    assert args.steps == [1000.0, 666.0, 333.0] and script.blocks_of(args, 28) == [28]
+    assert (args.generator_update_interval, args.fake_score_guidance_scale, args.timestep_shift) == (4, 1.2, 7.0)
+    args = parse(f"{config} --num_frame_per_block 3 --independent_first_frame")
+    assert script.blocks_of(args, 28) == [1] + [3] * 9 and args.same_step_across_blocks
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
