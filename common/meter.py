@@ -3,6 +3,7 @@
 import weakref
 
 import torch
+from diffusers import ModelMixin
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,9 +36,11 @@ class Meter(TorchDispatchMode):
         self.now -= self.alive.pop(key)
 
 
-def kept_in_fp32(network: torch.nn.Module, name: str) -> bool:
-    """Whether diffusers loads this weight in fp32 whatever the others are loaded in."""
-    return bool(set(getattr(network, "_keep_in_fp32_modules", None) or []) & set(name.split(".")))
+def kept_in_fp32(network: torch.nn.Module, name: str, dtype: torch.dtype) -> bool:
+    """Whether from_pretrained loads this weight in fp32 when the others are loaded in dtype."""
+    if not isinstance(network, ModelMixin) and dtype != torch.float16:  # transformers: against fp16's overflow alone
+        return False
+    return bool(set(network._keep_in_fp32_modules or []) & set(name.split(".")))
 
 
 def give_shapes(network: torch.nn.Module, dtype: torch.dtype):
@@ -45,7 +48,7 @@ def give_shapes(network: torch.nn.Module, dtype: torch.dtype):
     for place, module in network.named_modules():
         for name, p in module._parameters.items():
             if p is not None:
-                whole = p.requires_grad or kept_in_fp32(network, f"{place}.{name}")
+                whole = p.requires_grad or kept_in_fp32(network, f"{place}.{name}", dtype)
                 fake = torch.empty(p.shape, dtype=torch.float32 if whole else dtype)
                 module._parameters[name] = torch.nn.Parameter(fake, p.requires_grad)
         for name, buffer in module._buffers.items():

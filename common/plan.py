@@ -91,9 +91,9 @@ def frozen_bytes(network: torch.nn.Module, dtype: torch.dtype, precision: str) -
     for name, p in network.named_parameters():
         if "lora_" in name:
             continue
-        size = 4 if kept_in_fp32(network, name) else dtype.itemsize
+        size = 4 if kept_in_fp32(network, name, dtype) else dtype.itemsize
         if id(p) in linear and precision != "no_change":
-            total += p.numel() + len(p) * size  # a scale for each row
+            total += p.numel() + len(p) * (5 if precision == "int8-torchao" else 4)  # a row's scale and zero point
         else:
             total += p.numel() * size
     return total

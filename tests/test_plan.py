@@ -49,8 +49,8 @@ def setup(transformer=WAN, **changes) -> Setup:
     return Setup(**configs | sizes | changes)
 
 
-def tiny(**changes) -> Setup:
-    return setup(TINY, **{"frames": 3, "height": 8, "width": 8, "lora_rank": 4, "text_length": 8} | changes)
+def tiny(transformer=TINY, **changes) -> Setup:
+    return setup(transformer, **{"frames": 3, "height": 8, "width": 8, "lora_rank": 4, "text_length": 8} | changes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +150,8 @@ def test_what_checkpoints_hold_of_the_real_model():
     kept, own = activations(setup(checkpointing=True), (1, 21, 60, 104))
     doors = 30 * 32_760 * 1536 * 2
     assert doors == pytest.approx(3.0 * GB, rel=0.01)
-    assert kept == pytest.approx(doors, rel=0.06)  # and the clip, the angles and the output
+    behind = 32_760 * (1536 * 4 + 2 * 128 * 4)  # what the last norm reads, in fp32, and the rotary angles
+    assert kept == pytest.approx(doors + behind, rel=0.01)
     assert setup().tokens() == 32_760
 
 
@@ -179,25 +180,22 @@ def test_one_block_of_the_real_model_computed_again():
     assert meter.peak - kept < own < 1.5 * (meter.peak - kept)
 
 
-def test_each_further_block_keeps_the_same():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_further_block_keeps_the_same(checkpointing):
     """Two and three blocks say what five keep."""
-    five = json.dumps(TINY | {"num_layers": 5})
-    for checkpointing in (False, True):
-        told = tiny(transformer=five, checkpointing=checkpointing)
-        network = build(five, told.rank, told.lora_targets)
-        if checkpointing:
-            network.enable_gradient_checkpointing()
-        with FakeTensorMode():
-            give_shapes(network, told.dtype)
-            x, t, text = torch.empty(1, 16, 3, 8, 8, dtype=told.dtype), torch.empty(1), torch.empty(1, 8, 16, dtype=told.dtype)  # fmt: skip  # noqa: E501
-            with Meter([*network.parameters(), *network.buffers(), x, t, text]) as meter:
-                with torch.autocast("cpu", told.dtype):
-                    network(x, t, text)
-                    kept = 0
-                    out = network(x, t, text).sample
-                kept = meter.now
-                del out
-        assert activations(told, (1, 3, 8, 8))[0] == pytest.approx(kept, rel=0.02)
+    run = tiny(TINY | {"num_layers": 5}, checkpointing=checkpointing)
+    network = build(run.transformer, run.rank, run.lora_targets)
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    with FakeTensorMode():
+        give_shapes(network, run.dtype)
+        x, t = torch.empty(1, 16, 3, 8, 8, dtype=run.dtype), torch.empty(1)
+        text = torch.empty(1, 8, 16, dtype=run.dtype)
+        with Meter([*network.parameters(), *network.buffers(), x, t, text]) as meter:
+            with torch.autocast("cpu", run.dtype):
+                out = network(x, t, text).sample
+            assert activations(run, (1, 3, 8, 8))[0] == pytest.approx(meter.now, rel=0.01)
+    assert out.shape == x.shape
 
 
 # ---------------------------------------------------------------------------------------------------------------------
