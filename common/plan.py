@@ -8,6 +8,7 @@ while a meter adds up what is alive. Each further block keeps as much as the thi
 import functools
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -126,7 +127,8 @@ def measured(config: str, rank, targets, dtype, checkpointing, layers, shape, te
         network.requires_grad_(False)
     if checkpointing:
         network.enable_gradient_checkpointing()
-    with FakeTensorMode():
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of kernels that are slow on a CPU
         give_shapes(network, dtype)
         x, t = torch.empty(shape, dtype=dtype), torch.empty(shape[0])  # [B, C, F, h, w]
         text = torch.empty(shape[0], text_length, network.config.text_dim, dtype=dtype)

@@ -241,8 +241,8 @@ def test_a_full_student_has_three_networks():
 
 
 def test_a_causal_student_keeps_keys_and_values():
-    """Blocks of 1 frame, 3 in all, 16 tokens a frame: copies of 1 and 2 frames, of 48 channels in 3 layers, bf16."""
-    parts = account(tiny(blocks=(1, 1, 1)))["training"]
+    """Blocks of 1, 1 and 2 frames of 16 tokens: copies of 1 and 2 frames, of 48 channels in 3 layers, bf16."""
+    parts = account(tiny(frames=4, blocks=(1, 1, 2)))["training"]
     assert parts["keys and values of earlier blocks"] == 3 * 2 * (1 + 2) * 16 * 48 * 2
     assert "keys and values of earlier blocks" not in account(tiny())["training"]
 

@@ -219,6 +219,7 @@ def playlist(path: Path) -> bytes:
 
 
 def test_bad_clips_by_their_cause(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     good = tmp_path / "secret.mp4"
     good.write_bytes(clip("mp4", 5)["mp4"])
     several = clip("png", 4) | {"4.png": encoded(Image.new("RGB", (48, 16)))}
@@ -244,7 +245,7 @@ def test_bad_clips_by_their_cause(tmp_path, monkeypatch):
         with pytest.raises(BadSample, match="broken clip"):
             read({name: playlist(good)})
         with pytest.raises(BadSample, match="broken clip"):
-            read({name: f"ffconcat version 1.0\nfile '{good}'\n".encode()})
+            read({name: b"ffconcat version 1.0\nfile secret.mp4\n"})
     for kind in ("mp4", "mkv", "gif"):
         name, data = next(iter(clip(kind, 9).items()))
         for share in (0.3, 0.6):
