@@ -266,6 +266,9 @@ def test_advice_fits_and_says_what_it_saves():
     text = report(run, room)
     assert "does not fit" in text and "--gradient_checkpointing" in text and "and still not" not in text
     assert "and still not" in report(run, 1.0)
+    run = replace(run, fills_caches=True)  # 8 bits of a text encoder that is small here save nothing
+    sizes = [most(run), *(size for _, size in remedies(run, 1.0))]
+    assert all(later < earlier for earlier, later in zip(sizes, sizes[1:], strict=False))
 
 
 def test_a_plan_of_a_teacher_in_a_folder(tmp_path, monkeypatch):
@@ -290,3 +293,5 @@ def test_a_plan_of_a_teacher_in_a_folder(tmp_path, monkeypatch):
     for row in ("teacher, base of all three, float32", "student, LoRA of rank 4", "filling the caches", "validation"):
         assert row in text
     assert setup_of(args, torch.float32, 512, [1, 2, 2]).blocks == (1, 2, 2)
+    args.datasets = [Namespace(num_frames=9, rules=rules, sizes=((64, 64),))]
+    assert not setup_of(args, torch.float32, 512, [3]).encodes_clips

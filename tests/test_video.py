@@ -619,11 +619,12 @@ def test_only_valid_tokens_are_on_the_disk(teacher, prompts, tmp_path):
         assert load(file.get_tensor(key).numpy().tobytes())["prompt_embeds"].shape == (13, 16)
 
 
-def test_prompts_alone_never_load_the_vae(teacher, prompts, tmp_path):
+def test_prompts_alone_never_load_the_vae(teacher, prompts, tmp_path, capsys):
     flags = ["--train_prompts", prompts, "--num_frames", 9, "--output_dir", tmp_path / "out"]
     prompts.write_text("a red ball\na blue box\n")
     args, encoder, readers, loads = opened(teacher, *flags)
     assert loads == {"load_text": 1} and not (tmp_path / "out" / "cache" / "vae").exists()
+    assert "caches: 0 latents, 4 prompts" in capsys.readouterr().out
     args, encoder, readers, loads = opened(teacher, *flags)
     samples = list(samples_of_readers(args, readers).values())
     assert encoder.encode_images(samples) == {}
