@@ -67,6 +67,12 @@ def target_size(height: int, width: int, rules: Rules) -> tuple[int, int]:
     return aligned(height, rules.alignment), aligned(width, rules.alignment)
 
 
+def targets_in_shapes(shapes: list[tuple[int, int]] | None, rules: Rules) -> tuple[tuple[int, int], ...]:
+    """Of this resolution, in the shapes of these sizes; without any it is a square."""
+    keep = replace(rules, crop=False)
+    return tuple(dict.fromkeys(target_size(*shape, keep) for shape in shapes or [(1, 1)]))
+
+
 def measured(height: float, width: float, limit: tuple[str, float]) -> float:
     """An image's size in the limit's own unit."""
     return min(height, width) if limit[0] == "side" else height * width

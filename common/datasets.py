@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
@@ -18,6 +18,7 @@ from common.buckets import (
     merge_small,
     one_bucket,
     target_size,
+    targets_in_shapes,
     too_small,
     with_settings,
 )
@@ -116,9 +117,7 @@ def open_datasets(parser: argparse.ArgumentParser, args: argparse.Namespace, rul
         parser.error(str(error))
     try:
         if given[0] == "train_prompts":
-            # As clips of --resolution would be, in the shapes that validation draws
-            keep = replace(rules, crop=False)
-            sizes = tuple(dict.fromkeys(target_size(*size, keep) for size in args.validation_resolution or [(1, 1)]))
+            sizes = targets_in_shapes(args.validation_resolution, rules)
             return [Dataset("prompts", split_prompts(source), rules, sizes=sizes, **frames_of(args, {}, "--"))]
         if given[0] == "train_shards_path_or_url":
             return [Dataset("shards", open_shards(source), rules, **frames_of(args, {}, "--"))]

@@ -1,5 +1,6 @@
 """Flags, configs, a launch line from a document as it stands, and what reaches the hub."""
 
+import argparse
 import base64
 import http.server
 import json
@@ -12,9 +13,13 @@ from PIL import Image
 
 import train_lcm_distill_sd as script
 import train_lcm_distill_sdxl as sdxl_script
-from common.config import FLAG_OF_KEY
+from common.buckets import add_bucket_flags, check_bucket_flags
+from common.config import FLAG_OF_KEY, add_shared_flags, check_shared_flags, parse_with_config
+from common.datasets import check_data_flags
 from common.export import hide_secrets
+from common.video import add_video_flags, check_clip_flags
 from tests.helpers import ROOT, launch, tiny_pipeline, tiny_sdxl_pipeline, toy_shards
+from tests.test_video import frame, video
 
 
 @pytest.fixture(scope="module")
@@ -565,3 +570,144 @@ def test_the_documents_lcm_config_trains_on_small_images(tmp_path, images, hub):
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     assert {"pytorch_lora_weights.safetensors", "samples.png", "scheduler/scheduler_config.json"} < set(hub.files)
     assert hub.created[0]["name"] == "sdxl-lcm-distilled" and hub.created[0]["visibility"] == "private"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The documents' configs for Wan
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def wan_parser() -> argparse.ArgumentParser:
+    """The flags that the keys of the documents' Wan configs name, beside those that all scripts share."""
+    parser = argparse.ArgumentParser()
+    texts = ("pretrained_teacher_model", "pretrained_t5_model_name_or_path", "teacher_revision", "train_prompts")
+    for name in (*texts, "model_type", "lora_type", "ema_validation"):
+        parser.add_argument(f"--{name}")
+    for name in (
+        "real_score_guidance_scale", "fake_score_guidance_scale", "fake_score_lr", "fake_score_weight_decay",
+        "fake_score_eps", "fake_score_grad_clip", "min_timestep_ratio", "max_timestep_ratio", "timestep_shift",
+        "min_score_timestep", "context_noise", "flow_schedule_shift", "ema_decay",
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=float)
+    for name in ("generator_update_interval", "num_training_frames", "ema_update_interval", "lora_rank", "lora_alpha"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--resolution", type=float, default=480)
+    parser.add_argument("--num_frame_per_block", type=int, default=3)
+    parser.add_argument("--validation_num_video_frames", type=int, default=81)
+    parser.add_argument("--dmd_denoising_steps", default="1000,757,522")
+    parser.add_argument("--fake_score_betas", type=float, nargs=2, default=[0.9, 0.999])
+    for name in ("ts_schedule", "ts_schedule_max", "same_step_across_blocks", "last_step_only"):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--independent_first_frame", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--use_ema", action="store_true")
+    add_shared_flags(parser)
+    add_bucket_flags(parser)
+    add_video_flags(parser)
+    parser.set_defaults(bucket_alignment=16)
+    return parser
+
+
+def parse_wan(parser, *words):
+    """As the script for Wan does, with any parser that has its flags."""
+    args = parse_with_config(parser, [str(word) for word in words], family="wan", method="dmd")
+    check_shared_flags(parser, args)
+    check_data_flags(parser, args, check_bucket_flags(parser, args))
+    check_clip_flags(parser, args)
+    return args
+
+
+@pytest.fixture()
+def wan_files(tmp_path):
+    """What the documents' Wan config names: prompts, a hook, a dataset file with a clip; all but the teacher."""
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").write_bytes(video([frame(i) for i in range(5)], "mp4"))
+    (tmp_path / "clips" / "a.txt").write_text("a clip")
+    (tmp_path / "library.json").write_text('{"first": "a red ball"}')
+    (tmp_path / "webhook.json").write_text('{"webhook_url": "http://127.0.0.1:9/"}')
+    dataset = json.loads((ROOT / "tests" / "configs" / "dmd_wan.dataset.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps(dataset | {"instance_data_dir": str(tmp_path / "clips")}))
+    return {
+        "validation_prompt_library": str(tmp_path / "library.json"),
+        "webhook_config": str(tmp_path / "webhook.json"),
+        "data_backend_config": str(tmp_path / "data.json"),
+        "output_dir": str(tmp_path / "out"),
+    }
+
+
+def wan_config(name: str) -> dict:
+    return json.loads((ROOT / "tests" / "configs" / f"{name}.config.json").read_text())
+
+
+def test_every_key_of_the_documents_wan_config_means_its_flag(tmp_path, wan_files):
+    config = wan_config("dmd_wan")
+    assert wan_files.keys() < config.keys()
+    config |= wan_files
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = parse_wan(wan_parser(), "--config", tmp_path / "config.json")
+
+    expected = config | config.pop("distillation_config")
+    for key in ("model_family", "distillation_method", "distillation_config", "delete_problematic_images"):
+        expected.pop(key, None)
+    expected = {FLAG_OF_KEY.get(key, key): value for key, value in expected.items()}
+    expected |= {"base_model_precision": "int8-torchao", "text_encoder_1_precision": "int8-torchao"}  # of an alias
+    expected |= {"validation_resolution": [(704, 1280)], "validation_num_inference_steps": [3]}
+    expected |= {"validation_num_video_frames": 81}  # of 121: 31 latent frames are no whole blocks of 3
+    assert {key: getattr(args, key) for key in expected} == expected
+    assert len(expected) > 70  # that it is not compared with little
+    dataset = args.datasets[0]
+    assert (dataset.num_frames, dataset.kind, dataset.rules.resolution_type) == (81, "video", "pixel_area")
+    assert sum("int8-quanto: an alias" in note for note in args.notes) == 2
+
+
+def test_the_documents_wan_config_with_prompts_instead_of_clips(tmp_path, wan_files):
+    """A flag on the command line wins over the config's dataset file, which need not exist."""
+    config = wan_config("dmd_wan") | wan_files | {"data_backend_config": "config/wan/multidatabackend.json"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "prompts.txt").write_text("a red ball\n")
+    args = parse_wan(wan_parser(), "--config", tmp_path / "config.json", "--train_prompts", tmp_path / "prompts.txt")
+    assert args.datasets[0].sizes == ((352, 640),)  # 480 x 480 pixels in the shape of 1280 x 704
+
+
+def test_the_documents_advanced_wan_settings(tmp_path, wan_files):
+    """Part of a config; of 121 frames 28 latent ones are trained, which the document's blocks of 3 divide after one."""
+    config = wan_config("dmd_wan_advanced")
+    nested = dict(config["distillation_config"])
+    config |= {"pretrained_model_name_or_path": "teacher", "data_backend_config": wan_files["data_backend_config"]}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_train_steps": 1}))
+    flags = ["--config", tmp_path / "config.json", "--independent_first_frame"]
+    args = parse_wan(wan_parser(), *flags, "--validation_num_video_frames", 85)
+    assert {key: getattr(args, key) for key in nested} == nested
+    assert args.datasets[0].num_frames == 121  # 1 + 30 latent frames
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"distillation_config": {"timestep_shft": 1.0}}, "unknown key 'timestep_shft', did you mean 'timestep_shift'"),
+        ({"distillation_config": {"dmd": {"fake_score_beta": 1}}}, "did you mean 'fake_score_betas'?"),
+        ({"fake_score_betas": "0.9,0.999"}, "fake_score_betas is '0.9,0.999', and must be a list of 2"),
+        ({"fake_score_betas": [0.9]}, "fake_score_betas is [0.9], and must be a list of 2"),
+        ({"fake_score_betas": [0.9, "x"]}, "fake_score_betas is 'x', and must be of type float"),
+        ({"ts_schedule": "true"}, "ts_schedule is 'true', and must be of type bool"),
+        ({"dmd_denoising_steps": ["1000"]}, "dmd_denoising_steps is ['1000'], and must be of type str"),
+        ({"model_family": "sdxl"}, "model_family is 'sdxl', and this script is for 'wan'"),
+        ({"model_flavour": "t2v-9b"}, "known for wan: t2v-480p-1.3b-2.1, t2v-480p-14b-2.1"),
+        ({"num_frames": 80}, "--num_frames 80: must be 4k + 1, as 77 or 81"),
+        ({"validation_num_video_frames": 120}, "--validation_num_video_frames 120: must be 4k + 1, as 117 or 121"),
+    ],
+)
+def test_a_bad_wan_config_is_one_sentence(tmp_path, wan_files, capsys, config, named):
+    base = {"max_train_steps": 1, "pretrained_model_name_or_path": "teacher", "num_training_frames": 21}
+    (tmp_path / "config.json").write_text(json.dumps(base | config))
+    with pytest.raises(SystemExit) as stop:
+        parse_wan(wan_parser(), "--config", tmp_path / "config.json", "--train_data_dir", tmp_path / "clips")
+    assert stop.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_lists_and_flavours_of_wan(tmp_path, wan_files):
+    config = {"dmd_denoising_steps": [1000, 757, 522], "fake_score_betas": [0.5, 0.75], "max_train_steps": 1}
+    config |= {"model_flavour": "t2v-480p-14b-2.1", "validation_num_video_frames": 81, "num_training_frames": 21}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = parse_wan(wan_parser(), "--config", tmp_path / "config.json", "--train_data_dir", tmp_path / "clips")
+    assert (args.dmd_denoising_steps, args.fake_score_betas) == ("1000,757,522", [0.5, 0.75])
+    assert args.pretrained_teacher_model == "Wan-AI/Wan2.1-T2V-14B-Diffusers"

@@ -1,0 +1,340 @@
+"""What a run of distribution matching distillation will take, before anything of it is loaded.
+
+Weights, gradients and optimizer states are counted on the networks themselves, built on the meta device. Activations
+are measured: two and three blocks of the network go forward and backward on tensors that have a shape and no content,
+while a meter adds up what is alive. Each further block keeps as much as the third did.
+"""
+
+import functools
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from peft import LoraConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import UMT5Config, UMT5EncoderModel
+
+from common.buckets import targets_in_shapes
+from common.meter import Meter, give_shapes, kept_in_fp32
+from common.video import latent_frames, pixel_frames
+
+GB = 1e9
+RESERVE = 1.0 * GB  # CUDA's own: context, workspaces, what falls between two tensors
+FEW, MORE = 2, 3  # blocks that are measured
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that decides how much memory a run takes. Sizes are those of latents."""
+
+    transformer: str  # configs, as JSON
+    vae: str
+    text_encoder: str
+    batch: int
+    frames: int
+    height: int
+    width: int
+    validation: tuple[int, int, int]  # frames, height and width of one clip
+    text_length: int = 512
+    model_type: str = "lora"  # or full
+    lora_rank: int = 128
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    dtype: torch.dtype = torch.bfloat16  # of frozen networks
+    base_precision: str = "no_change"
+    text_precision: str = "no_change"
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+    accumulation: int = 1
+    ema: str = "none"  # or cpu, or gpu
+    blocks: tuple[int, ...] = ()  # frames of each, of a causal student
+    fills_caches: bool = True
+    encodes_clips: bool = True  # prompts alone have none
+    shards: int = 1  # processes that FSDP splits trained networks over
+    context_parallel: int = 1  # processes that share a clip's tokens
+
+    @property
+    def rank(self) -> int:
+        return self.lora_rank if self.model_type == "lora" else 0
+
+    def tokens(self) -> int:
+        patch = json.loads(self.transformer)["patch_size"]
+        return self.frames // patch[0] * (self.height // patch[1]) * (self.width // patch[2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counted: weights, gradients, optimizer states
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build(config: str, rank: int = 0, targets: tuple[str, ...] = (), layers: int | None = None) -> torch.nn.Module:
+    """The transformer on the meta device, with an adapter of this rank; without one all of it is trained."""
+    settings = json.loads(config)
+    settings |= {"num_layers": min(layers, settings["num_layers"])} if layers else {}
+    with torch.device("meta"):
+        network = WanTransformer3DModel.from_config(settings)
+        if rank:
+            network.requires_grad_(False)
+            network.add_adapter(LoraConfig(r=rank, target_modules=list(targets)))
+    return network
+
+
+counted = functools.lru_cache(build)
+
+
+def frozen_bytes(network: torch.nn.Module, dtype: torch.dtype, precision: str) -> int:
+    """Of what is not trained, as from_pretrained loads it, with Linear layers in 8 bits where that is wanted."""
+    total = 0
+    linear = {id(module.weight) for module in network.modules() if isinstance(module, torch.nn.Linear)}
+    for name, p in network.named_parameters():
+        if "lora_" in name:
+            continue
+        size = 4 if kept_in_fp32(network, name, dtype) else dtype.itemsize
+        if id(p) in linear and precision != "no_change":
+            total += p.numel() + len(p) * (5 if precision == "int8-torchao" else 4)  # a row's scale and zero point
+        else:
+            total += p.numel() * size
+    return total
+
+
+def trained_parameters(setup: Setup) -> list[torch.nn.Parameter]:
+    """Of the student; the fake score has as many."""
+    network = counted(setup.transformer, setup.rank, setup.lora_targets)
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+def state_bytes(parameters: list[torch.nn.Parameter], optimizer: str) -> int:
+    """Moments: two, of Lion one, in fp32; in 8 bits with a scale for each 256, but for small or odd tensors."""
+    if optimizer == "adamw8bit":
+        return sum(2 * (p.numel() + p.numel() // 64) if p.numel() >= 4096 and p.numel() % 256 == 0 else 8 * p.numel()
+                   for p in parameters)  # fmt: skip
+    return sum((4 if optimizer == "lion" else 8) * p.numel() for p in parameters)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measured: activations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache
+def measured(config: str, rank, targets, dtype, checkpointing, layers, shape, text_length, gradient) -> tuple[int, int]:
+    """Bytes that a forward of so many blocks leaves for backward(), and the most at a time through both."""
+    network = build(config, rank, targets, layers)
+    if not gradient:
+        network.requires_grad_(False)
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of kernels that are slow on a CPU
+        give_shapes(network, dtype)
+        x, t = torch.empty(shape, dtype=dtype), torch.empty(shape[0])  # [B, C, F, h, w]
+        text = torch.empty(shape[0], text_length, network.config.text_dim, dtype=dtype)
+        for p in network.parameters():
+            if p.requires_grad:  # gradients are counted elsewhere
+                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with Meter([*network.parameters(), *network.buffers(), x, t, text]) as meter, torch.set_grad_enabled(gradient):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                out = network(x, t, text).sample
+            kept = meter.now
+            if gradient:
+                out.float().sum().backward()
+    return kept, meter.peak
+
+
+def activations(setup: Setup, shape: tuple[int, int, int, int], gradient: bool = True) -> tuple[int, int]:
+    """(kept, own): what the graph of a whole forward holds, and what comes on top of it, mostly in backward().
+
+    `shape` is batch, frames, height and width.
+    """
+    config = json.loads(setup.transformer)
+    count, shape = config["num_layers"], (shape[0], config["in_channels"], *shape[1:])
+    few, more = (
+        measured(setup.transformer, setup.rank, setup.lora_targets, setup.dtype, setup.checkpointing,
+                 min(layers, count), shape, setup.text_length, gradient)
+        for layers in (FEW, MORE)
+    )  # fmt: skip
+    return more[0] + max(0, count - MORE) * (more[0] - few[0]), more[1] - more[0]
+
+
+@functools.lru_cache
+def vae_peak(config: str, shape: tuple[int, ...], decodes: bool) -> int:
+    """Of encoding or decoding, in fp32, weights included; of latents [B, C, f, h, w] or pixels [B, 3, F, H, W]."""
+    with torch.device("meta"):
+        vae = AutoencoderKLWan.from_config(json.loads(config)).requires_grad_(False)
+    weights = frozen_bytes(vae, torch.float32, "no_change")
+    with FakeTensorMode():
+        give_shapes(vae, torch.float32)
+        x = torch.empty(shape)
+        with Meter([*vae.parameters(), *vae.buffers(), x]) as meter, torch.no_grad():
+            vae.decode(x) if decodes else vae.encode(x)
+    return meter.peak + weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Put together
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def text_encoder_bytes(setup: Setup) -> int:
+    with torch.device("meta"):
+        encoder = UMT5EncoderModel(UMT5Config(**json.loads(setup.text_encoder)))
+    return frozen_bytes(encoder, setup.dtype, setup.text_precision)
+
+
+def account(setup: Setup) -> dict[str, dict[str, int]]:
+    """Bytes by what takes them, of each phase, on one GPU."""
+    lora, share = setup.model_type == "lora", setup.shards
+    trained = trained_parameters(setup)
+    count = sum(p.numel() for p in trained)
+    base = counted(setup.transformer, setup.rank, setup.lora_targets)
+    kind = f"LoRA of rank {setup.lora_rank}" if lora else "full"
+    fake_optimizer = "adamw" if setup.optimizer == "lion" else setup.optimizer
+    weights = {
+        f"teacher{', base of all three' * lora}, {setup.base_precision.replace('no_change', str(setup.dtype)[6:])}":
+            frozen_bytes(base, setup.dtype, setup.base_precision) // share,
+        f"student, {kind}, {count / 1e6:.0f} M in fp32": 4 * count // share,
+        "fake score, likewise": 4 * count // share,
+    }  # fmt: skip
+    states = {
+        f"student's {setup.optimizer} state": state_bytes(trained, setup.optimizer) // share,
+        f"fake score's {fake_optimizer} state": state_bytes(trained, fake_optimizer) // share,
+    }
+    states |= {"EMA of the student": 4 * count // share} if setup.ema == "gpu" else {}
+    block = sum(p.numel() for p in counted(setup.transformer).blocks[0].parameters()) * setup.dtype.itemsize
+    gathered = {"two blocks that FSDP has gathered": 2 * block} if share > 1 else {}
+
+    # The generator's turn holds the rollout's graph while teacher and fake score are asked; then comes its backward()
+    config, size, parallel = json.loads(setup.transformer), (setup.height, setup.width), setup.context_parallel
+    kept, own = (part // parallel for part in activations(setup, (setup.batch, setup.frames, *size)))
+    asked = sum(activations(setup, (2 * setup.batch, setup.frames, *size), gradient=False)) // parallel
+    caches = {}
+    if setup.blocks:  # each block's keys and values are a copy of those of all before it, which its graph holds
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        rows = 2 * setup.batch * setup.tokens() * width * setup.dtype.itemsize // parallel  # of a layer, whole clip
+        past = sum(sum(setup.blocks[:i]) for i in range(len(setup.blocks)))
+        caches = {"keys and values of earlier blocks": config["num_layers"] * rows * past // setup.frames}
+        own = max(own, activations(setup, (setup.batch, max(setup.blocks), *size))[1] // parallel + rows)
+    gradients = 4 * count // share
+    held = 2 * gradients if setup.accumulation > 1 else 0  # of student and fake score, through the next pass
+    turns = {
+        "activations kept for backward()": kept,
+        "backward() of one block, or a forward of the teacher": max(own, asked),
+        "gradients, beyond what has gone when they come": max(held, gradients - kept, 0),
+    }
+    phases = {"training": weights | states | turns | caches | gathered}
+
+    scale = json.loads(setup.vae).get("scale_factor_spatial") or 8
+    if setup.fills_caches:
+        phases["filling the caches"] = weights | {"text encoder": text_encoder_bytes(setup)}
+        if setup.encodes_clips:
+            pixels = pixel_frames(setup.frames), scale * setup.height, scale * setup.width
+            phases["filling the caches"] |= {"VAE and its encoding": vae_peak(setup.vae, (1, 3, *pixels), False)}
+    decoding = vae_peak(setup.vae, (1, config["in_channels"], *setup.validation), True)
+    sampling = sum(activations(setup, (1, *setup.validation), gradient=False))
+    phases["validation"] = weights | states | {"VAE and its decoding, or a forward": max(decoding, sampling)}
+    return phases
+
+
+def most(setup: Setup) -> int:
+    return max(sum(parts.values()) for parts in account(setup).values())
+
+
+REMEDIES: list[tuple[str, Callable[[Setup], bool], dict]] = [
+    ("--gradient_checkpointing", lambda s: not s.checkpointing, {"checkpointing": True}),
+    (
+        "--text_encoder_1_precision int8-torchao",
+        lambda s: s.fills_caches and s.text_precision == "no_change",
+        {"text_precision": "int8-torchao"},
+    ),  # fmt: skip  # noqa: E501
+    ("--ema_device cpu", lambda s: s.ema == "gpu", {"ema": "cpu"}),
+    ("--optimizer adamw8bit", lambda s: s.optimizer != "adamw8bit", {"optimizer": "adamw8bit"}),
+    ("--train_batch_size 1", lambda s: s.batch > 1, {"batch": 1}),
+    (
+        "--base_model_precision int8-torchao",
+        lambda s: s.base_precision == "no_change",
+        {"base_precision": "int8-torchao"},
+    ),  # fmt: skip  # noqa: E501
+    ("--model_type lora", lambda s: s.model_type == "full", {"model_type": "lora", "shards": 1}),
+    ("--lora_rank 32", lambda s: s.model_type == "lora" and s.lora_rank > 32, {"lora_rank": 32}),
+    *(
+        (f"--context_parallel_degree {n}", lambda s, n=n: s.context_parallel < n, {"context_parallel": n})
+        for n in (2, 4, 8)
+    ),
+]
+
+
+def remedies(setup: Setup, room: float) -> list[tuple[str, int]]:
+    """Flags, each on top of those before, and the memory with them, until all fits. What saves nothing is left out."""
+    steps, now = [], most(setup)
+    for flag, applies, changes in REMEDIES:
+        if now + RESERVE <= room:
+            break
+        if applies(setup):
+            better = replace(setup, **changes)
+            if (less := most(better)) < now:
+                setup, now = better, less
+                steps.append((flag, now))
+    return steps
+
+
+def report(setup: Setup, room: float | None = None) -> str:
+    """The plan as text; with `room`, a GPU's bytes, also whether it fits, and what would make it fit."""
+    frames, size = pixel_frames(setup.frames), f"{setup.width}x{setup.height} latents"
+    lines = [f"{setup.batch} x {frames} frames of {size}: {setup.batch} x {setup.tokens():,} tokens; GB on each GPU"]
+    for phase, parts in account(setup).items():
+        lines += ["", f"{phase:58s}{sum(parts.values()) / GB:8.2f}"]
+        lines += [f"  {name:56s}{size / GB:8.2f}" for name, size in parts.items()]
+    config = json.loads(setup.transformer)
+    latents = config["in_channels"] * setup.frames * setup.height * setup.width * 4
+    text = setup.text_length * config["text_dim"] * setup.dtype.itemsize
+    elsewhere = f"on disk: {text / 1e6:.1f} MB a prompt at the most"
+    if setup.encodes_clips:
+        elsewhere += f", {latents / 1e6:.1f} MB a clip"
+    if setup.ema == "cpu":
+        average = 4 * sum(p.numel() for p in trained_parameters(setup))
+        elsewhere += f"; in the machine's memory: {average / GB:.2f} GB, EMA of the student"
+    lines += ["", elsewhere, f"at the most {most(setup) / GB:.1f} GB, and about {RESERVE / GB:.0f} GB of CUDA's own"]
+    if room is not None:
+        if most(setup) + RESERVE <= room:
+            lines.append(f"fits into {room / GB:.0f} GB")
+        else:
+            steps = remedies(setup, room)
+            lines.append(f"does not fit into {room / GB:.0f} GB; with these flags, each on top of those before:")
+            lines += [f"  {flag:56s}{now / GB:8.2f}" for flag, now in steps]
+            if not steps or steps[-1][1] + RESERVE > room:
+                lines.append("  and still not: a smaller --resolution, fewer --num_frames, or a larger GPU")
+    return "\n".join(lines)
+
+
+def setup_of(args, dtype: torch.dtype, text_length: int, blocks: list[int], shards: int = 1) -> Setup:
+    """Of a run's arguments; reads the teacher's configs and nothing else of it. The clips are the largest there can be:
+    of each dataset's resolution, in the shapes that validation draws."""
+    teacher = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+    transformer = WanTransformer3DModel.load_config(args.pretrained_teacher_model, subfolder="transformer", **teacher)
+    vae = AutoencoderKLWan.load_config(args.pretrained_teacher_model, subfolder="vae", **teacher)
+    source = args.pretrained_t5_model_name_or_path or args.pretrained_teacher_model
+    text = UMT5Config.from_pretrained(source, subfolder="text_encoder", cache_dir=args.cache_dir)
+    scale = vae.get("scale_factor_spatial") or 8
+    sizes = [
+        (latent_frames(dataset.num_frames), height // scale, width // scale)
+        for dataset in args.datasets
+        for height, width in targets_in_shapes(args.validation_resolution, dataset.rules)
+    ]
+    frames, height, width = max(sizes, key=math.prod)
+    drawn = max(args.validation_resolution or [(scale * height, scale * width)], key=math.prod)
+    return Setup(
+        transformer=json.dumps(transformer), vae=json.dumps(vae), text_encoder=json.dumps(text.to_dict()),
+        batch=args.train_batch_size, frames=frames, height=height, width=width,
+        validation=(latent_frames(args.validation_num_video_frames), *(side // scale for side in drawn)),
+        text_length=text_length, model_type=args.model_type, lora_rank=args.lora_rank,
+        lora_targets=tuple(args.lora_target_modules.split(",")), dtype=dtype,
+        base_precision=args.base_model_precision, text_precision=args.text_encoder_1_precision,
+        optimizer=args.optimizer, checkpointing=args.gradient_checkpointing,
+        accumulation=args.gradient_accumulation_steps, ema=args.ema_device if args.use_ema else "none",
+        blocks=tuple(blocks) if len(blocks) > 1 else (), fills_caches=args.caches != "off",
+        encodes_clips=not all(dataset.sizes for dataset in args.datasets), shards=shards,
+        context_parallel=args.context_parallel_degree,
+    )  # fmt: skip
