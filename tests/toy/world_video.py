@@ -59,10 +59,10 @@ def read_caption(text: str) -> Clip:
 
 def draw_clip(clip: Clip, rng: np.random.Generator, frames: int = FRAMES, height: int = SIDE, width: int = SIDE):
     """Frames of a clip. What the caption leaves open (background, start, speed, size, hue) comes from `rng`."""
-    side = min(height, width)
+    side, jitter = min(height, width), world.COLOUR_JITTER
 
     def paint(name):
-        return np.asarray(world.COLOURS[name], dtype=np.float32) + rng.uniform(*HUES, 3).astype(np.float32)
+        return np.asarray(world.COLOURS[name], dtype=np.float32) + rng.uniform(-jitter, jitter, 3).astype(np.float32)
 
     background = paint(rng.choice([name for name in world.COLOUR_NAMES if name != clip.colour]))
     colour = paint(clip.colour)
@@ -85,8 +85,6 @@ def draw_clip(clip: Clip, rng: np.random.Generator, frames: int = FRAMES, height
     cover = np.clip(0.5 - distance, 0.0, 1.0)[..., None]  # antialiased edge
     return np.clip(np.round(background * (1.0 - cover) + colour * cover), 0, 255).astype(np.uint8)
 
-
-HUES = (-world.COLOUR_JITTER, world.COLOUR_JITTER)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The oracle
@@ -144,6 +142,9 @@ def adherence(videos: np.ndarray, captions: list[str]) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+FEATURES = 16  # few: two sets of 256 clips of the world are apart by chance, and by the square of this number
+
+
 def responses(videos: np.ndarray) -> np.ndarray:
     """`world.responses` to three frames and, for the motion, to the two differences between them: [N, 5 * 768]."""
     frames = videos[:, [0, videos.shape[1] // 2, -1]].astype(np.float32)
@@ -157,11 +158,11 @@ def projection() -> tuple[np.ndarray, np.ndarray]:
     """As `world.projection`, of the clips of this world."""
     rng = np.random.default_rng(0)
     x = responses(np.stack([draw_clip(sample_clip(rng), rng) for _ in range(2000)]))
-    directions = np.random.RandomState(1).randn(x.shape[1], world.FEATURES) / np.sqrt(x.shape[1])
+    directions = np.random.RandomState(1).randn(x.shape[1], FEATURES) / np.sqrt(x.shape[1])
     return x.mean(0), directions / (x.std(0) + 1e-3)[:, None]
 
 
 def features(videos: np.ndarray) -> np.ndarray:
-    """Fixed features [N, 64]: no response counts more than another."""
+    """Fixed features [N, 16]: no response counts more than another."""
     mean, project = projection()
     return (responses(videos) - mean) @ project
