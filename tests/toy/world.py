@@ -132,8 +132,19 @@ def draw_scene(scene: Scene, rng: np.random.Generator, height: int = 64, width: 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_image(image: np.ndarray) -> Scene | None:
-    """The scene that an image shows, or None where it shows none that this world has."""
+@dataclass(frozen=True)
+class Found:
+    """An object as measured: centre and radius in pixels."""
+
+    shape: str
+    colour: str
+    radius: float
+    x: float
+    y: float
+
+
+def find_things(image: np.ndarray) -> tuple[str, list[Found]] | None:
+    """Background and objects of an image, or None where it shows no scene that this world has."""
     height, width = image.shape[:2]
     side = min(height, width)
     pixels = image.astype(np.float32)
@@ -152,13 +163,13 @@ def read_image(image: np.ndarray) -> Scene | None:
             core &= label[dy : height - 2 + dy, dx : width - 2 + dx] == label[1:-1, 1:-1]
     filled = np.bincount(label[1:-1, 1:-1][core], minlength=len(PALETTE))
     least = 0.0025 * side * side
-    found = [c for c in range(len(PALETTE)) if c != background and filled[c] >= least]
-    if not 1 <= len(found) <= 2:
+    colours = [c for c in range(len(PALETTE)) if c != background and filled[c] >= least]
+    if not 1 <= len(colours) <= 2:
         return None
 
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5
-    things = []
-    for colour in found:
+    found = []
+    for colour in colours:
         # Grow the solid core to the antialiased edge, where a pixel belongs to the nearer of object and background:
         # elsewhere such a blend can look like the colour of the other object.
         near = grown(grown(np.pad(core & (label[1:-1, 1:-1] == colour), 1)))
@@ -171,15 +182,28 @@ def read_image(image: np.ndarray) -> Scene | None:
             radius = np.sqrt(area / unit_area)
             ideal = signed_distance(shape, x - cx, y - (cy - unit_cy * radius), radius) < 0
             overlap = (mask & ideal).sum() / max((mask | ideal).sum(), 1)
-            best = max(best, (overlap, shape, radius), key=lambda found: found[0])
+            best = max(best, (overlap, shape, radius), key=lambda candidate: candidate[0])
         overlap, shape, radius = best
         if overlap < 0.75:
             return None
-        centre = np.array([cx / width, (cy - SHAPE_MOMENTS[shape][1] * radius) / height])
+        found.append(Found(shape, COLOUR_NAMES[colour], radius, cx, cy - SHAPE_MOMENTS[shape][1] * radius))
+    return COLOUR_NAMES[background], found
+
+
+def read_image(image: np.ndarray) -> Scene | None:
+    """The scene that an image shows, or None where it shows none that this world has."""
+    seen = find_things(image)
+    if seen is None:
+        return None
+    height, width = image.shape[:2]
+    background, found = seen
+    things = []
+    for thing in found:
+        centre = np.array([thing.x / width, thing.y / height])
         place = min(PLACES, key=lambda name: np.abs(np.asarray(PLACES[name]) - centre).max())
-        size = "small" if radius / side < SIZE_THRESHOLD else "large"
-        things.append(Thing(shape, COLOUR_NAMES[colour], size, place))
-    return Scene(COLOUR_NAMES[background], tuple(things))
+        size = "small" if thing.radius / min(height, width) < SIZE_THRESHOLD else "large"
+        things.append(Thing(thing.shape, thing.colour, size, place))
+    return Scene(background, tuple(things))
 
 
 def grown(mask: np.ndarray) -> np.ndarray:

@@ -1,0 +1,434 @@
+"""Makes the toy Wan and its clips, from nothing but the world: `python -m tests.toy.make_wan`.
+
+Stages run in order, each writes its result under `--work` and is skipped where that result stands, so that a run that
+was cut off goes on: autoencoder, latents of many clips, text encoder, transformer (EMA), and the pipeline folder, its
+prompts and its shards under `--output`. Every class is the one that Wan 2.1 uses, only smaller.
+"""
+
+import argparse
+import io
+import json
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from tests.toy import world
+from tests.toy import world_video as video
+from tests.toy.make import add_member, save_state
+
+TOY = Path(__file__).parent
+LATENT_CHANNELS = 16
+DEVIATION = 0.3  # of a latent: less than the noise's 1, so that a sampler decides late, and needs its steps
+FLOW_SHIFT = 3.0  # Wan 1.3B's for 480p
+TEXT_TOKENS = 16  # a caption has 6 or 7; with stock pipelines, max_sequence_length
+PIPELINE_TOKENS = 512  # what WanPipeline pads to if nobody says anything
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=TOY, help="OUTPUT/wan, wan_prompts.txt, shards_wan")
+    parser.add_argument("--work", type=Path, default=TOY / ".build_wan", help="unfinished work, kept between runs")
+    parser.add_argument("--vae_steps", type=int, default=6000)
+    parser.add_argument("--clips", type=int, default=40_000, help="clips that the transformer learns from")
+    parser.add_argument("--transformer_steps", type=int, default=3500)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--shard_samples", type=int, default=256, help="clips in the committed shards")
+    return parser.parse_args(argv)
+
+
+def draw(seed: int, count: int):
+    """`count` clips [count, F, H, W, 3] and their captions."""
+    rng = np.random.default_rng(seed)
+    clips = [video.sample_clip(rng) for _ in range(count)]
+    return np.stack([video.draw_clip(clip, rng) for clip in clips]), [video.caption(clip) for clip in clips]
+
+
+def to_pixels(videos: np.ndarray) -> torch.Tensor:
+    x = torch.from_numpy(videos).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0  # [B, F, H, W, 3] -> [B, 3, F, H, W]
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autoencoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def new_vae() -> AutoencoderKLWan:
+    """Compresses time by 4 and space by 8, as Wan's; two by two pixels are channels from the start, for speed."""
+    return AutoencoderKLWan(
+        base_dim=16,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+        scale_factor_temporal=4,
+        scale_factor_spatial=8,
+    )
+
+
+def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """A third faster on a CPU."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
+        elif isinstance(module, torch.nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+    return vae
+
+
+def train_vae(work: Path, steps: int) -> AutoencoderKLWan:
+    vae, path = new_vae(), work / "vae.safetensors"
+    if not path.exists():
+        torch.manual_seed(0)
+        fit_vae(new_vae(), steps, 2e-3, path)
+    vae.load_state_dict(load_file(path))
+    return channels_last(vae).eval().requires_grad_(False)
+
+
+def windows(step: int, count: int, frames: int) -> torch.Tensor:
+    """Some frames in a row of `count` clips, [count, 3, frames, H, W]."""
+    starts = np.random.default_rng(step).integers(0, video.FRAMES - frames + 1, count)
+    clips, _ = draw(10_000_000 + step, count)
+    return to_pixels(np.stack([clip[i : i + frames] for clip, i in zip(clips, starts, strict=True)]))
+
+
+def fit_vae(vae: AutoencoderKLWan, steps: int, rate: float, path: Path):
+    """Short windows first: the autoencoder carries its state from one latent frame to the next, and three show how."""
+    channels_last(vae)
+    optimizer = torch.optim.AdamW(vae.parameters(), rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
+    state, done = path.with_suffix(".state"), 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        vae.load_state_dict(saved["vae"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        done = saved["done"]
+    start, running = time.time(), 0.0
+    for step in range(done, steps):
+        pixels = windows(step, 16, 9) if step < 0.95 * steps else windows(step, 8, video.FRAMES)
+        posterior = vae.encode(pixels).latent_dist
+        error = vae.decode(posterior.sample()).sample - pixels
+        edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
+        loss = error.abs().mean() + error.square().mean() + edges + 1e-6 * posterior.kl().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        running += error.detach().abs().mean()
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            print(f"vae {step + 1}: error {running / (step % 250 + 1):.4f}, {time.time() - start:.0f} s", flush=True)
+            running = 0.0
+            saved = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
+            save_state(state, saved | {"schedule": schedule.state_dict(), "done": step + 1})
+    save_file({name: weight.contiguous() for name, weight in vae.state_dict().items()}, path)
+
+
+@torch.no_grad()
+def encode_clips(work: Path, vae: AutoencoderKLWan, count: int):
+    """Latents [count, C, 9, 4, 4] with the mean 0 and the deviation that the transformer sees, and the captions.
+
+    The autoencoder's config tells the pipeline how to take that back, as Wan's does.
+    """
+    path = work / "latents.safetensors"
+    if not path.exists():
+        latents, captions, start = [], [], time.time()
+        for first in range(0, count, 100):
+            clips, texts = draw(20_000_000 + first, 100)
+            latents.append(vae.encode(to_pixels(clips)).latent_dist.mean.half())
+            captions += texts
+            if first % 5000 == 0:
+                print(f"latents {first}, {time.time() - start:.0f} s", flush=True)
+        path.with_suffix(".json").write_text(json.dumps(captions))
+        save_file({"latents": torch.cat(latents).contiguous()}, path)
+    latents = load_file(path)["latents"].float()
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)) / DEVIATION
+    vae.register_to_config(
+        latents_mean=[round(each, 5) for each in mean.tolist()], latents_std=[round(each, 5) for each in std.tolist()]
+    )
+    mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
+    latents = (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
+    return latents, json.loads(path.with_suffix(".json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and text encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer() -> T5Tokenizer:
+    """umT5's kind: pieces that begin with a space's mark, here a caption's words and, for other prompts, letters."""
+    words = sorted({word for clip in video.all_clips() for word in video.caption(clip).split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -10.0)]
+    pieces += [("\u2581" + word, -1.0) for word in words] + [(chr(code), -10.0) for code in range(33, 127)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS, padding_side="right")
+
+
+def tokenize(tokenizer: T5Tokenizer, texts: list[str]):
+    return tokenizer(texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+
+
+KINDS = (world.SHAPES, world.COLOUR_NAMES, video.MOTIONS)
+
+
+def train_text_encoder(work: Path, tokenizer: T5Tokenizer, steps: int = 600) -> UMT5EncoderModel:
+    """So that the state of every token of a caption tells all that the caption says, as far as one line can.
+
+    umT5 knows what words mean before Wan is trained on it; a toy transformer that had to teach its text encoder would
+    not learn what stands where in ten times as many steps.
+    """
+    torch.manual_seed(0)
+    folder = work / "text_encoder"
+    if not (folder / "model.safetensors").exists():
+        encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
+                relative_attention_num_buckets=8, relative_attention_max_distance=16,
+            )
+        )  # fmt: skip
+        heads = torch.nn.Linear(encoder.config.d_model, sum(len(kind) for kind in KINDS))
+        clips = video.all_clips()
+        tokens = tokenize(tokenizer, [video.caption(clip) for clip in clips])
+        labels = [[c.shape, c.colour, c.motion] for c in clips]
+        labels = torch.tensor([[k.index(v) for k, v in zip(KINDS, row, strict=True)] for row in labels])  # [224, 3]
+        parameters = [*encoder.parameters(), *heads.parameters()]
+        optimizer = torch.optim.AdamW(parameters, 2e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+        for step in range(steps):
+            pick = torch.randint(len(clips), (64,), generator=torch.Generator().manual_seed(step))
+            mask = tokens.attention_mask[pick]
+            states = encoder(tokens.input_ids[pick], mask).last_hidden_state  # [64, tokens, d]
+            logits = heads(states[mask.bool()]).split([len(kind) for kind in KINDS], dim=1)
+            wanted = labels[pick].repeat_interleave(mask.sum(1), dim=0)
+            loss = sum(F.cross_entropy(each, wanted[:, i]) for i, each in enumerate(logits))
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if (step + 1) % 200 == 0:
+                print(f"text encoder {step + 1}: loss {loss:.4f}", flush=True)
+        encoder.save_pretrained(folder)
+    return UMT5EncoderModel.from_pretrained(folder, dtype=torch.float32).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def embed(tokenizer: T5Tokenizer, encoder: UMT5EncoderModel, texts: list[str]) -> torch.Tensor:
+    """[texts, tokens, d], zeros after the last token of each, as WanPipeline has it."""
+    tokens = tokenize(tokenizer, texts)
+    states = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    return states * tokens.attention_mask[..., None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def new_transformer(text_dim: int) -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=6,
+        attention_head_dim=32,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=text_dim,
+        freq_dim=128,
+        ffn_dim=768,
+        num_layers=6,
+        rope_max_seq_len=64,
+    )
+
+
+@torch.no_grad()
+def begin_at_identity(transformer: WanTransformer3DModel):
+    """The untrained network's output is its input, which is most of v = eps - x0 where x0 is small.
+
+    The norm before the last layer divides by the length of a token's state, and the length of noise varies. So that it
+    hardly does, a constant that is longer stands beside the noise, at right angles to it and to the mean.
+    """
+    channels, width = LATENT_CHANNELS, transformer.patch_embedding.out_channels
+    inputs = 4 * channels
+    basis = torch.linalg.qr(torch.cat([torch.ones(width, 1), torch.randn(width, inputs + 1)], dim=1))[0]
+    embedding, constant = basis[:, 1:-1], basis[:, -1]  # [width, inputs], [width]
+    transformer.patch_embedding.weight.copy_(embedding.reshape(width, channels, 1, 2, 2))
+    transformer.patch_embedding.bias.copy_(2.0 * inputs**0.5 * constant)
+    length = (5.0 * inputs / width) ** 0.5  # root of the mean square of a state: 4 parts constant, 1 part noise
+    projection = length * embedding.T.reshape(channels, 4, width).transpose(0, 1)  # its outputs: place, channel
+    transformer.proj_out.weight.copy_(projection.reshape(inputs, width))
+    transformer.proj_out.bias.zero_()
+    transformer.scale_shift_table.zero_()
+    for block in transformer.blocks:
+        block.attn2.to_out[0].weight.zero_()
+        block.attn2.to_out[0].bias.zero_()
+
+
+class LongPadding(WanAttnProcessor):
+    """Attends to a text as if it were padded with more zeros than it is, and costs no more.
+
+    Wan pads texts with zeros and does not mask them. Zeros all have one key and one value: n of them weigh as much as
+    one whose logit is larger by log n. `bias` [B, 1, 1, tokens] is 0, but log n for the last token.
+    """
+
+    bias = None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias, rotary_emb)
+
+
+def split_parameters(transformer: WanTransformer3DModel):
+    """The matrices of the blocks, for Muon; and all others, for AdamW."""
+    matrices = [p for name, p in transformer.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    chosen = set(map(id, matrices))
+    return matrices, [p for p in transformer.parameters() if id(p) not in chosen]
+
+
+AGREE = 0.25  # sigma below which a noisy clip says all that its caption says
+
+
+def train_transformer(work: Path, transformer, latents, captions, embeds, steps: int, batch_size: int):
+    """Flow matching on v = eps - x0; what is returned is the moving average. `embeds`: of each caption, and of ""."""
+    torch.manual_seed(0)
+    begin_at_identity(transformer)
+    padding = LongPadding()
+    for block in transformer.blocks:
+        block.attn2.set_processor(padding)
+    parameters = list(transformer.parameters())
+    ema = [p.detach().clone() for p in parameters]
+    matrices, others = split_parameters(transformer)
+    optimizers = [
+        torch.optim.Muon(matrices, 2e-3, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, 1e-3, betas=(0.9, 0.99), weight_decay=0.0),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, optimizer.defaults["lr"], steps, pct_start=0.05, cycle_momentum=False
+        )
+        for optimizer in optimizers
+    ]
+    state, done = work / "transformer.state", 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        transformer.load_state_dict(saved["transformer"])
+        for each, values in zip(optimizers + schedules, saved["optimizers"] + saved["schedules"], strict=True):
+            each.load_state_dict(values)
+        ema, done = saved["ema"], saved["done"]
+
+    index = {text: i for i, text in enumerate(dict.fromkeys(captions))}
+    embeds = torch.cat([embeds[text] for text in index] + [embeds[""]])  # [texts + 1, tokens, d]
+    text_of = torch.tensor([index[text] for text in captions])
+    extra = torch.log(torch.tensor([1.0, 1.0 + PIPELINE_TOKENS - TEXT_TOKENS]))
+    start, running = time.time(), 0.0
+    for step in range(done, steps):
+        rng = torch.Generator().manual_seed(step)
+        pick = torch.randint(len(latents), (batch_size,), generator=rng)
+        x0, eps = latents[pick], torch.randn((batch_size, *latents.shape[1:]), generator=rng)
+        u = (torch.arange(batch_size) + torch.rand(batch_size, generator=rng)) / batch_size  # one of each part
+        u = u[torch.randperm(batch_size, generator=rng)]
+        sigma = FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)  # the sampler's own density
+        s = sigma.view(-1, 1, 1, 1, 1)
+        x_t, v = (1 - s) * x0 + s * eps, eps - x0
+        # Some are seen with the empty prompt too, for guidance. Where noise is little, a noisy clip says
+        # all that its caption says, so that the two predictions must agree: guidance multiplies what is left of it.
+        twice = batch_size // 4
+        rows = torch.cat([torch.arange(batch_size), torch.arange(twice)])
+        texts = embeds[torch.cat([text_of[pick], torch.full((twice,), len(embeds) - 1)])]
+        padding.bias = torch.zeros(len(rows), 1, 1, TEXT_TOKENS)
+        padding.bias[..., -1] = extra[torch.randint(2, (len(rows),), generator=rng)].view(-1, 1, 1)
+        out = transformer(x_t[rows], 1000 * sigma[rows], texts).sample
+        out, out_uncond = out.split([batch_size, twice])
+        v_uncond = torch.where((s < AGREE)[:twice], out.detach()[:twice], v[:twice])
+        loss = F.mse_loss(out, v) + 0.25 * F.mse_loss(out_uncond, v_uncond)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for each in optimizers + schedules:
+            each.step()
+        transformer.zero_grad()
+        torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1.0 - min(0.998, (step + 1) / (step + 10)))
+        running += F.mse_loss(out.detach(), v)
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            print(
+                f"transformer {step + 1}: loss {running / (step % 100 + 1):.5f}, {time.time() - start:.0f} s",
+                flush=True,
+            )
+            running = 0.0
+            saved = {"transformer": transformer.state_dict(), "ema": ema, "done": step + 1}
+            saved |= {"optimizers": [each.state_dict() for each in optimizers]}
+            save_state(state, saved | {"schedules": [each.state_dict() for each in schedules]})
+    for p, average in zip(parameters, ema, strict=True):
+        p.data.copy_(average)
+    for block in transformer.blocks:
+        block.attn2.set_processor(WanAttnProcessor())
+    return transformer.eval()
+
+
+def new_scheduler() -> UniPCMultistepScheduler:
+    """Wan's own."""
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT, num_train_timesteps=1000
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def animation(frames: np.ndarray) -> bytes:
+    """A lossless animated WebP [F, H, W, 3], 16 frames a second."""
+    frames = frames.copy()
+    frames[1::2, 0, 0] ^= 1  # of two equal frames in a row it would make one that is shown twice as long
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    data = io.BytesIO()
+    first.save(
+        data, "webp", save_all=True, append_images=rest, duration=62, lossless=True, method=6, minimize_size=True
+    )
+    return data.getvalue()
+
+
+def write_shards(folder: Path, clips: np.ndarray, captions: list[str], shards: int = 2):
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard, part in enumerate(np.array_split(np.arange(len(clips)), shards)):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for i in part:
+                add_member(tar, f"{i:06d}.webp", animation(clips[i]))
+                add_member(tar, f"{i:06d}.txt", captions[i].encode())
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    vae = train_vae(args.work, args.vae_steps)
+    latents, captions = encode_clips(args.work, vae, args.clips)
+    tokenizer = make_tokenizer()
+    text_encoder = train_text_encoder(args.work, tokenizer)
+    embeds = {text: embed(tokenizer, text_encoder, [text]) for text in [*dict.fromkeys(captions), ""]}
+    transformer = new_transformer(text_encoder.config.d_model)
+    transformer = train_transformer(
+        args.work, transformer, latents, captions, embeds, args.transformer_steps, args.batch_size
+    )
+    vae.to(memory_format=torch.contiguous_format)
+    pipeline = WanPipeline(tokenizer, text_encoder, vae, new_scheduler(), transformer)
+    pipeline.to(torch.float16).save_pretrained(args.output / "wan")
+    prompts = [video.caption(clip) for clip in video.all_clips()]
+    np.random.default_rng(0).shuffle(prompts)
+    (args.output / "wan_prompts.txt").write_text("\n".join(prompts) + "\n")
+    write_shards(args.output / "shards_wan", *draw(30_000_000, args.shard_samples))
+
+
+if __name__ == "__main__":
+    main()
