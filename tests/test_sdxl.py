@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 import train_lcm_distill_sdxl as script
 from common.cache import TensorStore
 from tests import test_method
-from tests.helpers import launch, tiny_autoencoder, tiny_sdxl_pipeline, toy_shards, write_shard
+from tests.helpers import launch, tiny_autoencoder, tiny_sdxl_pipeline, write_shard
 from tests.test_method import (  # noqa: F401
     lcm_in_float64,
     load,
@@ -482,13 +482,6 @@ def test_what_is_held_out_is_of_all_datasets(cache, teachers, monkeypatch, tmp_p
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_defaults_are_those_of_diffusers_sdxl_scripts(tmp_path):
-    shards = toy_shards(tmp_path, shards=1, samples=2)  # noqa: F811
-    args = script.parse_args(["--pretrained_teacher_model", "x", "--train_shards_path_or_url", shards])
-    expected = {"resolution": 1024, "w_min": 3.0, "w_max": 15.0, "vae_encode_batch_size": 8, "lora_rank": 64}
-    assert {name: getattr(args, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("flags", ["", "--model_type lora"])
