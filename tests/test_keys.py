@@ -1,12 +1,10 @@
-"""Every key of the documents' SDXL configs has an effect: the tests that no other file has, and which test sees which."""
+"""Every key of the documents' SDXL configs has an effect: which test sees which, and those that stand nowhere else."""
 
 import json
 import signal
 
-import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
@@ -141,7 +139,9 @@ def test_gradient_checkpointing_computes_twice_and_trains_the_same(key, train, m
 
     def load_and_count(*arguments):
         networks = original(*arguments)
-        networks[0].down_blocks[0].resnets[0].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        networks[0].down_blocks[0].resnets[0].register_forward_pre_hook(
+            lambda *_: calls.append(torch.is_grad_enabled())
+        )
         return networks
 
     monkeypatch.setattr(script, "load_networks", load_and_count)
@@ -161,20 +161,12 @@ def test_wandb_gets_the_names_of_project_and_run(train, monkeypatch):
     import wandb
 
     def init(**settings):
-        raise InterruptedError(settings["project"], settings["name"])
+        raise RuntimeError(settings["project"], settings["name"])
 
     monkeypatch.setattr(wandb, "init", init)
-    with pytest.raises(InterruptedError) as stop:
+    with pytest.raises(RuntimeError) as stop:
         train(report_to="wandb", tracker_project_name="lcm", tracker_run_name="4step")
     assert stop.value.args == ("lcm", "4step")
-
-
-def test_tensorboard_gets_the_loss(train, tmp_path, monkeypatch):
-    logged = []
-    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append((step, values)))
-    train(report_to="tensorboard", tracker_project_name="lcm")
-    assert [step for step, _ in logged] == [2] and np.isfinite(logged[0][1]["loss"])
-    assert list((tmp_path / "out" / "logs" / "lcm").rglob("*tfevents*"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
