@@ -187,17 +187,14 @@ def test_a_cut_off_fill_goes_on(teacher, shards, tmp_path, monkeypatch):
     assert calls == []
 
 
+def short_run(teacher, shards, folder) -> list:
+    flags = ["--pretrained_teacher_model", teacher, "--train_shards_path_or_url", shards, "--output_dir", folder]
+    return [*flags, "--resolution", 32, "--max_train_steps", 1, "--validation_steps", 0]
+
+
 def test_kill_while_filling_leaves_whole_files(teacher, tmp_path):
     shards = toy_shards(tmp_path / "many", 6, 40)
-    flags = [
-        "--pretrained_teacher_model",
-        teacher,
-        "--train_shards_path_or_url",
-        shards,
-        "--output_dir",
-        tmp_path / "o",
-    ]
-    flags += ["--resolution", 32, "--max_train_steps", 1, "--validation_steps", 0, "--vae_encode_batch_size", 2]
+    flags = [*short_run(teacher, shards, tmp_path / "o"), "--vae_encode_batch_size", 2]
     process = launch("train_lcm_distill_sd.py", *flags, wait=False)
     store = tmp_path / "o" / "cache" / "vae"
     end = time.time() + 100
@@ -219,16 +216,8 @@ def test_kill_while_filling_leaves_whole_files(teacher, tmp_path):
 
 def test_two_processes_split_the_fill(teacher, tmp_path):
     shards = toy_shards(tmp_path / "shards", 4, 6)
-    flags = [
-        "--pretrained_teacher_model",
-        teacher,
-        "--train_shards_path_or_url",
-        shards,
-        "--output_dir",
-        tmp_path / "o",
-    ]
-    flags += ["--resolution", 32, "--max_train_steps", 1, "--validation_steps", 0, "--train_batch_size", 2]
-    done = launch("train_lcm_distill_sd.py", *flags, "--disable_benchmark", "--report_steps=", processes=2)
+    flags = [*short_run(teacher, shards, tmp_path / "o"), "--train_batch_size", 2]
+    done = launch("train_lcm_distill_sd.py", *flags, "--disable_benchmark", processes=2)
     assert "caches: 24 latents" in done.stdout
     files = (tmp_path / "o" / "cache" / "vae").rglob("*.safetensors")
     assert [records_of_file(path) for path in files] == [6] * 4  # of each shard once, whichever process wrote it
