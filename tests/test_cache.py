@@ -20,6 +20,8 @@ import train_lcm_distill_sd as script
 from common import cache
 from common.cache import TensorStore, identity, text_key, weights_identity
 from common.shards import expand_shards, read_shard
+from common.sources import Files
+from common.stream import ShardPass
 from tests.helpers import encoded, launch, tiny_pipeline, toy_shards, write_shard
 
 
@@ -210,8 +212,13 @@ def test_two_processes_split_the_fill(teacher, tmp_path):
     flags = [*short_run(teacher, shards, tmp_path / "o"), "--train_batch_size", 2]
     done = launch("train_lcm_distill_sd.py", *flags, "--disable_benchmark", processes=2)
     assert "caches: 24 latents" in done.stdout
-    stores = [path for path in (tmp_path / "o" / "cache" / "vae").iterdir()]
-    assert sum(len(TensorStore(path).index) for path in stores) == 24
+    files = (tmp_path / "o" / "cache" / "vae").rglob("*.safetensors")
+    assert [records_of_file(path) for path in files] == [6] * 4  # of each shard once, whichever process wrote it
+
+
+def test_each_process_fills_its_share():
+    share = [ShardPass([(0, Files("", ()))] * 5, [None], process=process, processes=2) for process in (0, 1)]
+    assert [list(part) for part in share] == [[0, 2, 4], [1, 3]]  # shards, by their numbers
 
 
 @pytest.mark.parametrize("compress", [False, True])
