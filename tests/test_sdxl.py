@@ -400,11 +400,11 @@ def test_the_negative_prompt_reaches_the_teachers_pictures_in_both_embeddings(pa
     assert {picture.size for picture in pictures} == {(48, 32)}
 
 
-@pytest.mark.parametrize("level, previews", [("debug", ["step01", "step02", "step04"]), ("info", [])])
+@pytest.mark.parametrize("level, previews", [({}, ["step01", "step02", "step04"]), ({"level": "info"}, [])])
 def test_previews_go_to_the_webhook(level, previews, parse, monkeypatch, tmp_path):  # noqa: F811
     tiny_autoencoder(tmp_path / "tiny")
     server = serve()
-    (tmp_path / "hook.json").write_text(json.dumps({"webhook_url": server.url, "level": level}))
+    (tmp_path / "hook.json").write_text(json.dumps({"webhook_url": server.url} | level))
     flags = f"--validation_preview --validation_preview_steps 2 --validation_preview_model {tmp_path / 'tiny'}"
     script.main(parse(f"{flags} --validation_num_inference_steps 4 --webhook_config {tmp_path / 'hook.json'}"))
     names = [message["name"] for message in server.received if message["type"] == "picture"]
