@@ -135,6 +135,8 @@ def parse_args(argv=None):
 
 
 def toy_recipe(args) -> dict:
+    if not (TOY / "sdxl").exists():
+        raise SystemExit("no --pretrained_teacher_model, and no toy one yet: python -m tests.toy.make sdxl makes it")
     recipe = json.loads((TOY / "sdxl_recipe.json").read_text())
     paths = {"pretrained_teacher_model": str(TOY / "sdxl")}
     if args.data_backend_config is None:

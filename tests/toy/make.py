@@ -4,8 +4,7 @@ Stages run in order, each writes its result under `--work` and is skipped where 
 was cut off goes on: autoencoder, latents of many scenes, text encoder, U-Net (EMA), and the pipeline folder with
 its shards under `--output`. On two CPU cores the SD teacher takes more than an hour. (In the first half of its training
 the committed U-Net saw the empty prompt in one of ten samples and not, as here, beside the captions.) The SDXL teacher
-starts from the SD teacher in OUTPUT/sd, which is made where it is missing, and takes about an hour more. (The committed
-one was trained twice for 5000 steps, the second time from the first one's average and at 6e-4.)
+starts from the SD teacher in OUTPUT/sd, which is made where it is missing, and takes about an hour more.
 """
 
 import argparse
