@@ -376,7 +376,7 @@ def test_two_processes_fill_both_caches_and_train(two_shapes, teachers, tmp_path
     (folder,) = (tmp_path / "out" / "cache" / "text").iterdir()
     store = TensorStore(folder)
     records = [store.get(key) for key in store.index]
-    assert {name: tuple(v.shape) for name, v in records[0].items()} == {"prompt_embeds": (77, 40), "text_embeds": (20,)}
+    assert {name: tuple(v.shape) for name, v in records[0].items()} == {"prompt_embeds": (32, 40), "text_embeds": (20,)}
     again = launch("train_lcm_distill_sdxl.py", *flags.split(), processes=2)
     assert "caches: 8 latents, 13 prompts" in again.stdout
     assert len(list(folder.glob("*.safetensors"))) == len({str(path) for path in store.index.values()})  # none is new
