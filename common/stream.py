@@ -70,7 +70,7 @@ class ShardStream(IterableDataset):
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         readers = {}
-        barren, faults = set(), Counter()  # shards read to their end, and samples skipped, since the last good sample
+        barren, faults = set(), Counter()  # shards without a good sample, and samples skipped, since the last one
         first = min(position for position, *_ in self.starts.values()) // self.processes // self.batch_size
         for read in itertools.count(first):
             samples = []
@@ -99,6 +99,7 @@ class ShardStream(IterableDataset):
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))[lane :: self.lanes]
             for place in range(first_place, len(order)):
                 shard = int(order[place])
+                fruitless = first_index == 0
                 for index, (key, members) in self.shuffled(shard, epoch, first_index):
                     try:
                         if isinstance(members, str):
@@ -112,9 +113,11 @@ class ShardStream(IterableDataset):
                     sample.faults.update(faults)
                     faults.clear()
                     barren.clear()
+                    fruitless = False
                     yield sample
                 first_index = 0
-                barren.add(shard)
+                if fruitless:
+                    barren.add(shard)
                 if len(barren) == len(self.shards):
                     causes = ", ".join(f"{count} x {cause}" for cause, count in faults.most_common())
                     raise NoGoodSamples(
