@@ -317,7 +317,8 @@ def load_networks(args, accelerator, weight_dtype):
     # channels_last is faster on CUDA and CPU, but DoRA's norms view convolutions as matrices
     layout = {"memory_format": torch.preserve_format if args.use_dora else torch.channels_last}
     teacher = load_unet(args, weight_dtype if lora or args.cast_teacher_unet else torch.float32)
-    student = None if lora else add_guidance_input(teacher, args.unet_time_cond_proj_dim)  # of weights still whole
+    # The student starts from the weights as they are on disk, not from what the teacher's precision leaves of them
+    student = None if lora else add_guidance_input(load_unet(args, torch.float32), args.unet_time_cond_proj_dim)
     quantize(teacher, args.base_model_precision, "cpu" if args.quantize_via == "cpu" else accelerator.device)
     teacher.to(accelerator.device, **layout)
     student = add_lora(teacher, args) if lora else student
@@ -574,7 +575,7 @@ def main(args):
         if args.toy and args.report_steps:  # its world can judge pictures
             from tests.toy.report import report
 
-            results = report(pictures, output_dir, TOY_SIZES)
+            results = report(pictures, output_dir, args.report_steps, TOY_SIZES)
         else:
             results = steps_report(args, pictures, clip, output_dir)
         write_model_card(

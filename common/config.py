@@ -124,7 +124,7 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--logging_dir", type=str, default="logs", help="inside OUTPUT_DIR")
     add("--tracker_project_name", type=str, default="text2image-fine-tune")
     add("--tracker_run_name", type=str, help="default: the tracker's choice")
-    add("--webhook_config", type=str, help="JSON file with webhook_url and level (debug, info, error): progress, pictures and errors are POSTed there")
+    add("--webhook_config", type=str, help="JSON file with webhook_url and level (debug, the default, info, error): progress, pictures and errors are POSTed there")
     add("--push_to_hub", action="store_true", help="upload the final model, to a private repository")
     add("--push_checkpoints_to_hub", action="store_true", help="with --push_to_hub: also the model at each checkpoint")
     add("--hub_model_id", type=str, help="owner/name; default: OUTPUT_DIR's name under your own")

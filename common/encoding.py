@@ -115,6 +115,7 @@ class SampleEncoder:
                     dataset, part = todo[item]
                     self.latents[dataset].mark(self.done_name(datasets[dataset], part))
         self.flush()
+        self.release()  # training needs them no more
         accelerator.wait_for_everyone()
         stores = {id(store): store for store in self.latents if store is not self.text}.values()
         for store in [*stores, self.text]:

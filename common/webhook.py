@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 LEVELS = ("debug", "info", "error")  # debug: also pictures of half-done samples; error: errors alone
+DEFAULT = "debug"  # who asks for previews gets them
 KEYS = ("webhook_url", "level")
 MOST_WAITING = 32  # messages; what comes while so many wait is dropped
 TIMEOUT = 5.0  # seconds, for one message, and for those that still wait at the end
@@ -34,7 +35,7 @@ def check_webhook(parser, path: str):
             )
     if not config["webhook_url"].startswith(("http://", "https://")):
         parser.error(f"--webhook_config {path}: webhook_url {config['webhook_url']!r} must be http:// or https://")
-    if config.get("level", "info") not in LEVELS:
+    if config.get("level", DEFAULT) not in LEVELS:
         parser.error(f"--webhook_config {path}: level is {config['level']!r}, and must be one of {', '.join(LEVELS)}")
     return config
 
@@ -45,7 +46,7 @@ class Webhook:
     def __init__(self, config: dict | None):
         self.config, self.lost = config, 0
         if config:
-            self.least = LEVELS.index(config.get("level", "info"))
+            self.least = LEVELS.index(config.get("level", DEFAULT))
             self.waiting = queue.Queue(MOST_WAITING)
             threading.Thread(target=self.post_all, daemon=True).start()
 

@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
+    AutoencoderTiny,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
@@ -79,6 +80,17 @@ def tiny_vae() -> AutoencoderKL:
         mid_block_add_attention=False,
         sample_size=32,
     )
+
+
+def tiny_autoencoder(folder: Path) -> AutoencoderTiny:
+    """For previews, with random weights."""
+    torch.manual_seed(0)
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 4, num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    )  # fmt: skip
+    tiny.save_pretrained(folder)
+    return tiny
 
 
 def sd_scheduler(prediction_type: str, **settings) -> DDIMScheduler:

@@ -489,15 +489,20 @@ class Table(list):
         return self
 
 
+def table_module(rows: list[dict]) -> ModuleType:
+    """Stands in for the package `datasets`; `asked` has what it was called with."""
+    module = ModuleType("datasets")
+    module.asked, module.Image = [], lambda decode: None
+    module.load_dataset = lambda *names, **options: module.asked.append((names, options)) or Table(rows)
+    return module
+
+
 def test_a_dataset_of_the_hub(refused, monkeypatch):
     rows = [{"image": {"bytes": encoded(quadrants(8, 9 + i)), "path": None}, "text": f"{i}"} for i in range(130)]
-    asked = []
-    module = ModuleType("datasets")
-    module.Image = lambda decode: None
-    module.load_dataset = lambda *names, **options: asked.append((names, options)) or Table(rows)
+    module = table_module(rows)
     monkeypatch.setitem(sys.modules, "datasets", module)
     args = parse("--dataset_name", "me/mine", "--dataset_config_name", "small", "--resolution", 64)
-    assert asked == [(("me/mine", "small"), {"split": "train", "cache_dir": None})]
+    assert module.asked == [(("me/mine", "small"), {"split": "train", "cache_dir": None})]
     found = [members for part in args.datasets[0].parts for _, members in read_part(part)]
     assert [json.loads(members["json"])["caption"] for members in found] == [f"{i}" for i in range(130)]
     assert count_epoch(args.datasets) == 130 and len({part_fingerprint(part) for part in args.datasets[0].parts}) == 44

@@ -20,6 +20,8 @@ import train_lcm_distill_sd as script
 from common import cache
 from common.cache import TensorStore, identity, text_key, weights_identity
 from common.shards import expand_shards, read_shard
+from common.sources import Files
+from common.stream import ShardPass
 from tests.helpers import encoded, launch, tiny_pipeline, toy_shards, write_shard
 
 
@@ -185,17 +187,14 @@ def test_a_cut_off_fill_goes_on(teacher, shards, tmp_path, monkeypatch):
     assert calls == []
 
 
+def short_run(teacher, shards, folder) -> list:
+    flags = ["--pretrained_teacher_model", teacher, "--train_shards_path_or_url", shards, "--output_dir", folder]
+    return [*flags, "--resolution", 32, "--max_train_steps", 1, "--validation_steps", 0, "--report_steps="]
+
+
 def test_kill_while_filling_leaves_whole_files(teacher, tmp_path):
     shards = toy_shards(tmp_path / "many", 6, 40)
-    flags = [
-        "--pretrained_teacher_model",
-        teacher,
-        "--train_shards_path_or_url",
-        shards,
-        "--output_dir",
-        tmp_path / "o",
-    ]
-    flags += ["--resolution", 32, "--max_train_steps", 1, "--validation_steps", 0, "--vae_encode_batch_size", 2]
+    flags = [*short_run(teacher, shards, tmp_path / "o"), "--vae_encode_batch_size", 2]
     process = launch("train_lcm_distill_sd.py", *flags, wait=False)
     store = tmp_path / "o" / "cache" / "vae"
     end = time.time() + 100
@@ -204,32 +203,22 @@ def test_kill_while_filling_leaves_whole_files(teacher, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert records(store) > 0
-    done = launch(
-        "train_lcm_distill_sd.py",
-        *flags,
-        "--disable_benchmark",
-        "--validation_num_inference_steps",
-        1,
-        "--report_steps=",
-    )
+    done = launch("train_lcm_distill_sd.py", *flags, "--disable_benchmark", "--validation_num_inference_steps", 1)
     assert "caches: 240 latents" in done.stdout
 
 
 def test_two_processes_split_the_fill(teacher, tmp_path):
     shards = toy_shards(tmp_path / "shards", 4, 6)
-    flags = [
-        "--pretrained_teacher_model",
-        teacher,
-        "--train_shards_path_or_url",
-        shards,
-        "--output_dir",
-        tmp_path / "o",
-    ]
-    flags += ["--resolution", 32, "--max_train_steps", 1, "--validation_steps", 0, "--train_batch_size", 2]
-    done = launch("train_lcm_distill_sd.py", *flags, "--disable_benchmark", "--report_steps=", processes=2)
+    flags = [*short_run(teacher, shards, tmp_path / "o"), "--train_batch_size", 2]
+    done = launch("train_lcm_distill_sd.py", *flags, "--disable_benchmark", processes=2)
     assert "caches: 24 latents" in done.stdout
-    stores = [path for path in (tmp_path / "o" / "cache" / "vae").iterdir()]
-    assert sum(len(TensorStore(path).index) for path in stores) == 24
+    files = (tmp_path / "o" / "cache" / "vae").rglob("*.safetensors")
+    assert [records_of_file(path) for path in files] == [6] * 4  # of each shard once, whichever process wrote it
+
+
+def test_each_process_fills_its_share():
+    share = [ShardPass([(0, Files("", ()))] * 5, [None], process=process, processes=2) for process in (0, 1)]
+    assert [list(part) for part in share] == [[0, 2, 4], [1, 3]]  # shards, by their numbers
 
 
 @pytest.mark.parametrize("compress", [False, True])

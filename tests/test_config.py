@@ -5,8 +5,10 @@ import base64
 import http.server
 import json
 import shlex
+import sys
 import threading
 from pathlib import Path
+from string import Template
 
 import pytest
 from PIL import Image
@@ -19,6 +21,7 @@ from common.datasets import check_data_flags
 from common.export import hide_secrets
 from common.video import add_video_flags, check_clip_flags
 from tests.helpers import ROOT, launch, tiny_pipeline, tiny_sdxl_pipeline, toy_shards
+from tests.test_buckets import table_module
 from tests.test_video import frame, video
 
 
@@ -711,3 +714,164 @@ def test_lists_and_flavours_of_wan(tmp_path, wan_files):
     args = parse_wan(wan_parser(), "--config", tmp_path / "config.json", "--train_data_dir", tmp_path / "clips")
     assert (args.dmd_denoising_steps, args.fake_score_betas) == ("1000,757,522", [0.5, 0.75])
     assert args.pretrained_teacher_model == "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# diffusers' launch lines and flags for SDXL
+# ---------------------------------------------------------------------------------------------------------------------
+
+SDXL_LINES = {
+    "train_lcm_distill_sdxl_wds": r"""
+    --pretrained_teacher_model=$MODEL_NAME \
+    --pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix \
+    --output_dir=$OUTPUT_DIR \
+    --mixed_precision=fp16 \
+    --resolution=1024 \
+    --learning_rate=1e-6 --loss_type="huber" --use_fix_crop_and_size --ema_decay=0.95 --adam_weight_decay=0.0 \
+    --max_train_steps=1000 \
+    --max_train_samples=4000000 \
+    --dataloader_num_workers=8 \
+    --train_shards_path_or_url="pipe:curl -L -s https://huggingface.co/datasets/laion/conceptual-captions-12m-webdataset/resolve/main/data/{00000..01099}.tar?download=true" \
+    --validation_steps=200 \
+    --checkpointing_steps=200 --checkpoints_total_limit=10 \
+    --train_batch_size=12 \
+    --gradient_checkpointing --enable_xformers_memory_efficient_attention \
+    --gradient_accumulation_steps=1 \
+    --use_8bit_adam \
+    --resume_from_checkpoint=latest \
+    --report_to=wandb \
+    --seed=453645634 \
+    --push_to_hub \
+""",  # noqa: E501
+    "train_lcm_distill_lora_sdxl_wds": r"""
+    --pretrained_teacher_model=$MODEL_NAME \
+    --pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix \
+    --output_dir=$OUTPUT_DIR \
+    --mixed_precision=fp16 \
+    --resolution=1024 \
+    --lora_rank=64 \
+    --learning_rate=1e-4 --loss_type="huber" --use_fix_crop_and_size --adam_weight_decay=0.0 \
+    --max_train_steps=1000 \
+    --max_train_samples=4000000 \
+    --dataloader_num_workers=8 \
+    --train_shards_path_or_url="pipe:curl -L -s https://huggingface.co/datasets/laion/conceptual-captions-12m-webdataset/resolve/main/data/{00000..01099}.tar?download=true" \
+    --validation_steps=200 \
+    --checkpointing_steps=200 --checkpoints_total_limit=10 \
+    --train_batch_size=12 \
+    --gradient_checkpointing --enable_xformers_memory_efficient_attention \
+    --gradient_accumulation_steps=1 \
+    --use_8bit_adam \
+    --resume_from_checkpoint=latest \
+    --report_to=wandb \
+    --seed=453645634 \
+    --push_to_hub \
+""",  # noqa: E501
+    "train_lcm_distill_lora_sdxl": r"""
+    --pretrained_teacher_model=${MODEL_NAME}  \
+    --pretrained_vae_model_name_or_path=${VAE_PATH} \
+    --output_dir="pokemons-lora-lcm-sdxl" \
+    --mixed_precision="fp16" \
+    --dataset_name=$DATASET_NAME \
+    --resolution=1024 \
+    --train_batch_size=24 \
+    --gradient_accumulation_steps=1 \
+    --gradient_checkpointing \
+    --use_8bit_adam \
+    --lora_rank=64 \
+    --learning_rate=1e-4 \
+    --report_to="wandb" \
+    --lr_scheduler="constant" \
+    --lr_warmup_steps=0 \
+    --max_train_steps=3000 \
+    --checkpointing_steps=500 \
+    --validation_steps=50 \
+    --seed="0" \
+    --report_to="wandb" \
+    --push_to_hub
+""",
+}
+
+
+def words_of(line: str, **variables) -> list[str]:
+    """As a shell splits the line."""
+    return shlex.split(Template(line.replace("\\\n", " ")).substitute(variables))
+
+
+@pytest.mark.parametrize("name", SDXL_LINES)
+def test_the_launch_lines_of_diffusers_sdxl_scripts_parse(name, monkeypatch):
+    rows = [{"image": {"bytes": b"", "path": None}, "text": "a"}] * 5
+    monkeypatch.setitem(sys.modules, "datasets", table_module(rows))
+    variables = {"MODEL_NAME": "stabilityai/stable-diffusion-xl-base-1.0", "OUTPUT_DIR": "path/to/saved/model"}
+    variables |= {"DATASET_NAME": "lambdalabs/naruto-blip-captions", "VAE_PATH": "madebyollin/sdxl-vae-fp16-fix"}
+    args = sdxl_script.parse_args(words_of(SDXL_LINES[name], **variables))
+    assert (args.pretrained_teacher_model, args.resolution) == (variables["MODEL_NAME"], 1024)
+    assert args.pretrained_vae_model_name_or_path == variables["VAE_PATH"]
+    assert (args.optimizer, args.mixed_precision, args.report_to) == ("adamw8bit", "fp16", "wandb")
+    assert args.gradient_checkpointing and args.push_to_hub
+    assert (args.model_type, args.lora_rank) == ("lora" if "lora" in name else "full", 64)
+    (dataset,) = args.datasets
+    if "wds" in name:
+        assert len(dataset.parts) == 1100 and dataset.parts[7].endswith("/data/00007.tar?download=true")
+        assert (args.max_train_steps, args.num_samples, args.seed) == (1000, 4_000_000, 453645634)
+        assert dataset.rules.fixed_size_ids and (args.loss_type, args.caches) == ("huber", "off")
+        assert args.resume_from_checkpoint == "latest"
+    else:
+        assert (dataset.id, args.num_samples, args.seed) == (variables["DATASET_NAME"], 5, 0)
+        assert not dataset.rules.fixed_size_ids and (args.max_train_steps, args.lr_warmup_steps) == (3000, 0)
+    assert (dataset.rules.resolution, dataset.rules.crop_aspect) == (1024, "square")
+
+
+@pytest.mark.parametrize("name", SDXL_LINES)
+def test_the_launch_lines_of_diffusers_sdxl_scripts_run(name, tmp_path, shards, images, hub):
+    """Other than there: teacher, VAE, data, resolution, numbers of steps, and fp16, which needs a GPU."""
+    teacher, out = tiny_sdxl_pipeline(tmp_path / "teacher"), tmp_path / "out"
+    places = {"MODEL_NAME": teacher, "OUTPUT_DIR": out, "DATASET_NAME": images, "VAE_PATH": teacher / "vae"}
+    line = SDXL_LINES[name].replace("madebyollin/sdxl-vae-fp16-fix", "${VAE_PATH}")
+    flags = words_of(line, **places)
+    if "wds" in name:
+        flags += ["--train_shards_path_or_url", f"pipe:cat {shards}"]
+    # Of a flag that is given twice the last one counts
+    flags += ["--output_dir", out, "--mixed_precision", "no", "--resolution", 64, "--train_batch_size", 2]
+    flags += ["--max_train_steps", 2, "--validation_steps", 1, "--checkpointing_steps", 1, "--report_steps="]
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "x", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    environment |= {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    done = launch("train_lcm_distill_sdxl.py", *flags, **environment)
+    assert "8-bit AdamW" in done.stdout and "Traceback" not in done.stderr
+    assert ("no checkpoint in" in done.stdout) == ("wds" in name)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert (out / "validation" / "grid-000001.png").exists() and list((tmp_path / "wandb").glob("offline-run-*"))
+    model = {"pytorch_lora_weights.safetensors"} if "lora" in name else {"config.json", *WEIGHTS}
+    assert set(hub.files) == {"README.md", "samples.png", "scheduler/scheduler_config.json", *model}
+
+
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+
+
+def test_diffusers_sdxl_flags_and_defaults(shards):
+    """Every flag of diffusers' three SDXL scripts with its default there, but for those that DESIGN changes.
+
+    Those are: the seed, the rate of train_lcm_distill_lora_sdxl (1e-6 there), and --cast_teacher_unet, which is on.
+    """
+    base = ["--pretrained_teacher_model", "x", "--train_shards_path_or_url", shards]
+    args = vars(sdxl_script.parse_args(base))
+    defaults = {
+        "pretrained_vae_model_name_or_path": None, "teacher_revision": None, "revision": None, "cache_dir": None,
+        "output_dir": "lcm-xl-distilled", "logging_dir": "logs", "report_to": "tensorboard", "checkpointing_steps": 500,
+        "checkpoints_total_limit": None, "resume_from_checkpoint": None, "dataset_name": None,
+        "dataset_config_name": None, "train_data_dir": None, "image_column": "image", "caption_column": "text",
+        "resolution": 1024, "interpolation_type": "bilinear", "use_fix_crop_and_size": False, "center_crop": False,
+        "random_flip": False, "vae_encode_batch_size": 8, "dataloader_num_workers": 0, "train_batch_size": 16,
+        "num_train_epochs": 100, "max_train_steps": None, "max_train_samples": None, "learning_rate": 1e-4,
+        "scale_lr": False, "lr_scheduler": "constant", "lr_warmup_steps": 500, "gradient_accumulation_steps": 1,
+        "use_8bit_adam": False, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2,
+        "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "proportion_empty_prompts": 0, "w_min": 3.0, "w_max": 15.0,
+        "num_ddim_timesteps": 50, "loss_type": "l2", "huber_c": 0.001, "timestep_scaling_factor": 10.0,
+        "unet_time_cond_proj_dim": 256, "ema_decay": 0.95, "lora_rank": 64, "lora_alpha": 64, "lora_dropout": 0.0,
+        "lora_target_modules": sdxl_script.LORA_TARGETS, "mixed_precision": None, "allow_tf32": False,
+        "enable_xformers_memory_efficient_attention": False, "gradient_checkpointing": False, "local_rank": -1,
+        "validation_steps": 200, "push_to_hub": False, "hub_token": None, "hub_model_id": None,
+        "tracker_project_name": "text2image-fine-tune",
+    }  # fmt: skip
+    assert {name: args[name] for name in defaults} == defaults
+    assert args["cast_teacher_unet"] and args["seed"] == 42
+    assert sdxl_script.parse_args([*base, "--encode_batch_size", "3"]).vae_encode_batch_size == 3

@@ -220,6 +220,13 @@ def test_an_epoch_visits_every_sample_once_and_epochs_differ(shards):
     assert captions(batches(shards, batch_size=8, seed=1), 8) != epochs[0]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_shard_is_read_again_after_its_end(tmp_path, workers):
+    source = batches(expand_shards(toy_shards(tmp_path, 1, 8)), workers=workers, lanes=1)
+    epochs = [captions(source, 2) for _ in range(3)]
+    assert len(epochs[0]) == 8 and sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+
+
 def test_order_and_crops_do_not_depend_on_where_the_data_lies(tmp_path, shards):
     """A run may be resumed on a machine where the same shards have another path."""
     copies = [shutil.copy(shard, tmp_path) for shard in shards]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from safetensors.torch import load_file
@@ -25,7 +25,7 @@ from common.optim import DECAYS, make_schedule
 from common.report import features
 from common.rollout import draw_rollout, roll_out
 from common.validation import spread
-from tests.helpers import launch, tiny_pipeline, toy_shards
+from tests.helpers import launch, tiny_autoencoder, tiny_pipeline, toy_shards
 from tests.test_webhook import serve as hook_server
 
 SHORT = "--resolution 32 --train_batch_size 4 --max_train_steps 1 --validation_steps 0 --checkpointing_steps 0"
@@ -437,12 +437,7 @@ def test_one_block_of_rows_for_each_size(parse, tmp_path, monkeypatch):
 
 
 def test_previews_are_the_half_done_samples(parse, tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    tiny = AutoencoderTiny(
-        encoder_block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 4, num_encoder_blocks=(1,) * 4,
-        num_decoder_blocks=(1,) * 4,
-    )  # fmt: skip
-    tiny.save_pretrained(tmp_path / "tiny")
+    tiny = tiny_autoencoder(tmp_path / "tiny")
     seen, original = [], StableDiffusionPipeline.__call__
 
     def watched(self, *arguments, callback_on_step_end, **options):
@@ -561,7 +556,7 @@ def test_evaluation_changes_nothing_and_held_out_samples_are_not_trained_on(pars
 
 
 def test_a_run_tells_its_webhook(parse, tmp_path, monkeypatch, capsys):
-    """Progress, pictures, the end, and what ends it before; also previews at level debug."""
+    """Progress, pictures, the end, and what ends it before."""
     server = hook_server()
     (tmp_path / "hook.json").write_text(json.dumps({"webhook_url": server.url, "level": "info"}))
     flags = f"--lora_rank 2 --webhook_config {tmp_path / 'hook.json'}"

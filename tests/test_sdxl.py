@@ -3,19 +3,27 @@
 What both LCM scripts do alike is tested on the SD script; tests/test_scripts.py holds them to it.
 """
 
+import gc
 import io
 import json
+import re
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import train_lcm_distill_sdxl as script
+from common.cache import TensorStore
 from tests import test_method
-from tests.helpers import tiny_sdxl_pipeline, toy_shards, write_shard
+from tests.helpers import launch, tiny_autoencoder, tiny_sdxl_pipeline, write_shard
 from tests.test_method import (  # noqa: F401
     lcm_in_float64,
     load,
@@ -26,6 +34,7 @@ from tests.test_method import (  # noqa: F401
     shards,
     watch,
 )
+from tests.test_webhook import serve
 
 ODD_SIZE = (257, 515)  # height and width of an original; bf16 has neither
 
@@ -221,6 +230,38 @@ def test_an_exported_lora_loads_in_the_stock_pipeline(flags, parse, teachers, mo
     torch.testing.assert_close(loaded, ours, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision, error", [("int8-quanto", 0.02), ("fp8-torchao", 0.1)])
+def test_a_lora_of_a_base_in_8_bits_loads_on_the_plain_one(precision, error, parse, teachers, monkeypatch, tmp_path):  # noqa: F811
+    def weak_adapters(teacher, *_):
+        torch.manual_seed(3)
+        for name, p in teacher.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.1)
+
+    networks = perturb(monkeypatch, weak_adapters)
+    script.main(parse(f"--lora_rank 4 --base_model_precision {precision} --learning_rate 1e-2"))
+    frozen = [m.weight for m in networks[1].modules() if type(m) is torch.nn.Linear and not m.weight.requires_grad]
+    assert {type(weight).__name__ for weight in frozen} == {"Int8Tensor" if "int8" in precision else "Float8Tensor"}
+    pipe = StableDiffusionXLPipeline.from_pretrained(teachers["epsilon"])
+    (x, t), cond = tiny_inputs(), tiny_conditions()
+    with torch.no_grad():
+        base = script.predict(pipe.unet, x, t, cond)
+        pipe.load_lora_weights(tmp_path / "out")
+        ours, loaded = (script.predict(unet.eval(), x, t, cond) for unet in (networks[1], pipe.unet))
+    assert (loaded - base).norm() > 0.2 * base.norm()
+    assert (loaded - ours).norm() < error * loaded.norm()
+
+
+@pytest.mark.parametrize("where", ["cpu", "accelerator"])
+def test_weights_are_brought_to_8_bits_where_asked(where, parse, monkeypatch):  # noqa: F811
+    places, meta = [], torch.device("meta")
+    monkeypatch.setattr(script, "quantize", lambda network, precision, place: places.append(str(place)))
+    args = parse(f"--lora_rank 2 --base_model_precision int8-torchao --quantize_via {where}")
+    script.load_text_encoder(args, meta, torch.float32)
+    script.load_networks(args, SimpleNamespace(device=meta, print=print), torch.float32)
+    assert places == ["cpu" if where == "cpu" else "meta"] * 3
+
+
 def test_an_exported_student_is_a_network_and_where_asked_a_whole_pipeline(parse, monkeypatch, tmp_path):  # noqa: F811
     networks = perturb(monkeypatch, lambda *_: None)
     script.main(parse("--num_ddim_timesteps 25 --learning_rate 1e-2 --export_pipeline"))
@@ -245,6 +286,102 @@ def test_without_asking_nothing_but_the_student_is_written(parse, tmp_path):  # 
     }
 
 
+@pytest.mark.parametrize("flags", ["--model_type full", "--lora_rank 4"])
+def test_the_card_says_how_to_use_the_model_what_made_it_and_how_good_it_is(flags, parse, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setattr(sys, "argv", ["train_lcm_distill_sdxl.py", *flags.split(), "--seed", "42"])
+    script.main(parse(f"{flags} --num_ddim_timesteps 25 --report_steps 1,3"))
+    out = tmp_path / "out"
+    card = (out / "README.md").read_text()
+    assert f"accelerate launch train_lcm_distill_sdxl.py {flags} --seed 42\n" in card
+    settings = json.loads(re.search(r"```json\n(.*?)```", card, re.DOTALL)[1])
+    assert (settings["num_ddim_timesteps"], settings["report_steps"], settings["w_max"]) == (25, [1, 3], 15.0)
+    assert "![samples](samples.png)" in card and Image.open(out / "samples.png").width > 4 * 128  # a prompt a column
+    scheduler = LCMScheduler.from_pretrained(out, subfolder="scheduler")
+    assert scheduler.config.original_inference_steps == 25
+    assert f'LCMScheduler.from_pretrained("{out}", subfolder="scheduler")' in card
+
+    rows = json.loads((out / "report.json").read_text())
+    samplers = [("teacher", 50), ("teacher", 1), ("teacher", 3), ("student", 1), ("student", 3)]
+    assert [(row["sampler"], row["steps"]) for row in rows] == samplers
+    assert all(f"| {row['sampler']} | {row['steps']} | {row['distance']:.4f} |" in card for row in rows)
+    plot = np.asarray(Image.open(out / "report.png"))
+    lines = [(plot == np.array(colour)).all(-1).sum() for colour in ((0x88, 0x88, 0x88), (0xC0, 0x30, 0x20))]
+    assert min(lines) > 100 and "![steps against quality](report.png)" in card  # teacher's and student's
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Caches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, there", [("", False), ("--vae_cache_disable", True)])
+def test_with_full_caches_neither_vae_nor_text_encoders_are_there(flags, there, parse, monkeypatch):  # noqa: F811
+    """While training, in the run that fills them and in the next."""
+    kinds, found = (AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection), []
+
+    def encoders() -> list:
+        gc.collect()
+        return [thing for thing in gc.get_objects() if type(thing) in kinds]
+
+    before = encoders()
+    known = set(map(id, before))
+    monkeypatch.setattr(
+        Accelerator, "log", lambda *_, **__: found.append({type(e) for e in encoders() if id(e) not in known})
+    )
+    for _ in range(2):
+        script.main(parse(flags))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert found == [set(kinds) if there else set()] * 2
+
+
+@pytest.fixture
+def two_shapes(tmp_path):
+    """A folder of images in two buckets, and flags for it."""
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        pixels = rng.integers(0, 255, (40, 64, 3) if i % 2 else (64, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text(f"number {i}")
+    return f"--train_data_dir {tmp_path / 'images'} --resolution_type pixel_area --crop_aspect preserve"
+
+
+def test_from_a_cache_the_teacher_is_told_what_it_is_told_without(two_shapes, teachers, monkeypatch, tmp_path):
+    """Latents, both text encoders' embeddings, size ids: streamed, while filling, from what was filled, on demand."""
+    calls, told = watch(monkeypatch, "predict"), []
+    flags = f"--pretrained_teacher_model {teachers['epsilon']} --output_dir {tmp_path / 'out'} {two_shapes}"
+    flags += f" {test_method.SHORT} --train_batch_size 2 --max_train_steps 6 --learning_rate 1e-6"
+    for mode in (
+        "--vae_cache_disable",
+        "",
+        "",
+        f"--vae_cache_ondemand --compress_disk_cache --cache_dir_vae {tmp_path}",
+    ):
+        calls.clear()
+        script.main(script.parse_args([*flags.split(), *mode.split()]))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        told.append([{"x": x, "t": t} | cond for (_, x, t, cond, *_), _ in calls[::3]])  # teacher, target, student
+    assert {tuple(step["x"].shape[2:]) for step in told[0]} == {(5, 3), (3, 5)}
+    assert {tuple(step["time_ids"][0].tolist()) for step in told[0]} == {(64, 40, 0, 0, 40, 24), (40, 64, 0, 0, 24, 40)}
+    for other in told[1:]:
+        torch.testing.assert_close(other, told[0], rtol=0, atol=1e-4)
+
+
+def test_two_processes_fill_both_caches_and_train(two_shapes, teachers, tmp_path):
+    flags = f"--pretrained_teacher_model {teachers['epsilon']} --output_dir {tmp_path / 'out'} {two_shapes}"
+    flags += f" {test_method.SHORT} --train_batch_size 2 --max_train_steps 2"
+    done = launch("train_lcm_distill_sdxl.py", *flags.split(), processes=2)
+    assert "caches: 8 latents, 13 prompts" in done.stdout  # the empty one and those of the pictures
+    assert "for 2 steps of 4 samples" in done.stdout
+    (folder,) = (tmp_path / "out" / "cache" / "text").iterdir()
+    store = TensorStore(folder)
+    records = [store.get(key) for key in store.index]
+    assert {name: tuple(v.shape) for name, v in records[0].items()} == {"prompt_embeds": (32, 40), "text_embeds": (20,)}
+    again = launch("train_lcm_distill_sdxl.py", *flags.split(), processes=2)
+    assert "caches: 8 latents, 13 prompts" in again.stdout
+    assert len(list(folder.glob("*.safetensors"))) == len({str(path) for path in store.index.values()})  # none is new
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What may be added to a run, where SDXL is another matter than SD
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,6 +398,19 @@ def test_the_negative_prompt_reaches_the_teachers_pictures_in_both_embeddings(pa
     assert student[5]["prompt_embeds"].abs().max() == student[5]["text_embeds"].abs().max() == 0
     torch.testing.assert_close(teacher[5], {"prompt_embeds": embeds, "text_embeds": pooled}, rtol=0, atol=1e-5)
     assert {picture.size for picture in pictures} == {(48, 32)}
+
+
+@pytest.mark.parametrize("level, previews", [({}, ["step01", "step02", "step04"]), ({"level": "info"}, [])])
+def test_previews_go_to_the_webhook(level, previews, parse, monkeypatch, tmp_path):  # noqa: F811
+    tiny_autoencoder(tmp_path / "tiny")
+    server = serve()
+    (tmp_path / "hook.json").write_text(json.dumps({"webhook_url": server.url} | level))
+    flags = f"--validation_preview --validation_preview_steps 2 --validation_preview_model {tmp_path / 'tiny'}"
+    script.main(parse(f"{flags} --validation_num_inference_steps 4 --webhook_config {tmp_path / 'hook.json'}"))
+    names = [message["name"] for message in server.received if message["type"] == "picture"]
+    assert names == [*(f"preview-4-steps-{step}" for step in previews), "grid"]
+    assert len(list((tmp_path / "out" / "validation").glob("preview-4-steps-*.png"))) == 3  # on disk in any case
+    server.shutdown()
 
 
 def test_each_text_encoder_has_its_precision(parse, tmp_path):  # noqa: F811
@@ -334,13 +484,7 @@ def test_what_is_held_out_is_of_all_datasets(cache, teachers, monkeypatch, tmp_p
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_those_of_diffusers_sdxl_scripts(tmp_path):
-    shards = toy_shards(tmp_path, shards=1, samples=2)  # noqa: F811
-    args = script.parse_args(["--pretrained_teacher_model", "x", "--train_shards_path_or_url", shards])
-    expected = {"resolution": 1024, "w_min": 3.0, "w_max": 15.0, "vae_encode_batch_size": 8, "lora_rank": 64}
-    assert {name: getattr(args, name) for name in expected} == expected
-
-
+@pytest.mark.skipif(not script.TOY.joinpath("sdxl").exists(), reason="the toy SDXL is not in the repository yet")
 @pytest.mark.parametrize("flags", ["", "--model_type lora"])
 def test_the_first_line_of_the_readme_is_the_toy_recipe(flags):
     args = script.parse_args(["--w_min", "1", "--w_max", "12", *flags.split()])

@@ -45,7 +45,7 @@ def server():
 
 
 def test_progress_and_pictures_arrive_in_order(server):
-    hook = Webhook({"webhook_url": server.url})
+    hook = Webhook({"webhook_url": server.url, "level": "info"})
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     hook.send("progress", step=1, of=9, loss=0.5)
     hook.send("picture", picture=Image.fromarray(pixels), name="grid", step=1)
@@ -58,9 +58,9 @@ def test_progress_and_pictures_arrive_in_order(server):
     assert second["name"] == "grid" and np.array_equal(np.asarray(picture), pixels)
 
 
-@pytest.mark.parametrize("level, kinds", [("debug", 3), ("info", 2), ("error", 1)])
+@pytest.mark.parametrize("level, kinds", [({}, 3), ({"level": "info"}, 2), ({"level": "error"}, 1)])
 def test_levels(level, kinds, server):
-    hook = Webhook({"webhook_url": server.url, "level": level})
+    hook = Webhook({"webhook_url": server.url} | level)
     for kind in ("debug", "info", "error"):
         hook.send("x", kind)
     assert hook.close() == 0 and len(server.received) == kinds

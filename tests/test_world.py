@@ -1,10 +1,14 @@
 """The toy world's oracle and its Fréchet distance."""
 
+import json
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.toy import world
 from tests.toy.make import draw
+from tests.toy.report import report
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (80, 48)])
@@ -64,3 +68,15 @@ def test_distance_sees_what_too_few_steps_look_like():
     near = distance(pixels)
     assert distance(blurred) > 1.2 * near
     assert distance(128 + 0.8 * (pixels - 128)) > 10 * near
+
+
+def test_the_toy_s_report_has_the_steps_that_were_asked_for(tmp_path):
+    def pictures(which, prompts, steps, seed, size):
+        rng = np.random.default_rng((seed, steps))
+        return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for _ in prompts]
+
+    text = report(pictures, tmp_path, [2, 3], ((64, 64), (48, 80)), samples=8)
+    rows = json.loads((tmp_path / "report.json").read_text())
+    assert list(rows) == ["64x64", "48x80"] and text.count("| student 3 |") == 2
+    for size in rows.values():
+        assert list(size) == ["teacher 50", "teacher 4", "teacher 2", "student 2", "student 3"]

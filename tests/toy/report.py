@@ -13,10 +13,9 @@ from tests.toy import world
 SAMPLES = 256
 CHUNK = 64
 TEACHER_STEPS = (50, 4, 2)
-STUDENT_STEPS = (1, 2, 4, 8)
 
 
-def report(pictures, folder: Path, sizes=((64, 64),), samples: int = SAMPLES) -> str:
+def report(pictures, folder: Path, student_steps: list[int], sizes=((64, 64),), samples: int = SAMPLES) -> str:
     """Tables of adherence, and of distance to the teacher's 50-step samples with other seeds, as Markdown.
 
     `pictures(which, prompts, steps, seed, size=(height, width))` draws. report.json holds the rows by sampler; with
@@ -27,7 +26,7 @@ def report(pictures, folder: Path, sizes=((64, 64),), samples: int = SAMPLES) ->
     results, text = {}, ""
     for size in sizes:
         name = f"{size[0]}x{size[1]}"
-        rows, few_steps, sheet = measure(pictures, prompts, size)
+        rows, few_steps, sheet = measure(pictures, prompts, student_steps, size)
         path = folder / ("report.png" if size == sizes[0] else f"report-{name}.png")
         sheet.save(path)
         results[name] = rows
@@ -38,7 +37,7 @@ def report(pictures, folder: Path, sizes=((64, 64),), samples: int = SAMPLES) ->
     return text
 
 
-def measure(pictures, prompts: list[str], size: tuple[int, int]):
+def measure(pictures, prompts: list[str], student_steps: list[int], size: tuple[int, int]):
     """Rows by sampler, the teacher's few steps, and a sheet of pictures.
 
     Distance closed at n steps is (d(teacher few) - d(student n)) / (d(teacher few) - d(teacher 50)), where few is 4, or
@@ -53,7 +52,7 @@ def measure(pictures, prompts: list[str], size: tuple[int, int]):
 
     reference = world.features(sample("teacher", 50, seed=2_000_000)[0])
     rows, strips, labels = {}, [], []
-    for which, counts in (("teacher", TEACHER_STEPS), ("student", STUDENT_STEPS)):
+    for which, counts in (("teacher", TEACHER_STEPS), ("student", student_steps)):
         for steps in counts:
             images, seconds = sample(which, steps)
             rows[f"{which} {steps}"] = {

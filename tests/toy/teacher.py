@@ -1,7 +1,8 @@
 """How good a toy teacher is: `python -m tests.toy.teacher sd` (or `sdxl`) prints the README's table.
 
-Pictures by the stock pipeline, at 50, 4 and 2 steps of DDIM and of DPM-Solver++, at several guidance scales; of SDXL in
-every size, and with size ids that ask for other pictures than sharp and whole ones.
+Pictures by the stock pipeline, at 50, 4 and 2 steps of DDIM and of DPM-Solver++, at several guidance scales, and what
+LCM's sampler makes of the teacher without any training; of SDXL in every size, and with size ids that ask for other
+pictures than sharp and whole ones.
 """
 
 import argparse
@@ -9,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler
 
 from tests.toy import world
 from tests.toy.make import BUCKETS
 
 TOY = Path(__file__).parent
 CHUNK = 64
-SCALES = {"sd": [1.5, 2.0, 3.0], "sdxl": [2.0, 7.5, 13.0]}
+SCALES = {"sd": [1.0, 1.5, 2.0, 3.0], "sdxl": [1.0, 2.0, 7.5, 13.0]}
 SIZE_IDS = {
     "whole": {},
     "enlarged from 24x24": {"original_size": (24, 24)},
@@ -60,13 +61,16 @@ def main(argv=None):
     parser.add_argument("teacher", choices=["sd", "sdxl"])
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--guidance_scale", type=float, nargs="+", help="default: of the range that its recipe trains")
-    parser.add_argument("--steps", type=int, nargs="+", default=[50, 4, 2])
-    parser.add_argument("--samplers", nargs="+", default=["DDIM", "DPM-Solver++"])
+    parser.add_argument("--samplers", nargs="+", default=["DDIM", "DPM-Solver++", "LCM, untrained"])
     parser.add_argument("--folder", type=Path, default=TOY, help="where the pipeline's folder is")
     args = parser.parse_args(argv)
     pipeline, prompts = load(args.folder / args.teacher), toy_prompts(args.samples)
     ddim = DDIMScheduler.from_config(pipeline.scheduler.config)
-    samplers = {"DDIM": ddim, "DPM-Solver++": DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)}
+    samplers = {
+        "DDIM": (ddim, (50, 4, 2)),
+        "DPM-Solver++": (DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config), (50, 4, 2)),
+        "LCM, untrained": (LCMScheduler.from_config(pipeline.scheduler.config), (8, 4, 2, 1)),
+    }
     scales = args.guidance_scale or SCALES[args.teacher]
     print("| size | guidance scale | sampler | steps | prompts followed | Fréchet distance to DDIM's 50 steps |")
     print("|---|---|---|---|---|---|")
@@ -75,8 +79,8 @@ def main(argv=None):
             pipeline.scheduler = ddim
             reference = world.features(sample(pipeline, prompts, 50, scale, 2_000_000, (height, width)))
             for name in args.samplers:
-                pipeline.scheduler = samplers[name]
-                for steps in args.steps:
+                pipeline.scheduler, counts = samplers[name]
+                for steps in counts:
                     images = sample(pipeline, prompts, steps, scale, 1_000_000, (height, width))
                     distance = world.frechet_distance(world.features(images), reference)
                     followed = world.adherence(images, prompts)
