@@ -5,6 +5,7 @@ Wan's VAE keeps the first frame and makes one latent frame of each four that fol
 
 import argparse
 import io
+import itertools
 import random
 import re
 import warnings
@@ -19,6 +20,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.cache import text_key
+from common.causal import block_lengths
 from common.data import BadSample, ImageReader, Sample, member_bytes, open_image, open_readers, read_captions, to_rgb
 from common.shards import VIDEO_MEMBERS, is_frame
 from common.sources import image_size
@@ -51,36 +53,31 @@ def check_frame_count(name: str, frames: int):
         raise ValueError(f"{name} {frames}: must be 4k + 1, as {below} or {below + FRAMES_PER_LATENT}")
 
 
-def whole_blocks(latents: int, per_block: int, independent_first_frame: bool) -> int:
-    """How many of so many latent frames make whole blocks; per_block 0: the clip is one block."""
-    if per_block == 0:
-        return latents
-    first = int(independent_first_frame)
-    return first + (latents - first) // per_block * per_block if latents >= first + per_block else 0
+def splits(latents: int, args) -> bool:
+    """Whether so many latent frames are whole blocks."""
+    try:
+        return bool(block_lengths(latents, args.num_frame_per_block, args.independent_first_frame))
+    except ValueError:
+        return False
 
 
 def fit_to_blocks(name: str, frames: int, args) -> int:
-    """Frames of a clip as they are where blocks divide them, else cut to --num_training_frames.
-
-    Reads num_frame_per_block, independent_first_frame and num_training_frames.
-    """
-    blocks = args.num_frame_per_block, args.independent_first_frame
-    if (latents := latent_frames(frames)) == whole_blocks(latents, *blocks):
+    """Frames of a clip as they are where blocks divide them, else cut to --num_training_frames."""
+    latents, trained = latent_frames(frames), args.num_training_frames
+    if splits(latents, args):
         return frames
-    if args.num_training_frames < latents and args.num_training_frames == whole_blocks(
-        args.num_training_frames, *blocks
-    ):
-        cut = pixel_frames(args.num_training_frames)
+    if trained < latents and splits(trained, args):
         args.notes.append(
             f"{name} {frames}: {latents} latent frames are no whole blocks of {args.num_frame_per_block}; "
-            f"cut to --num_training_frames {args.num_training_frames}, {cut} frames"
+            f"cut to --num_training_frames {trained}, {pixel_frames(trained)} frames"
         )
-        return cut
-    fits = whole_blocks(latents, *blocks)
-    near = [pixel_frames(count) for count in (fits, max(fits, blocks[1]) + blocks[0]) if count]
+        return pixel_frames(trained)
+    fewer = [count for count in range(latents, 0, -1) if splits(count, args)][:1]
+    more = next(count for count in itertools.count(latents) if splits(count, args))
+    near = " or ".join(str(pixel_frames(count)) for count in (*fewer, more))
     raise ValueError(
-        f"{name} {frames}: {latents} latent frames are no whole blocks of --num_frame_per_block {blocks[0]}"
-        f"{' after the first frame' * blocks[1]}; {' or '.join(map(str, near))} frames are"
+        f"{name} {frames}: {latents} latent frames are no whole blocks of --num_frame_per_block "
+        f"{args.num_frame_per_block}{' after the first frame' * args.independent_first_frame}; {near} frames are"
     )
 
 
