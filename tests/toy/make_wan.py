@@ -409,6 +409,13 @@ def write_shards(folder: Path, clips: np.ndarray, captions: list[str], shards: i
                 add_member(tar, f"{i:06d}.txt", captions[i].encode())
 
 
+def training_prompts() -> str:
+    """All that this world's captions can say, a line each."""
+    prompts = [video.caption(clip) for clip in video.all_clips()]
+    np.random.default_rng(0).shuffle(prompts)
+    return "\n".join(prompts) + "\n"
+
+
 def main(argv=None):
     args = parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -424,9 +431,7 @@ def main(argv=None):
     vae.to(memory_format=torch.contiguous_format)
     pipeline = WanPipeline(tokenizer, text_encoder, vae, new_scheduler(), transformer)
     pipeline.to(torch.float16).save_pretrained(args.output / "wan")
-    prompts = [video.caption(clip) for clip in video.all_clips()]
-    np.random.default_rng(0).shuffle(prompts)
-    (args.output / "wan_prompts.txt").write_text("\n".join(prompts) + "\n")
+    (args.output / "wan_prompts.txt").write_text(training_prompts())
     write_shards(args.output / "shards_wan", *draw(30_000_000, args.shard_samples))
 
 
