@@ -5,14 +5,18 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common.validation import pixels_of, validation_prompts
+from common.validation import labelled_grid, pixels_of, validation_prompts
+from common.watch import frame_strip, save_frames, to_bytes
 
 FULL_STEPS = 50  # of the teacher's own sampler
 SIDE = 128  # pictures are compared at this size
 FILTERS, LEVELS = 64, 3
+SHOWN = 4  # prompts, side by side
+SIDE_BY_SIDE = "![frames, teacher and student](side_by_side.png)\n\nThe same as a video: side_by_side.mp4.\n\n"
 
 
 def features(pictures: list[Image.Image]) -> torch.Tensor:
@@ -37,6 +41,29 @@ def features(pictures: list[Image.Image]) -> torch.Tensor:
     return torch.cat(parts, 1)
 
 
+def clip_features(clips: list[np.ndarray]) -> torch.Tensor:
+    """Of the first, the middle and the last frame of clips [F, H, W, 3] in [0, 1]: [N, 3 D]."""
+    frames = [Image.fromarray(to_bytes(clip[i])) for clip in clips for i in (0, len(clip) // 2, -1)]
+    return features(frames).reshape(len(clips), -1) / math.sqrt(3)
+
+
+def measure(pictures, prompts: list[str], samplers: list[tuple], features=features) -> list[dict]:
+    """A row for each sampler: seconds for one sample, distance to the first sampler's, and what was drawn.
+
+    A sampler is its name, and what `pictures(which, prompts, steps, seed)` takes: which, steps and seed.
+    """
+    pictures(samplers[0][1], prompts[:1], 1, 0)  # the first call also loads and compiles: it is not timed
+    rows, reference = [], None
+    for name, which, steps, seed in samplers:
+        start = time.time()
+        drawn = pictures(which, prompts, steps, seed)
+        seconds, seen = (time.time() - start) / len(prompts), features(drawn)
+        reference = seen if reference is None else reference
+        distance = (seen - reference).norm(dim=1).mean().item()
+        rows.append({"sampler": name, "steps": steps, "distance": distance, "seconds": seconds, "drawn": drawn})
+    return rows
+
+
 def steps_report(args, pictures, clip, folder: Path) -> str:
     """Writes report.json and report.png, and returns the table as Markdown.
 
@@ -44,41 +71,75 @@ def steps_report(args, pictures, clip, folder: Path) -> str:
     """
     if not args.report_steps:
         return ""
-    prompts = validation_prompts(args)
-
-    def sample(which: str, steps: int):
-        start = time.time()
-        drawn = pictures(which, prompts, steps, args.validation_seed)
-        return drawn, (time.time() - start) / len(prompts)
-
-    sample("teacher", 1)  # the first call also loads and compiles: it is not timed
-    full, seconds = sample("teacher", FULL_STEPS)
-    reference = features(full)
-    rows = [{"sampler": "teacher", "steps": FULL_STEPS, "distance": 0.0, "seconds": seconds, "clip": full}]
-    for which in ("teacher", "student"):
-        for steps in args.report_steps:
-            drawn, seconds = sample(which, steps)
-            distance = (features(drawn) - reference).norm(dim=1).mean().item()
-            rows.append({"sampler": which, "steps": steps, "distance": distance, "seconds": seconds, "clip": drawn})
+    prompts, seed = validation_prompts(args), args.validation_seed
+    samplers = [(which, which, steps, seed) for which in ("teacher", "student") for steps in args.report_steps]
+    rows = measure(pictures, prompts, [("teacher", "teacher", FULL_STEPS, seed), *samplers])
     for row in rows:
-        drawn = row.pop("clip")
+        drawn = row.pop("drawn")
         if clip is not None:
             row["clip_score"] = clip(drawn, prompts).mean().item()
+    columns = {"CLIP score": ("clip_score", ".2f")} if clip is not None else {}
+    return write_report(folder, rows, f"on {len(prompts)} prompts", columns | {"s per picture": ("seconds", ".3f")})
+
+
+def clips_report(args, clips, evaluations, folder: Path) -> str:
+    """The same of clips, and side_by_side.mp4 and .png. The student's steps are its own.
+
+    `clips(which, prompts, steps, seed)` draws, and `evaluations(which, steps)` are those of the network that it takes.
+    Distribution matching does not promise the teacher's own clip from the same noise: how far two of the teacher's
+    from different noise are apart says what a distance means.
+    """
+    if not args.report_steps:
+        return ""
+    prompts, seed = validation_prompts(args), args.validation_seed
+    samplers = [("teacher", "teacher", FULL_STEPS, seed), ("teacher, other noise", "teacher", FULL_STEPS, seed + 10**6)]
+    samplers += [("teacher", "teacher", steps, seed) for steps in args.report_steps]
+    samplers += [("student", "student", len(args.steps), seed)]
+    rows = measure(clips, prompts, samplers, clip_features)
+    shown = {}
+    for row, (name, which, steps, _) in zip(rows, samplers, strict=True):
+        shown[f"{name}, {steps} steps"] = row.pop("drawn")
+        row["evaluations"] = evaluations(which, steps)
+    del shown[f"teacher, other noise, {FULL_STEPS} steps"]
+    side_by_side(folder, shown, prompts)
+    columns = {"evaluations": ("evaluations", ""), "s per clip": ("seconds", ".3f")}
+    return write_report(folder, rows, f"on {len(prompts)} prompts, clips", columns) + SIDE_BY_SIDE
+
+
+def write_report(folder: Path, rows: list[dict], title: str, columns: dict[str, tuple[str, str]]) -> str:
+    """report.json, report.png, and the table; `columns` are a heading's key in the rows and its format."""
     (folder / "report.json").write_text(json.dumps(rows, indent=2))
     plot(rows).save(folder / "report.png")
-
     lines = [
-        f"## Steps against quality, on {len(prompts)} prompts",
+        f"## Steps against quality, {title}",
         "",
-        f"Distance to the teacher's {FULL_STEPS}-step pictures from the same noise, of fixed random-filter features.",
+        f"Distance to the teacher's {FULL_STEPS}-step samples from the same noise, of fixed random-filter features.",
         "",
-        "| sampler | steps | distance |" + " CLIP score |" * (clip is not None) + " s per picture |",
-        "|---|---|---|" + "---|" * (clip is not None) + "---|",
+        "| sampler | steps | distance | " + " | ".join(columns) + " |",
+        "|---|---|---|" + "---|" * len(columns),
     ]
     for row in rows:
-        score = f" {row['clip_score']:.2f} |" if clip is not None else ""
-        lines.append(f"| {row['sampler']} | {row['steps']} | {row['distance']:.4f} |{score} {row['seconds']:.3f} |")
+        cells = [format(row[key], how) for key, how in columns.values()]
+        lines.append(f"| {row['sampler']} | {row['steps']} | {row['distance']:.4f} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n\n![steps against quality](report.png)\n\n"
+
+
+def side_by_side(folder: Path, clips: dict[str, list[np.ndarray]], prompts: list[str]):
+    """Clips of each sampler: side_by_side.mp4, a column for each; and side_by_side.png, frames of them, a row for each.
+
+    Clips are [F, H, W, 3] in [0, 1], as many of each sampler as there are prompts. The first ones are shown.
+    """
+    shown = prompts[:SHOWN]
+    rows = [[frame_strip(drawn[i], 5)] for i in range(len(shown)) for drawn in clips.values()]
+    labelled_grid(rows, [f"{prompt[:40]}: {name}" for prompt in shown for name in clips], ["frames"]).save(
+        folder / "side_by_side.png"
+    )
+
+    def frame(k: int) -> np.ndarray:
+        rows = [[Image.fromarray(to_bytes(drawn[i][k])) for drawn in clips.values()] for i in range(len(shown))]
+        return np.asarray(labelled_grid(rows, [prompt[:40] for prompt in shown], list(clips)))
+
+    save_frames((frame(k) for k in range(len(next(iter(clips.values()))[0]))), folder / "side_by_side.mp4")
 
 
 def plot(rows: list[dict], width: int = 560, height: int = 360) -> Image.Image:
@@ -102,7 +163,7 @@ def plot(rows: list[dict], width: int = 560, height: int = 360) -> Image.Image:
         x, _ = place({"steps": steps, "distance": 0.0})
         draw.text((x - 4, bottom + 6), str(steps), "black", font)
     draw.text((width // 2 - 20, height - 24), "steps", "black", font)
-    draw.text((8, 6), "distance to the teacher's full-step pictures", "black", font)
+    draw.text((8, 6), "distance to the teacher's full-step samples", "black", font)
     for i, (sampler, colour) in enumerate((("teacher", "#888888"), ("student", "#c03020"))):
         points = sorted(place(row) for row in rows if row["sampler"] == sampler)
         draw.line(points, colour, 2)

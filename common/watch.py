@@ -1,5 +1,6 @@
 """What is watched while a student trains: means of what the loop measures, clips on disk, and signs of collapse."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import av
@@ -72,12 +73,19 @@ def signs_of_collapse(found: dict[str, float], reference: dict[str, float]) -> l
 
 def save_clip(clip: np.ndarray, path: Path):
     """[F, H, W, 3] in [0, 1], as an mp4."""
+    save_frames(to_bytes(clip), path)
+
+
+def save_frames(frames: Iterable[np.ndarray], path: Path):
+    """[H, W, 3] each, bytes, as an mp4. Its sides are even: an odd one loses its last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
-        stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        for frame in to_bytes(clip):
+        for frame in frames:
+            frame = np.ascontiguousarray(frame[: len(frame) // 2 * 2, : frame.shape[1] // 2 * 2])
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = frame.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
 

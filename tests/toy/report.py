@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from common.report import FULL_STEPS, SHOWN, SIDE_BY_SIDE, plot, side_by_side
 from common.validation import labelled_grid
-from tests.toy import world
+from common.watch import to_bytes
+from tests.toy import world, world_video
 
 SAMPLES = 256
 CHUNK = 64
-TEACHER_STEPS = (50, 4, 2)
+TEACHER_STEPS = (FULL_STEPS, 4, 2)
 
 
 def report(pictures, folder: Path, student_steps: list[int], sizes=((64, 64),), samples: int = SAMPLES) -> str:
@@ -23,12 +25,17 @@ def report(pictures, folder: Path, student_steps: list[int], sizes=((64, 64),), 
     """
     rng = np.random.default_rng(99)
     prompts = [world.caption(world.sample_scene(rng)) for _ in range(samples)]
+    samplers = [("teacher", steps) for steps in TEACHER_STEPS] + [("student", steps) for steps in student_steps]
     results, text = {}, ""
     for size in sizes:
         name = f"{size[0]}x{size[1]}"
-        rows, few_steps, sheet = measure(pictures, prompts, student_steps, size)
+        rows, drawn = measure(pictures, world, prompts, samplers, size=size)
+        # 4, or 2 where the teacher is too good at 4 steps for the gap to be measured
+        few_steps = 4 if rows["teacher 4"]["distance"] >= 2 * rows["teacher 50"]["distance"] else 2
+        close(rows, few_steps)
         path = folder / ("report.png" if size == sizes[0] else f"report-{name}.png")
-        sheet.save(path)
+        strips = [[Image.fromarray(image) for image in images[:8]] for images in drawn.values()]
+        labelled_grid(strips, list(drawn), prompts[:8]).save(path)
         results[name] = rows
         table = markdown(rows, few_steps, f"{samples} prompts of the toy world" + f", {name}" * (len(sizes) > 1))
         print(f"\n{table}The picture: {path}")
@@ -37,49 +44,72 @@ def report(pictures, folder: Path, student_steps: list[int], sizes=((64, 64),), 
     return text
 
 
-def measure(pictures, prompts: list[str], student_steps: list[int], size: tuple[int, int]):
-    """Rows by sampler, the teacher's few steps, and a sheet of pictures.
+def report_clips(args, clips, evaluations, folder: Path, samples: int = SAMPLES) -> str:
+    """The same of clips, with side_by_side.mp4 and .png. `clips` and `evaluations` as in common/report.py."""
+    rng = np.random.default_rng(99)
+    prompts = [world_video.caption(world_video.sample_clip(rng)) for _ in range(samples)]
+    samplers = [("teacher", steps) for steps in dict.fromkeys([FULL_STEPS, *args.report_steps])]
+    samplers += [("student", len(args.steps))]
 
-    Distance closed at n steps is (d(teacher few) - d(student n)) / (d(teacher few) - d(teacher 50)), where few is 4, or
-    2 where the teacher is too good at 4 steps for the gap to be measured.
-    """
+    def in_bytes(which, part, steps, seed):
+        return [to_bytes(clip) for clip in clips(which, part, steps, seed)]
+
+    rows, drawn = measure(in_bytes, world_video, prompts, samplers)
+    for (which, steps), row in zip(samplers, rows.values(), strict=True):
+        row["evaluations"] = evaluations(which, steps)
+    few_steps = min(args.report_steps)
+    close(rows, few_steps)
+    (folder / "report.json").write_text(json.dumps(rows, indent=2))
+    plot([dict(row, sampler=which, steps=n) for (which, n), row in zip(samplers, rows.values(), strict=True)]).save(
+        folder / "report.png"
+    )
+    side_by_side(folder, {label: images[:SHOWN] / 255.0 for label, images in drawn.items()}, prompts)
+    table = markdown(rows, few_steps, f"{samples} prompts of the toy world", "clip")
+    return table + "![steps against quality](report.png)\n\n" + SIDE_BY_SIDE
+
+
+def measure(pictures, judge, prompts: list[str], samplers: list[tuple[str, int]], **size) -> tuple[dict, dict]:
+    """Rows by sampler, and what was drawn by label. `judge` is a world's module: its oracle and its features."""
 
     def sample(which: str, steps: int, seed: int = 1_000_000):
         start, drawn = time.time(), []
         for i in range(0, len(prompts), CHUNK):
-            drawn += pictures(which, prompts[i : i + CHUNK], steps, seed + i, size=size)
+            drawn += pictures(which, prompts[i : i + CHUNK], steps, seed + i, **size)
         return np.stack([np.asarray(picture) for picture in drawn]), (time.time() - start) / len(prompts)
 
-    reference = world.features(sample("teacher", 50, seed=2_000_000)[0])
-    rows, strips, labels = {}, [], []
-    for which, counts in (("teacher", TEACHER_STEPS), ("student", student_steps)):
-        for steps in counts:
-            images, seconds = sample(which, steps)
-            rows[f"{which} {steps}"] = {
-                "adherence": world.adherence(images, prompts),
-                "distance": world.frechet_distance(world.features(images), reference),
-                "seconds per picture": seconds,
-            }
-            strips.append([Image.fromarray(image) for image in images[:8]])
-            labels.append(f"{which}, {steps} step{'s' if steps > 1 else ''}")
-    many = rows["teacher 50"]["distance"]
-    few_steps = 4 if rows["teacher 4"]["distance"] >= 2 * many else 2
-    few = rows[f"teacher {few_steps}"]["distance"]
+    reference = judge.features(sample("teacher", FULL_STEPS, seed=2_000_000)[0])
+    rows, drawn = {}, {}
+    for which, steps in samplers:
+        images, seconds = sample(which, steps)
+        rows[f"{which} {steps}"] = {
+            "adherence": judge.adherence(images, prompts),
+            "distance": world.frechet_distance(judge.features(images), reference),
+            "seconds": seconds,
+        }
+        drawn[f"{which}, {steps} step{'s' if steps > 1 else ''}"] = images
+    return rows, drawn
+
+
+def close(rows: dict, few_steps: int):
+    """How much of the way from the teacher's few steps to its many each row has gone."""
+    few, many = (rows[f"teacher {steps}"]["distance"] for steps in (few_steps, FULL_STEPS))
     for row in rows.values():
         row["distance closed"] = (few - row["distance"]) / (few - many)
-    return rows, few_steps, labelled_grid(strips, labels, prompts[:8])
 
 
-def markdown(rows: dict, few_steps: int, title: str) -> str:
+def markdown(rows: dict, few_steps: int, title: str, noun: str = "picture") -> str:
+    counted = " evaluations |" if any("evaluations" in row for row in rows.values()) else ""
     lines = [
         f"## Results on {title}",
         "",
-        f"| sampler, steps | prompts followed | Fréchet distance to 50 steps | closed from {few_steps} | s a picture |",
-        "|---|---|---|---|---|",
+        f"| sampler, steps | prompts followed | Fréchet distance to 50 steps | closed from {few_steps} |{counted}"
+        f" s a {noun} |",
+        "|---|---|---|---|---|" + "---|" * bool(counted),
     ]
     for name, row in rows.items():
         lines.append(
-            f"| {name} | {row['adherence']:.1%} | {row['distance']:.4f} | {row['distance closed']:.1%}"
-            f" | {row['seconds per picture']:.3f} |"
+            f"| {name} | {row['adherence']:.1%} | {row['distance']:.4f} | {row['distance closed']:.1%} |"
+            + (f" {row['evaluations']} |" if counted else "")
+            + f" {row['seconds']:.3f} |"
         )
     return "\n".join(lines) + "\n\n"
