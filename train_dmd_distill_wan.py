@@ -61,7 +61,7 @@ from common.checkpoint import StopSignal, find_checkpoint, resume, save_checkpoi
 from common.comfy import save_comfy_lora
 from common.config import add_shared_flags, check_shared_flags, parse_with_config
 from common.data import NoGoodSamples
-from common.datasets import check_data_flags, plan_buckets
+from common.datasets import SOURCES, check_data_flags, plan_buckets
 from common.diffusion import expand_to
 from common.dmd import (
     TIMESTEPS,
@@ -76,11 +76,12 @@ from common.dmd import (
     score_timesteps,
     stock_scheduler,
 )
-from common.dmd_flags import blocks_of, check_dmd_flags, check_rollouts, trained_from
+from common.dmd_flags import batch_warning, blocks_of, check_dmd_flags, check_rollouts, trained_from
 from common.export import create_hub_repository, push_to_hub, write_model_card
 from common.optim import average_gradients, clip_gradients, gradient_norm, make_optimizer, make_schedule, update_ema
 from common.progress import Progress
 from common.quantize import quantize
+from common.report import FULL_STEPS, clips_report
 from common.speed import set_up_device, speed_up
 from common.stream import Draws, gather_states, open_batches
 from common.validation import below_each_other, labelled_grid, validation_prompts
@@ -91,8 +92,6 @@ from common.webhook import errors_to_webhook
 LORA_TARGETS = "to_q,to_k,to_v,to_out.0,ffn.net.0.proj,ffn.net.2"
 TOY = Path(__file__).parent / "tests" / "toy"
 LOG_EVERY = 10  # optimizer steps; the only place where the loop waits for the device
-TEACHER_STEPS = 50  # of its own sampler, for validation; and of the trajectories of --causal_init_steps
-RECIPE_BATCH = 64  # samples of an optimizer step in the papers' recipes
 MEANS = [
     "dmd_loss",
     "fake_score_loss",
@@ -164,15 +163,13 @@ def parse_args(argv=None):
     add_video_flags(parser)
     parser.set_defaults(
         output_dir="dmd-wan-distilled", train_batch_size=1, learning_rate=2e-5, vae_encode_batch_size=1,
-        bucket_alignment=16, crop_aspect="preserve", validation_num_inference_steps="0",
-        tracker_project_name="text2video-distill",
+        bucket_alignment=16, crop_aspect="preserve", validation_num_inference_steps=None,
+        report_steps=None, tracker_project_name="text2video-distill",
     )  # fmt: skip
 
     args = parse_with_config(parser, argv, family="wan", method="dmd", recipe=toy_recipe)
-    steps_given = str(args.validation_num_inference_steps)
-    args.validation_num_inference_steps = "1"  # the student's sampler takes its own steps: checked below
     check_shared_flags(parser, args)
-    check_dmd_flags(parser, args, LORA_TARGETS, steps_given)
+    check_dmd_flags(parser, args, LORA_TARGETS)
     rules = check_bucket_flags(parser, args)
     check_data_flags(parser, args, rules)
     args.validation_num_video_frames = args.validation_num_video_frames or args.num_frames
@@ -186,9 +183,11 @@ def parse_args(argv=None):
 
 
 def toy_recipe(args) -> dict:
+    if not (TOY / "wan").exists():
+        raise SystemExit("no --pretrained_teacher_model, and no toy one yet: python -m tests.toy.make_wan makes it")
     recipe = json.loads((TOY / "wan_recipe.json").read_text())
     paths = {"pretrained_teacher_model": str(TOY / "wan")}
-    if args.data_backend_config is None and args.train_shards_path_or_url is None:
+    if not any(getattr(args, name) for name in SOURCES):
         paths["train_prompts"] = str(TOY / "wan_prompts.txt")
     return paths | recipe["shared"] | recipe[args.model_type]
 
@@ -265,23 +264,22 @@ def tokens_of_frame(transformer, height: int, width: int) -> int:
 
 
 @torch.no_grad()
-def draw_teacher(args, transformer, vae, scheduler, cond, negative, seed: int, size):
-    """Latents of a clip by the stock pipeline."""
+def draw_teacher(args, transformer, vae, scheduler, cond, negative, steps: int, rngs: list[torch.Generator], size):
+    """Latents of clips by the stock pipeline, one for each generator."""
     pipeline = PIPELINE(None, None, vae, scheduler, transformer)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompt_embeds=cond, negative_prompt_embeds=negative, height=size[0], width=size[1],
-        num_frames=args.validation_num_video_frames, num_inference_steps=TEACHER_STEPS,
-        guidance_scale=args.validation_guidance, output_type="latent",
-        generator=torch.Generator().manual_seed(seed),
+        num_frames=args.validation_num_video_frames, num_inference_steps=steps,
+        guidance_scale=args.validation_guidance, output_type="latent", generator=rngs,
     ).frames  # fmt: skip
 
 
 @torch.no_grad()
-def decode(vae, latents: torch.Tensor):
-    """[1, C, f, h, w] -> [F, H, W, 3] in [0, 1]."""
-    pixels = wan.decode_latents(vae, latents)[0].float()
-    return (pixels / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0).cpu().numpy()
+def decode(vae, latents: torch.Tensor) -> list:
+    """[B, C, f, h, w] -> B times [F, H, W, 3] in [0, 1]."""
+    pixels = wan.decode_latents(vae, latents).float()
+    return list((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).cpu().numpy())
 
 
 def student_scheduler(args) -> tuple[FlowMatchLCMScheduler, str]:
@@ -405,17 +403,6 @@ def make_fake_score_optimizer(args, params, device):
     return make_optimizer(settings, params, args.fake_score_lr, device)
 
 
-def batch_warning(batch: int) -> str | None:
-    if RECIPE_BATCH / 4 <= batch <= RECIPE_BATCH * 4:
-        return None
-    return (
-        f"warning: {batch} clips a step, and the papers' recipes have {RECIPE_BATCH}: "
-        + ("raise" if batch < RECIPE_BATCH else "lower")
-        + " --gradient_accumulation_steps, --train_batch_size or the number of processes, or change --learning_rate "
-        + "and --fake_score_lr with it"
-    )
-
-
 @errors_to_webhook
 def main(args):
     # ---- Set-up ----
@@ -438,7 +425,7 @@ def main(args):
 
     # ---- Networks ----
     scheduler = load_scheduler(args)
-    grid = flow_grid(args.steps, TEACHER_STEPS, schedule_shift(scheduler))
+    grid = flow_grid(args.steps, FULL_STEPS, schedule_shift(scheduler))
     networks, causal = load_networks(args, accelerator, weight_dtype)
     lora, layers = args.model_type == "lora", adapter_layers(networks["student"])
     parts = {
@@ -555,21 +542,38 @@ def main(args):
         """Inside, the student is its moving average."""
         return weights_replaced(trained["student"], ema.values()) if wanted else contextlib.nullcontext()
 
-    def draw_clip(which: str, prompt: str, seed: int, size):
-        """[F, H, W, 3] in [0, 1] by teacher, student or its average (ema), each with its own sampler."""
-        cond, frames = encoder.encode_text([prompt])["prompt_embeds"], args.validation_num_video_frames
+    drawn_blocks = block_lengths(
+        latent_frames(args.validation_num_video_frames), args.num_frame_per_block, args.independent_first_frame
+    )
+
+    def draw(which: str, cond, steps: int, seeds: list[int], size):
+        """Latents [B, C, F, h, w] by teacher, student or its average (ema), each with its own sampler."""
+        rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
         if which == "teacher":
             against = encoder.encode_text([args.validation_negative_prompt or args.negative_prompt])["prompt_embeds"]
+            against = against.expand_as(cond)
             with active_adapter(layers, which), accelerator.autocast():
-                latents = draw_teacher(args, networks[which], encoder.vae, scheduler, cond, against, seed, size)
-            return decode(encoder.vae, latents)
-        blocks = block_lengths(latent_frames(frames), args.num_frame_per_block, args.independent_first_frame)
-        shape = latent_shape(networks["student"], vae_config, sum(blocks), size)
-        rng = torch.Generator().manual_seed(seed)
-        noise = functools.cache(lambda k: torch.randn(1, *shape, generator=rng).to(device))
+                return draw_teacher(args, networks[which], encoder.vae, scheduler, cond, against, steps, rngs, size)
+        shape = latent_shape(networks["student"], vae_config, sum(drawn_blocks), size)
+        noise = functools.cache(lambda k: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device))
         with torch.no_grad(), averaged(which == "ema"):
-            made = list(student_rollout(cond, noise, blocks, [len(args.steps) - 1] * len(blocks)))
-        return decode(encoder.vae, torch.cat(made, 2))
+            exits = [len(args.steps) - 1] * len(drawn_blocks)
+            return torch.cat(list(student_rollout(cond, noise, drawn_blocks, exits)), 2)
+
+    def clips(which: str, prompts: list[str], steps: int, seed: int, size=None) -> list:
+        """[F, H, W, 3] in [0, 1] each; `steps` are the teacher's."""
+        made, size = [], size or args.validation_resolution[0]
+        for i in range(0, len(prompts), args.train_batch_size):  # what fits into memory in training fits here
+            cond = encoder.encode_text(prompts[i : i + args.train_batch_size])["prompt_embeds"]
+            seeds = [seed + i + k for k in range(len(cond))]
+            made += decode(encoder.vae, draw(which, cond, steps, seeds, size))
+        return made
+
+    def evaluations(which: str, steps: int) -> int:
+        """Of the transformer for a clip; a causal student's are of one block each, its context's among them."""
+        if which == "teacher":
+            return steps * (1 if args.validation_guidance == 1.0 else 2)
+        return len(args.steps) * len(drawn_blocks) + len(drawn_blocks) - 1
 
     kept_clips = {}  # the teacher's, which do not change
 
@@ -581,11 +585,10 @@ def main(args):
         for size in args.validation_resolution:
             rows, labels = [], []
             for which in students if args.disable_benchmark else [*students, "teacher"]:
-                for i, prompt in enumerate(prompts):
-                    key = which, prompt, size
-                    clip = kept_clips[key] if key in kept_clips else draw_clip(which, prompt, seed, size)
-                    if which == "teacher":
-                        kept_clips[key] = clip
+                drawn = kept_clips.get((which, size)) or clips(which, prompts, FULL_STEPS, seed, size)
+                if which == "teacher":
+                    kept_clips[which, size] = drawn
+                for i, (prompt, clip) in enumerate(zip(prompts, drawn, strict=True)):
                     rows.append([frame_strip(clip)])
                     labels.append(f"{which}: {prompt[:40]}")
                     name = f"{which}-{i:02d}-{size[1]}x{size[0]}"
@@ -602,11 +605,10 @@ def main(args):
 
     def watch_collapse(which: str, prompt: str):
         """The first prompt with other seeds, against the teacher's clips, or the student's at the first validation."""
-        size, seed = args.validation_resolution[0], args.validation_seed
-        found = clip_statistics([draw_clip(which, prompt, seed + i, size) for i in range(2)])
+        found = clip_statistics(clips(which, [prompt] * 2, FULL_STEPS, args.validation_seed))
         if "reference" not in kept_clips:
-            drawn = None if args.disable_benchmark else [draw_clip("teacher", prompt, seed + i, size) for i in range(2)]
-            kept_clips["reference"] = clip_statistics(drawn) if drawn else found
+            seen = None if args.disable_benchmark else clips("teacher", [prompt] * 2, FULL_STEPS, args.validation_seed)
+            kept_clips["reference"] = clip_statistics(seen) if seen else found
         progress.values({f"watch/{name}": value for name, value in found.items()}, step)
         for sign in signs_of_collapse(found, kept_clips["reference"]):
             say(f"warning at step {step}: {sign}")
@@ -729,12 +731,21 @@ def main(args):
         validate().save(output_dir / "samples.png")
         with averaged(args.use_ema):
             files, usage = export(args, output_dir, networks["student"])
+            if args.toy and args.report_steps:  # its world can judge clips
+                from tests.toy.report import report_clips
+
+                results = report_clips(args, clips, evaluations, output_dir)
+            else:
+                results = clips_report(args, clips, evaluations, output_dir)
+        say(results)
         write_model_card(
             output_dir, title=f"DMD of {Path(args.pretrained_teacher_model).name}", tags=["dmd", args.model_type],
-            usage=usage, settings=vars(args), results="", picture="samples.png",
+            usage=usage, settings=vars(args), results=results, picture="samples.png",
         )  # fmt: skip
         if repository:
-            push_to_hub(args, repository, ["README.md", "samples.png", *files], "Distilled model")
+            push_to_hub(
+                args, repository, ["README.md", "samples.png", "report.*", "side_by_side.*", *files], "Distilled model"
+            )
         say(f"\nThe model is in {output_dir}:\n\n{usage}")
     accelerator.wait_for_everyone()
     progress.end(step, stopping)

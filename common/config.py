@@ -106,7 +106,7 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--validation_prompt_library", type=str, help="JSON file, name -> prompt, for the pictures")
     add("--validation_negative_prompt", type=str, help="of the teacher's pictures, which are drawn with guidance; default: what the teacher takes for none")
     add("--validation_resolution", type=str, help="WIDTHxHEIGHT in pixels, several with commas, a block of rows each; default: the training resolution")
-    add("--validation_num_inference_steps", type=str, default="1,2,4,8", help="student's numbers of steps, one row each")
+    add("--validation_num_inference_steps", type=str, default="1,2,4,8", help="student's numbers of steps, one row each; a DMD student has its own")
     add("--validation_guidance", type=float, help="guidance_scale = 1 + w; default: the middle of the trained range")
     add("--validation_seed", type=int, default=0, help="of the pictures' noise")
     add("--disable_benchmark", action="store_true", help="do not draw the teacher's own pictures beside the student's")
@@ -117,7 +117,7 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--evaluation_clip_model", type=str, help="folder or hub name of the CLIP that scores")
     add("--eval_steps", type=int, default=0, help="optimizer steps between losses on held-out samples, at fixed timesteps, noise and w; 0 for none")
     add("--eval_samples", type=int, default=8, help="samples held out from training for --eval_steps")
-    add("--report_steps", type=str, default="1,2,4,8", help="numbers of steps of the report at the end, teacher and student; empty for none")
+    add("--report_steps", type=str, default="1,2,4,8", help="numbers of steps of the report at the end, of teacher and student; a DMD student has its own; empty for none")
 
     add = parser.add_argument_group("trackers and hub").add_argument
     add("--report_to", type=str, default="tensorboard", help="tensorboard, wandb, trackio, several with commas, all, or none")
@@ -170,6 +170,8 @@ def check_shared_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
             parser.error(f"--use_8bit_adam and --optimizer {args.optimizer}: one or the other")
         args.optimizer = "adamw8bit"
     for name in ("validation_num_inference_steps", "report_steps"):
+        if getattr(args, name) is None:  # a script that knows its own
+            continue
         given = str(getattr(args, name))
         try:
             numbers = [int(n) for n in given.split(",")] if given or name != "report_steps" else []

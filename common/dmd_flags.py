@@ -7,11 +7,16 @@ from common.config import check_ranges
 from common.dmd import TIMESTEPS, denoising_steps
 from common.video import latent_frames
 
-# Of the flags that scripts share: what there is none of here
-NOT_HERE = ("eval_steps", "evaluation_type", "validation_preview", "text_encoder_2_precision", "use_fix_crop_and_size")
+RECIPE_BATCH = 64  # samples of an optimizer step in the papers' recipes
+# Of the flags that scripts share, those that have no job here, and what they are if nobody gives them
+NOT_HERE = {
+    "eval_steps": 0, "eval_samples": 8, "evaluation_type": "none", "evaluation_clip_model": None,
+    "validation_preview": False, "validation_preview_steps": 1, "validation_preview_model": None,
+    "text_encoder_2_precision": "no_change", "use_fix_crop_and_size": False,
+}  # fmt: skip
 
 
-def check_dmd_flags(parser, args, lora_targets: str, validation_steps: str):
+def check_dmd_flags(parser, args, lora_targets: str):
     """Every rule of the student's and the method's flags; fills in the LoRA's defaults."""
     if args.toy:
         toy = f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type})."
@@ -24,8 +29,8 @@ def check_dmd_flags(parser, args, lora_targets: str, validation_steps: str):
             setattr(args, name, default)
     if args.model_type == "lora" and args.export_pipeline:
         parser.error("--export_pipeline: is for a full student; a LoRA loads into its teacher's pipeline")
-    for name in NOT_HERE:
-        if getattr(args, name) not in (0, False, "none", "no_change"):
+    for name, default in NOT_HERE.items():
+        if getattr(args, name) != default:
             parser.error(f"--{name}: has no job in this script")
     if args.model_type == "full" and "comfyui" in args.export_formats:
         parser.error("--export_formats comfyui: is a layout of LoRA files")
@@ -57,14 +62,28 @@ def check_dmd_flags(parser, args, lora_targets: str, validation_steps: str):
         parser.error(f"--dmd_denoising_steps {args.dmd_denoising_steps}: {error}")
     if "," not in args.dmd_denoising_steps and len(args.steps) > 1 and args.flow_schedule_shift is None:
         parser.error(f"--dmd_denoising_steps {args.dmd_denoising_steps}: a number of steps needs --flow_schedule_shift")
-    if validation_steps not in ("0", str(len(args.steps))):
-        args.notes.append(f"--validation_num_inference_steps {validation_steps}: the student has {len(args.steps)}")
-    args.validation_num_inference_steps = [len(args.steps)]
+    own = [len(args.steps)]
+    if args.validation_num_inference_steps not in (None, own):
+        given = ",".join(map(str, args.validation_num_inference_steps))
+        args.notes.append(f"--validation_num_inference_steps {given}: the student has {own[0]}")
+    args.validation_num_inference_steps = own
+    args.report_steps = own if args.report_steps is None else args.report_steps
     args.negative_prompt = args.negative_prompt or args.validation_negative_prompt or ""
     if args.validation_guidance not in (None, 1.0):
         args.notes.append(f"--validation_guidance {args.validation_guidance:g}: of the teacher; a student takes none")
     if args.validation_guidance in (None, 1.0):
         args.validation_guidance = args.real_score_guidance_scale
+
+
+def batch_warning(batch: int) -> str | None:
+    if RECIPE_BATCH / 4 <= batch <= RECIPE_BATCH * 4:
+        return None
+    return (
+        f"warning: {batch} clips a step, and the papers' recipes have {RECIPE_BATCH}: "
+        + ("raise" if batch < RECIPE_BATCH else "lower")
+        + " --gradient_accumulation_steps, --train_batch_size or the number of processes, or change --learning_rate "
+        + "and --fake_score_lr with it"
+    )
 
 
 def check_rollouts(parser, args):

@@ -1,6 +1,5 @@
 """Flags, configs, a launch line from a document as it stands, and what reaches the hub."""
 
-import argparse
 import base64
 import http.server
 import json
@@ -13,14 +12,12 @@ from string import Template
 import pytest
 from PIL import Image
 
+import train_dmd_distill_wan as wan_script
 import train_lcm_distill_sd as script
 import train_lcm_distill_sdxl as sdxl_script
-from common.buckets import add_bucket_flags, check_bucket_flags
-from common.config import FLAG_OF_KEY, add_shared_flags, check_shared_flags, parse_with_config
-from common.datasets import check_data_flags
+from common.config import FLAG_OF_KEY
 from common.export import hide_secrets
-from common.video import add_video_flags, check_clip_flags
-from tests.helpers import ROOT, launch, tiny_pipeline, tiny_sdxl_pipeline, toy_shards
+from tests.helpers import ROOT, launch, tiny_pipeline, tiny_sdxl_pipeline, tiny_wan_pipeline, toy_shards
 from tests.test_buckets import table_module
 from tests.test_video import frame, video
 
@@ -580,43 +577,8 @@ def test_the_documents_lcm_config_trains_on_small_images(tmp_path, images, hub):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def wan_parser() -> argparse.ArgumentParser:
-    """The flags that the keys of the documents' Wan configs name, beside those that all scripts share."""
-    parser = argparse.ArgumentParser()
-    texts = ("pretrained_teacher_model", "pretrained_t5_model_name_or_path", "teacher_revision", "train_prompts")
-    for name in (*texts, "model_type", "lora_type", "ema_validation"):
-        parser.add_argument(f"--{name}")
-    for name in (
-        "real_score_guidance_scale", "fake_score_guidance_scale", "fake_score_lr", "fake_score_weight_decay",
-        "fake_score_eps", "fake_score_grad_clip", "min_timestep_ratio", "max_timestep_ratio", "timestep_shift",
-        "min_score_timestep", "context_noise", "flow_schedule_shift", "ema_decay",
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=float)
-    for name in ("generator_update_interval", "num_training_frames", "ema_update_interval", "lora_rank", "lora_alpha"):
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--resolution", type=float, default=480)
-    parser.add_argument("--num_frame_per_block", type=int, default=3)
-    parser.add_argument("--validation_num_video_frames", type=int, default=81)
-    parser.add_argument("--dmd_denoising_steps", default="1000,757,522")
-    parser.add_argument("--fake_score_betas", type=float, nargs=2, default=[0.9, 0.999])
-    for name in ("ts_schedule", "ts_schedule_max", "same_step_across_blocks", "last_step_only"):
-        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--independent_first_frame", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--use_ema", action="store_true")
-    add_shared_flags(parser)
-    add_bucket_flags(parser)
-    add_video_flags(parser)
-    parser.set_defaults(bucket_alignment=16)
-    return parser
-
-
-def parse_wan(parser, *words):
-    """As the script for Wan does, with any parser that has its flags."""
-    args = parse_with_config(parser, [str(word) for word in words], family="wan", method="dmd")
-    check_shared_flags(parser, args)
-    check_data_flags(parser, args, check_bucket_flags(parser, args))
-    check_clip_flags(parser, args)
-    return args
+def parse_wan(*words):
+    return wan_script.parse_args([str(word) for word in words])
 
 
 @pytest.fixture()
@@ -646,7 +608,7 @@ def test_every_key_of_the_documents_wan_config_means_its_flag(tmp_path, wan_file
     assert wan_files.keys() < config.keys()
     config |= wan_files
     (tmp_path / "config.json").write_text(json.dumps(config))
-    args = parse_wan(wan_parser(), "--config", tmp_path / "config.json")
+    args = parse_wan("--config", tmp_path / "config.json")
 
     expected = config | config.pop("distillation_config")
     for key in ("model_family", "distillation_method", "distillation_config", "delete_problematic_images"):
@@ -655,6 +617,7 @@ def test_every_key_of_the_documents_wan_config_means_its_flag(tmp_path, wan_file
     expected |= {"base_model_precision": "int8-torchao", "text_encoder_1_precision": "int8-torchao"}  # of an alias
     expected |= {"validation_resolution": [(704, 1280)], "validation_num_inference_steps": [3]}
     expected |= {"validation_num_video_frames": 81}  # of 121: 31 latent frames are no whole blocks of 3
+    expected |= {"validation_guidance": 3.0}  # 1 is the student's; the teacher's is real_score_guidance_scale
     assert {key: getattr(args, key) for key in expected} == expected
     assert len(expected) > 70  # that it is not compared with little
     dataset = args.datasets[0]
@@ -667,7 +630,7 @@ def test_the_documents_wan_config_with_prompts_instead_of_clips(tmp_path, wan_fi
     config = wan_config("dmd_wan") | wan_files | {"data_backend_config": "config/wan/multidatabackend.json"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "prompts.txt").write_text("a red ball\n")
-    args = parse_wan(wan_parser(), "--config", tmp_path / "config.json", "--train_prompts", tmp_path / "prompts.txt")
+    args = parse_wan("--config", tmp_path / "config.json", "--train_prompts", tmp_path / "prompts.txt")
     assert args.datasets[0].sizes == ((352, 640),)  # 480 x 480 pixels in the shape of 1280 x 704
 
 
@@ -678,7 +641,7 @@ def test_the_documents_advanced_wan_settings(tmp_path, wan_files):
     config |= {"pretrained_model_name_or_path": "teacher", "data_backend_config": wan_files["data_backend_config"]}
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_train_steps": 1}))
     flags = ["--config", tmp_path / "config.json", "--independent_first_frame"]
-    args = parse_wan(wan_parser(), *flags, "--validation_num_video_frames", 85)
+    args = parse_wan(*flags, "--validation_num_video_frames", 85)
     assert {key: getattr(args, key) for key in nested} == nested
     assert args.datasets[0].num_frames == 121  # 1 + 30 latent frames
 
@@ -703,7 +666,7 @@ def test_a_bad_wan_config_is_one_sentence(tmp_path, wan_files, capsys, config, n
     base = {"max_train_steps": 1, "pretrained_model_name_or_path": "teacher", "num_training_frames": 21}
     (tmp_path / "config.json").write_text(json.dumps(base | config))
     with pytest.raises(SystemExit) as stop:
-        parse_wan(wan_parser(), "--config", tmp_path / "config.json", "--train_data_dir", tmp_path / "clips")
+        parse_wan("--config", tmp_path / "config.json", "--train_data_dir", tmp_path / "clips")
     assert stop.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -711,9 +674,38 @@ def test_lists_and_flavours_of_wan(tmp_path, wan_files):
     config = {"dmd_denoising_steps": [1000, 757, 522], "fake_score_betas": [0.5, 0.75], "max_train_steps": 1}
     config |= {"model_flavour": "t2v-480p-14b-2.1", "validation_num_video_frames": 81, "num_training_frames": 21}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    args = parse_wan(wan_parser(), "--config", tmp_path / "config.json", "--train_data_dir", tmp_path / "clips")
+    args = parse_wan("--config", tmp_path / "config.json", "--train_data_dir", tmp_path / "clips")
     assert (args.dmd_denoising_steps, args.fake_score_betas) == ("1000,757,522", [0.5, 0.75])
     assert args.pretrained_teacher_model == "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+
+
+def test_the_documents_wan_config_runs(tmp_path, wan_files, hub):
+    """Other than in the document: paths, sizes, and numbers of steps. Its 121 frames are cut to whole blocks."""
+    teacher = str(tiny_wan_pipeline(tmp_path / "teacher"))
+    paths = {"pretrained_model_name_or_path": teacher, "pretrained_t5_model_name_or_path": teacher}
+    config = wan_config("dmd_wan") | wan_files | paths | {"resolution": 32, "validation_resolution": "48x32"}
+    config |= {"max_train_steps": 2, "lr_warmup_steps": 1, "validation_step_interval": 1, "checkpoint_step_interval": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    dataset = json.loads((tmp_path / "data.json").read_text())
+    dataset |= {"resolution": 32, "cache_dir": str(tmp_path / "cache")}
+    (tmp_path / "data.json").write_text(json.dumps(dataset))
+
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "x", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    environment |= {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    done = launch("train_dmd_distill_wan.py", "--config", tmp_path / "config.json", **environment)
+    assert "31 latent frames are no whole blocks of 3; cut to --num_training_frames 21, 81 frames" in done.stdout
+    assert "no checkpoint in" in done.stdout and "for 2 steps of 1 clips" in done.stdout
+    assert "warning: 1 clips a step" in done.stdout and "Traceback" not in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    clips = {path.name for path in (tmp_path / "out" / "validation" / "step-000002").glob("*.mp4")}
+    assert clips == {f"{which}-{i:02d}-48x32.mp4" for which in ("ema", "teacher") for i in (0, 1)}
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    model = {"pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json"}
+    shown = {"README.md", "samples.png", "report.json", "report.png", "side_by_side.mp4", "side_by_side.png"}
+    assert hub.commits == {"Step 1": model, "Distilled model": model | shown}
+    assert hub.created[0]["name"] == "wan-disney-DMD-3step" and hub.created[0]["visibility"] == "private"
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["evaluations"] for row in rows] == [100, 100, 6, 7 * 3 + 6]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -178,6 +178,8 @@ CHECKPOINTED = "test_gradient_checkpointing_computes_twice_and_trains_the_same"
 MIXED, TEXTS = "test_entries_are_mixed_by_their_repeats", "test_text_embeds_say_where_and_how_texts_are_kept"
 SIZES = "test_size_ids_are_the_original_the_crop_and_the_target"
 PREVIEWS = "test_previews_are_the_half_done_samples"
+WAN, LAUNCHED = "test_every_setting_has_its_effect", "test_the_documents_wan_config_runs"
+EMA, CLIP_SIZES = "test_the_average_counts_the_student_s_updates_alone", "test_clips_are_cut_to_whole_blocks"
 SEEN_BY = {
     "model_type": "test_the_student_is_of_the_kind_and_rank_that_was_asked_for",
     "model_family": "test_a_bad_config_is_one_sentence",
@@ -237,6 +239,53 @@ SEEN_BY = {
     "text_encoder_2_precision": "test_each_text_encoder_has_its_precision",
     "validation_preview": PREVIEWS,
     "validation_preview_steps": PREVIEWS,
+    # of Wan
+    "caption_dropout_probability": WAN,
+    "context_noise": WAN,
+    "dmd_denoising_steps": WAN,
+    "fake_score_betas": WAN,
+    "fake_score_eps": WAN,
+    "fake_score_grad_clip": WAN,
+    "fake_score_guidance_scale": WAN,
+    "fake_score_lr": WAN,
+    "fake_score_weight_decay": WAN,
+    "generator_update_interval": WAN,
+    "grad_clip_method": WAN,
+    "independent_first_frame": WAN,
+    "last_step_only": WAN,
+    "max_timestep_ratio": WAN,
+    "min_score_timestep": WAN,
+    "min_timestep_ratio": WAN,
+    "num_frame_per_block": WAN,
+    "num_training_frames": WAN,
+    "real_score_guidance_scale": WAN,
+    "same_step_across_blocks": WAN,
+    "timestep_shift": WAN,
+    "ts_schedule": WAN,
+    "ts_schedule_max": WAN,
+    "use_ema": WAN,
+    "ema_update_interval": EMA,
+    "num_frames": CLIP_SIZES,
+    "validation_num_video_frames": LAUNCHED,
+    "data_backend_config": LAUNCHED,
+    "pretrained_t5_model_name_or_path": LAUNCHED,
+    "push_checkpoints_to_hub": LAUNCHED,
+    "validation_prompt_library": LAUNCHED,
+    "quantize_via": LAUNCHED,
+    "disable_benchmark": LAUNCHED,
+    "attention_mechanism": "test_another_attention_mechanism_computes_the_attention",
+    "compress_disk_cache": "test_damage_is_made_again",
+    "delete_problematic_images": "test_a_bad_config_is_one_sentence",
+    "disable_bucket_pruning": "test_the_table_of_buckets",
+    "ema_validation": "test_validation_draws_whose_clips_were_asked_for",
+    "flow_schedule_shift": "test_the_shift_is_of_the_teacher_s_sampler",
+    "frame_interval": "test_a_folder_of_clips",
+    "ignore_final_epochs": "test_flags_that_do_not_go_together",
+    "num_train_epochs": "test_steps_of_a_run_given_in_epochs",
+    "repeats": MIXED,
+    "vae_batch_size": "test_encode_batch_size_is_the_vaes",
+    "validation_seed": "test_validation_draws_whose_clips_were_asked_for",
+    "webhook_config": "test_a_run_tells_its_webhook",
     # of dataset files
     "id": "test_no_source_and_two_entries_of_one_name",
     "type": MIXED,
@@ -265,7 +314,7 @@ def keys_of(value) -> set[str]:
 
 def test_every_key_of_the_documents_is_seen_by_a_test():
     files = sorted(CONFIGS.glob("*.json"))
-    assert len(files) == 6
+    assert len(files) == 9
     assert set().union(*(keys_of(json.loads(path.read_text())) for path in files)) == SEEN_BY.keys()
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert [name for name in set(SEEN_BY.values()) if f"\ndef {name}(" not in tests] == []

@@ -24,7 +24,7 @@ from tests.test_method import one_process  # noqa: F401
 SHORT = (
     "--num_frames 9 --resolution 32 --max_train_steps 1 --validation_steps 0 --checkpointing_steps 0 --report_to none"
 )
-SHORT += " --disable_benchmark --lr_warmup_steps 0 --learning_rate 1e-2 --fake_score_lr 1e-2"
+SHORT += " --report_steps= --disable_benchmark --lr_warmup_steps 0 --learning_rate 1e-2 --fake_score_lr 1e-2"
 LORA, FULL, CAUSAL = "--lora_rank 4", "--model_type full", "--lora_rank 4 --num_frame_per_block 1"
 
 
@@ -59,7 +59,7 @@ def run(parse, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "below_each_other", lambda sheets: Drawn())
     monkeypatch.setattr(script.Progress, "picture", lambda *args: None)
-    monkeypatch.setattr(script.wan, "decode_latents", lambda vae, latents: torch.zeros(1, 3, 5, 16, 16))
+    monkeypatch.setattr(script.wan, "decode_latents", lambda vae, latents: torch.zeros(len(latents), 3, 5, 16, 16))
     runs = iter(range(100))
 
     def ran(flags: str, output: str | None = None):
@@ -398,7 +398,8 @@ def test_the_document_s_advanced_settings_mean_their_flags(parse):
         ("--model_type full --lora_rank 4", "takes no --lora_rank"),
         ("--mixed_precision fp16", "bf16 or no"),
         ("--validation_resolution 40x40", "multiples of 16"),
-        ("--eval_steps 3", "has no job"),
+        ("--eval_steps 3", "--eval_steps: has no job"),
+        ("--validation_preview_steps 3", "--validation_preview_steps: has no job"),
         ("--export_pipeline", "full student"),
         ("--model_type full --export_formats diffusers,comfyui", "layout of LoRA files"),
         ("--fake_score_betas 0.9 1", r"must be in \[0, 1\)"),
@@ -416,6 +417,49 @@ def test_a_batch_far_from_the_recipe_s_is_warned_about(run, capsys):
     assert "lower --gradient_accumulation_steps" in script.batch_warning(1000)
     run(LORA)
     assert "warning: 1 clips a step" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips of validation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, drawn",
+    [
+        ("", {"student"}),
+        ("--use_ema", {"ema"}),
+        ("--use_ema --ema_validation none", {"student"}),
+        ("--use_ema --ema_validation comparison", {"student", "ema"}),
+    ],
+)
+def test_validation_draws_whose_clips_were_asked_for(flags, drawn, run, parse):
+    run(f"{LORA} {flags}", "shown")
+    folder = script.Path(parse("", "shown").output_dir, "validation", "step-000001")
+    assert {path.name.split("-")[0] for path in folder.glob("*.mp4")} == drawn
+
+
+def latents_drawn(flags: str, run, monkeypatch) -> list[torch.Tensor]:
+    """Of one clip each, in order: those of the first prompt, and its second seed among them."""
+    seen = []
+    monkeypatch.setattr(
+        script.wan, "decode_latents", lambda vae, x: seen.extend(x) or torch.zeros(len(x), 3, 5, 16, 16)
+    )
+    run(f"{LORA} {flags}")
+    return seen
+
+
+def test_clips_follow_from_the_validation_seed(run, monkeypatch):
+    first = latents_drawn("--validation_seed 5", run, monkeypatch)
+    other = latents_drawn("--validation_seed 6", run, monkeypatch)
+    assert len(first) == 3  # the prompt's clip, and two seeds of it to watch
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+    torch.testing.assert_close(other[0], first[2])  # the next seed
+
+
+def test_the_shift_is_of_the_teacher_s_sampler(parse):
+    assert script.schedule_shift(script.load_scheduler(parse(LORA))) == 3.0
+    assert script.schedule_shift(script.load_scheduler(parse(f"{LORA} --flow_schedule_shift 7"))) == 7.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -666,3 +710,19 @@ def test_a_run_leaves_clips_and_a_card(teacher, tmp_path):
     (clip,) = (tmp_path / "out" / "validation").glob("step-000002/student-00-32x32.mp4")
     assert clip.stat().st_size > 200
     assert "roll_out(" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_run_ends_with_a_report_of_teacher_and_student(teacher, tmp_path):
+    flags = user_flags(teacher, tmp_path, "out")
+    flags += ["--max_train_steps", 1, "--report_steps", "3", "--num_frame_per_block", 1, "--train_batch_size", 2]
+    done = launch("train_dmd_distill_wan.py", *flags)
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [(row["sampler"], row["steps"], row["evaluations"]) for row in rows] == [
+        ("teacher", 50, 100), ("teacher, other noise", 50, 100), ("teacher", 3, 6), ("student", 3, 3 * 3 + 2),
+    ]  # fmt: skip
+    assert rows[0]["distance"] == 0.0 < min(row["distance"] for row in rows[1:])
+    card = (tmp_path / "out" / "README.md").read_text()
+    table = "| student | 3 |"
+    assert table in done.stdout and table in card and "side_by_side.png" in card
+    for name in ("side_by_side.mp4", "side_by_side.png", "report.png", "samples.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 500
