@@ -97,4 +97,7 @@ def frame_strip(clip: np.ndarray, count: int = 4) -> Image.Image:
 
 
 def to_bytes(pixels: np.ndarray) -> np.ndarray:
+    """Of pixels in [0, 1]; bytes stay what they are."""
+    if pixels.dtype == np.uint8:
+        return pixels
     return (pixels * 255.0).round().clip(0, 255).astype(np.uint8)

@@ -63,9 +63,9 @@ def test_of_any_teacher_the_distance_to_its_many_steps_is_told(tmp_path):
 
 
 def test_clips_that_differ_in_their_middle_alone_are_apart():
-    clip = np.full((9, 32, 32, 3), 0.2)
+    clip = np.full((9, 32, 32, 3), 50, np.uint8)
     other = clip.copy()
-    other[4, 8:24, 8:24] = 0.9
+    other[4, 8:24, 8:24] = 230
     same, apart = clip_features([clip, clip]), clip_features([clip, other])
     assert torch.equal(same[0], same[1]) and (apart[0] - apart[1]).norm() > 0.1
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.report import FULL_STEPS, SHOWN, SIDE_BY_SIDE, plot, side_by_side
+from common.report import FULL_STEPS, SIDE_BY_SIDE, in_bytes, plot, side_by_side
 from common.validation import labelled_grid
-from common.watch import to_bytes
 from tests.toy import world, world_video
 
 SAMPLES = 256
@@ -50,11 +49,7 @@ def report_clips(args, clips, evaluations, folder: Path, samples: int = SAMPLES)
     prompts = [world_video.caption(world_video.sample_clip(rng)) for _ in range(samples)]
     samplers = [("teacher", steps) for steps in dict.fromkeys([FULL_STEPS, *args.report_steps])]
     samplers += [("student", len(args.steps))]
-
-    def in_bytes(which, part, steps, seed):
-        return [to_bytes(clip) for clip in clips(which, part, steps, seed)]
-
-    rows, drawn = measure(in_bytes, world_video, prompts, samplers)
+    rows, drawn = measure(in_bytes(clips), world_video, prompts, samplers)
     for (which, steps), row in zip(samplers, rows.values(), strict=True):
         row["evaluations"] = evaluations(which, steps)
     few_steps = min(args.report_steps)
@@ -63,7 +58,7 @@ def report_clips(args, clips, evaluations, folder: Path, samples: int = SAMPLES)
     plot([dict(row, sampler=which, steps=n) for (which, n), row in zip(samplers, rows.values(), strict=True)]).save(
         folder / "report.png"
     )
-    side_by_side(folder, {label: images[:SHOWN] / 255.0 for label, images in drawn.items()}, prompts)
+    side_by_side(folder, drawn, prompts)
     table = markdown(rows, few_steps, f"{samples} prompts of the toy world", "clip")
     return table + "![steps against quality](report.png)\n\n" + SIDE_BY_SIDE
 
