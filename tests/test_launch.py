@@ -115,8 +115,13 @@ def test_commands_of_the_readme_parse(command, tmp_path, monkeypatch):
     script = next(word for word in words if word.endswith(".py"))
     parse_args = importlib.import_module(script.removesuffix(".py")).parse_args
     given = words[words.index(script) + 1 :]
-    if "--train_shards_path_or_url" in given:  # the only thing that must exist to be parsed
-        place = given.index("--train_shards_path_or_url") + 1
-        if not given[place].startswith(("pipe:", "http")):
-            given[place] = toy_shards(tmp_path / "data")
+    (tmp_path / "prompts.txt").write_text("a red ball\n")
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").write_bytes(b"not read yet")
+    there = {"--train_prompts": "prompts.txt", "--train_data_dir": "clips"}  # what must exist to be parsed
+    for flag, value in zip(given, list(given[1:]), strict=False):
+        if flag == "--train_shards_path_or_url" and not value.startswith(("pipe:", "http")):
+            given[given.index(flag) + 1] = toy_shards(tmp_path / "data")
+        elif flag in there:
+            given[given.index(flag) + 1] = str(tmp_path / there[flag])
     parse_args(given)
