@@ -1,10 +1,11 @@
-"""Where the time and the memory of a training step go: `python -m tests.bench sd` (or `sdxl`).
+"""Where the time and the memory of a training step go: `python -m tests.bench sd` (or `sdxl`, or `wan`).
 
 The real script runs, and at intervals stops for as many bare steps with its own networks: the evaluations that the
 method cannot do without (student forward and backward, teacher on both prompts, target), the optimizer's step, and,
 where nothing is cached, the encoders' forwards. Their time is the floor. What is printed is step / floor, from one run.
 
 On a GPU: `python -m tests.bench sd --size real --batch_size 12 --mixed_precision bf16 [--compile]`, random weights.
+What is Wan's own is in tests/bench_wan.py.
 """
 
 import argparse
@@ -25,24 +26,33 @@ from tests.helpers import toy_shards
 from tests.toy import report
 
 TOY = Path(__file__).parent / "toy"
-SCENARIOS = ("cached", "streaming", "lora")
+LCM = {"cached": [], "streaming": ["--vae_cache_disable"], "lora": ["--lora_rank", 64]}
+WAN = {"lora": [], "full": ["--model_type", "full"]}  # both from full caches
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "4090": 165.0}  # dense bf16
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", choices=["sd", "sdxl"])
+    parser.add_argument("script", choices=["sd", "sdxl", "wan"])
     parser.add_argument(
-        "--size", choices=["toy", "real"], default="toy", help="real: SD 1.5's or SDXL's shapes, random weights"
+        "--size",
+        choices=["toy", "real"],
+        default="toy",
+        help="real: SD 1.5's, SDXL's or Wan 1.3B's shapes, random weights",
     )
-    parser.add_argument("--scenario", choices=SCENARIOS, help="one only; default: all, each in a process of its own")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument(
+        "--scenario", choices=sorted({*LCM, *WAN}), help="one only; default: all, each in a process of its own"
+    )
+    parser.add_argument("--batch_size", type=int, help="default: 32; wan: 16, of real size 1")
     parser.add_argument("--block", type=int, default=25, help="steps between two measurements of the floor")
     parser.add_argument("--blocks", type=int, default=4, help="the first one warms up and is not counted")
     parser.add_argument("--mixed_precision", default="no", choices=["no", "fp16", "bf16"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--work", type=Path, help="where a real-sized teacher is kept; default: a temporary folder")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.batch_size is None:
+        options.batch_size = {"toy": 16, "real": 1}[options.size] if options.script == "wan" else 32
+    return options
 
 
 def synchronize():
@@ -139,6 +149,8 @@ def real_sdxl(folder: Path) -> Path:
 class Bench:
     """Stands in for the script's progress bar: counts its steps, and measures the floor between blocks of them."""
 
+    noun = "images"
+
     def __init__(self, script, options, args):
         self.script, self.options, self.args = script, options, args
         self.block_seconds, self.floor_seconds, self.in_block = [], [], 0
@@ -173,7 +185,7 @@ class Bench:
             self.block_seconds.append((time.perf_counter() - self.started) / (self.options.block - 1))
             if not self.floor_seconds:
                 self.prepare_floor()
-            self.floor_seconds.append(statistics.mean(measure(self.floor_step, self.options.block - 1)))
+            self.floor_seconds.append(self.measure_floor(self.options.block - 1))
             self.in_block = 0
 
     def prepare_floor(self):
@@ -224,12 +236,22 @@ class Bench:
             self.parts["VAE"] = no_grad(lambda: self.script.encode_pixels(encoder.vae, pixels))
             self.parts["text encoder"] = no_grad(lambda: self.script.encode_prompts(encoder.loaded_text, prompts))
 
+    def measure_floor(self, steps: int) -> float:
+        """Mean of so many."""
+        return statistics.mean(measure(self.floor_step, steps))
+
+    def flops(self) -> float:
+        """Of a step."""
+        with FlopCounterMode(display=False) as counter:
+            self.floor_step()
+        return counter.get_total_flops()
+
     def floor_step(self):
         for name, part in self.parts.items():
             self.part_seconds.setdefault(name, []).extend(measure(part, 1))
 
     def data_alone(self, batches: int) -> float:
-        """Images per second of the data pipeline with nothing else to do."""
+        """Samples per second of the data pipeline with nothing else to do."""
         encoder, _ = self.open_encoder
 
         def one():
@@ -247,56 +269,58 @@ class Bench:
         count = self.args.train_batch_size
         step, floor = statistics.median(self.block_seconds[1:]), statistics.median(self.floor_seconds[1:])
         ratio = statistics.median(s / f for s, f in zip(self.block_seconds[1:], self.floor_seconds[1:], strict=True))
-        with FlopCounterMode(display=False) as flops:
-            self.floor_step()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         result = {
             "step, ms": 1e3 * step,
             "floor, ms": 1e3 * floor,
             "step / floor": ratio,
-            "images/s": count / step,
+            f"{self.noun}/s": count / step,
         }
         result |= {f"  {name}, ms": 1e3 * statistics.median(times) for name, times in self.part_seconds.items()}
         result["  all else, ms"] = 1e3 * (step - floor)
-        result["data alone, images/s"] = self.data_alone(40)
-        result["data alone / training"] = result["data alone, images/s"] * step / count
+        alone = f"data alone, {self.noun}/s"
+        result[alone] = self.data_alone(40)
+        result["data alone / training"] = result[alone] * step / count
         result["peak memory of the process, GiB"] = peak
         if torch.cuda.is_available():
             name = torch.cuda.get_device_name()
             top = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
             result["peak memory of the GPU, GiB"] = torch.cuda.max_memory_allocated() / 2**30
-            result["TFLOP/s"] = flops.get_total_flops() / step / 1e12
+            result["TFLOP/s"] = self.flops() / step / 1e12
             if top:
                 result["model FLOP utilisation"] = result["TFLOP/s"] / top
         return result
 
 
 def run_scenario(options) -> dict:
-    script = importlib.import_module(f"train_lcm_distill_{options.script}")
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--output_dir", folder, "--train_batch_size", options.batch_size, "--report_to", "none"]
         flags += ["--validation_steps", 0, "--checkpointing_steps", 0, "--mixed_precision", options.mixed_precision]
-        flags += [
-            "--max_train_steps",
-            options.block * options.blocks,
-            "--dataloader_num_workers",
-            2,
-            "--disable_benchmark",
-            "--report_steps=",
-        ]
+        flags += ["--max_train_steps", options.block * options.blocks, "--disable_benchmark", "--report_steps="]
+        flags += ["--dataloader_num_workers", 2]
         flags += ["--compile"] * options.compile
-        flags += ["--validation_num_inference_steps", 1]
-        if options.size == "real":
-            side, real_teacher = {"sd": (512, real_sd), "sdxl": (1024, real_sdxl)}[options.script]
-            teacher = real_teacher(options.work or Path(folder, "teacher"))
-            flags += ["--pretrained_teacher_model", teacher, "--resolution", side]
-            flags += ["--train_shards_path_or_url", toy_shards(Path(folder, "shards"), 4, 64, side, side)]
-        flags += {"cached": [], "streaming": ["--vae_cache_disable"], "lora": ["--lora_rank", 64]}[options.scenario]
+        if options.script == "wan":
+            from tests.bench_wan import WanBench, wan_flags
+
+            script, bench_class = importlib.import_module("train_dmd_distill_wan"), WanBench
+            flags += [*wan_flags(options, Path(folder)), *WAN[options.scenario]]
+        else:
+            script, bench_class = importlib.import_module(f"train_lcm_distill_{options.script}"), Bench
+            flags += [*lcm_flags(options, Path(folder)), *LCM[options.scenario]]
         args = script.parse_args([str(flag) for flag in flags])
-        bench = Bench(script, options, args)
+        bench = bench_class(script, options, args)
         report.report = lambda *_: ""  # it takes longer than the bench
         script.main(args)
         return bench.result()
+
+
+def lcm_flags(options, folder: Path) -> list:
+    flags = ["--validation_num_inference_steps", 1]
+    if options.size == "real":
+        side, real_teacher = {"sd": (512, real_sd), "sdxl": (1024, real_sdxl)}[options.script]
+        flags += ["--pretrained_teacher_model", real_teacher(options.work or folder / "teacher"), "--resolution", side]
+        flags += ["--train_shards_path_or_url", toy_shards(folder / "shards", 4, 64, side, side)]
+    return flags
 
 
 def main(options):
@@ -304,9 +328,10 @@ def main(options):
         print(json.dumps(run_scenario(options)))
         return
     columns = {}
-    for scenario in SCENARIOS:
+    for scenario in WAN if options.script == "wan" else LCM:
         command = [sys.executable, "-m", "tests.bench", *sys.argv[1:], "--scenario", scenario]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        print(*[line for line in output.splitlines() if line.startswith("bench:")], sep="\n")
         columns[scenario] = json.loads(output.splitlines()[-1])
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

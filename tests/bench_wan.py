@@ -1,0 +1,130 @@
+"""What `python -m tests.bench wan` measures: the bare evaluations of an iteration, and the optimizers' steps.
+
+Of a bidirectional student, with prompts alone and full caches. The exit step is drawn, so the floor is taken at the
+very exits of the steps that it is compared with. On a GPU:
+`python -m tests.bench wan --size real --mixed_precision bf16 --block 6 --blocks 3` has Wan 1.3B's shape and 81 frames
+of 832x480.
+"""
+
+import statistics
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import UMT5Config, UMT5EncoderModel
+
+from tests.bench import TOY, Bench, measure
+from tests.toy import world_video as video
+from tests.toy.make_wan import make_tokenizer, new_transformer, new_vae
+
+UMT5 = {"d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}  # its embeddings are cached: its size is no matter
+
+
+def random_wan(folder: Path, new_transformer, new_vae, text_dim: int) -> Path:
+    if not (folder / "model_index.json").exists():
+        tokenizer = make_tokenizer()
+        text = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), d_model=text_dim, **UMT5))
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        WanPipeline(tokenizer, text, new_vae(), scheduler, new_transformer()).save_pretrained(folder)
+    return folder
+
+
+def real_wan() -> WanTransformer3DModel:
+    """Wan 2.1 1.3B's."""
+    return WanTransformer3DModel(
+        num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256,
+        ffn_dim=8960, num_layers=30,
+    ).to(torch.bfloat16)  # fmt: skip
+
+
+def wan_flags(options, folder: Path) -> list:
+    flags = ["--train_prompts", TOY / "wan_prompts.txt", "--validation_prompt", "a red circle moving left"]
+    folder = options.work or folder / "teacher"
+    if options.size == "real":
+        teacher = random_wan(folder, real_wan, AutoencoderKLWan, 4096)
+        size = ["--resolution_type", "pixel_area", "--resolution", 632, "--validation_resolution", "832x480"]
+        return [*flags, *size, "--pretrained_teacher_model", teacher, "--gradient_checkpointing"]
+    teacher = TOY / "wan"
+    if not teacher.exists():
+        print("bench: the toy Wan is not there yet: random weights of its shape")
+        teacher = random_wan(folder, lambda: new_transformer(64), new_vae, 64)
+    size = ["--num_frames", video.FRAMES, "--resolution", video.SIDE, "--lora_rank", 32]
+    size = size[: None if options.scenario == "lora" else -2]
+    return [*flags, *size, "--pretrained_teacher_model", teacher]
+
+
+class WanBench(Bench):
+    noun = "clips"
+
+    def __init__(self, script, options, args):
+        super().__init__(script, options, args)
+        self.keep("draw_exits")
+
+    def keep(self, name: str):
+        """Of functions that are called more than once: all that they returned."""
+        super().keep(name)
+        if name in ("make_optimizer", "draw_exits"):
+            function, results = getattr(self.script, name), []
+            setattr(self, f"{name}_all", results)
+            setattr(self.script, name, lambda *args: results.append(function(*args)) or results[-1])
+
+    def prepare_floor(self):
+        networks, _ = self.load_networks
+        encoder, _ = self.open_encoder
+        script, args, device = self.script, self.args, encoder.device
+        samples = next(self.open_batches)
+        cond = encoder.encode_text([sample.caption for sample in samples])["prompt_embeds"]
+        frames, *size = samples[0].bucket
+        shape = script.latent_shape(networks["student"], self.vae_config(), script.latent_frames(frames), size)
+        x, t = torch.randn(len(samples), *shape, device=device), torch.full((len(samples),), 500.0, device=device)
+        twice = torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, cond])
+        self.layers = script.adapter_layers(networks["student"])
+
+        def forward(which, *inputs):
+            with torch.autocast(device.type, cond.dtype, enabled=args.mixed_precision == "bf16"):
+                return script.predict(networks[which], *inputs)
+
+        def forward_backward(which):
+            forward(which, x, t, cond).float().square().mean().backward()
+
+        def optimizer_steps():
+            for optimizer in self.make_optimizer_all:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        no_grad = torch.no_grad()
+        self.parts = {
+            "rollout up to the exit": ("student", no_grad(lambda: forward("student", x, t, cond))),
+            "student forward and backward": ("student", lambda: forward_backward("student")),
+            "teacher, both prompts": ("teacher", no_grad(lambda: forward("teacher", *twice))),
+            "fake score": ("fake_score", no_grad(lambda: forward("fake_score", x, t, cond))),
+            "fake score forward and backward": ("fake_score", lambda: forward_backward("fake_score")),
+            "optimizer steps": ("student", optimizer_steps),
+        }
+
+    def vae_config(self) -> dict:
+        return self.script.wan.AutoencoderKLWan.load_config(self.args.pretrained_teacher_model, subfolder="vae")
+
+    def measure_floor(self, steps: int) -> float:
+        total = 0.0
+        for (exit_step,) in self.draw_exits_all[-steps:]:
+            for name, (which, part) in self.parts.items():
+                times = exit_step if name == "rollout up to the exit" else 1
+                with self.script.active_adapter(self.layers, which):  # not timed: it is the script's own
+                    seconds = sum(measure(part, times))
+                self.part_seconds.setdefault(name, []).append(seconds)
+                total += seconds
+        return total / steps
+
+    def flops(self) -> float:
+        """The model's, of a mean step: what checkpointing computes again is not among them."""
+        counted = {}
+        for name, (which, part) in self.parts.items():
+            with self.script.active_adapter(self.layers, which), FlopCounterMode(display=False) as counter:
+                part()
+            counted[name] = counter.get_total_flops()
+        forward = counted["rollout up to the exit"]
+        again = 2 * forward if self.args.gradient_checkpointing else 0
+        exits = [exit_step for (exit_step,) in self.draw_exits_all]
+        return sum(counted.values()) - again + (statistics.mean(exits) - 1) * forward
