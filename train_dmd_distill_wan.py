@@ -79,6 +79,7 @@ from common.dmd import (
 from common.dmd_flags import blocks_of, check_dmd_flags, check_rollouts, trained_from
 from common.export import create_hub_repository, push_to_hub, write_model_card
 from common.optim import average_gradients, clip_gradients, gradient_norm, make_optimizer, make_schedule, update_ema
+from common.plan import plan_of
 from common.progress import Progress
 from common.quantize import quantize
 from common.speed import set_up_device, speed_up
@@ -111,6 +112,7 @@ def parse_args(argv=None):
     add("--teacher_revision", type=str, help="the teacher's branch, tag or commit on the hub")
     add("--pretrained_t5_model_name_or_path", type=str, help="where text encoder and tokenizer are; default: the teacher's")
     add("--resolution", type=float, default=480, help="of training, in the unit of --resolution_type")
+    add("--plan", type=float, nargs="?", const=0.0, metavar="GB", help="load and train nothing, but print what the run takes on each GPU, and what would make it fit into so many GB; default: those of the GPU that is here")
     add("--train_prompts", type=str, help="text file, a prompt a line: trains with no video at all, on clips of --num_frames in the shapes of --validation_resolution")
 
     add = parser.add_argument_group("student").add_argument
@@ -434,6 +436,9 @@ def main(args):
     for line in [*args.notes, *filter(None, [batch_warning(batch)])]:
         say(line)
     weight_dtype = set_up_device(args, accelerator)
+    if args.plan is not None:
+        say(plan_of(args, accelerator, weight_dtype))
+        return
     repository = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
     # ---- Networks ----

@@ -34,6 +34,7 @@ def check_dmd_flags(parser, args, lora_targets: str, validation_steps: str):
     at_least_one = ("lora_rank", "lora_alpha", "num_training_frames")
     at_least_one += ("generator_update_interval", "ema_update_interval")
     not_negative = ("num_frame_per_block", "fake_score_guidance_scale", "fake_score_weight_decay", "causal_init_steps")
+    not_negative += ("plan",)
     positive = ("fake_score_lr", "fake_score_eps", "fake_score_grad_clip", "timestep_shift", "flow_schedule_shift")
     check_ranges(
         parser, args, at_least_one=at_least_one, not_negative=not_negative, positive=positive,
