@@ -214,12 +214,13 @@ def account(setup: Setup) -> dict[str, dict[str, int]]:
     if not lora and setup.dtype != torch.float32:  # autocast keeps what it has cast until the network's forward ends
         asked += count * setup.dtype.itemsize // share
     caches = {}
-    if setup.blocks:  # each block's keys and values are a copy of those of all before it, which its graph holds
+    if setup.blocks:  # whose graphs hold the same pieces; attention joins those of one layer, and has their gradients
         width = config["num_attention_heads"] * config["attention_head_dim"]
-        rows = 2 * setup.batch * setup.tokens() * width * setup.dtype.itemsize // parallel  # of a layer, whole clip
-        past = sum(sum(setup.blocks[:i]) for i in range(len(setup.blocks)))
-        caches = {"keys and values of earlier blocks": config["num_layers"] * rows * past // setup.frames}
-        own = max(own, activations(setup, (setup.batch, max(setup.blocks), *size))[1] // parallel + rows)
+        tokens = setup.tokens() // setup.frames
+        frame = 2 * setup.batch * tokens * width * setup.dtype.itemsize // parallel  # keys and values of a layer
+        caches = {"keys and values of earlier blocks": config["num_layers"] * frame * sum(setup.blocks[:-1])}
+        joined = 2 * frame * sum(setup.blocks)
+        own = max(own, activations(setup, (setup.batch, max(setup.blocks), *size))[1] // parallel + joined)
     gradients = 4 * count // share
     held = 2 * gradients if setup.accumulation > 1 else 0  # of student and fake score, through the next pass
     turns = {

@@ -246,9 +246,9 @@ def test_a_full_student_has_three_networks():
 
 
 def test_a_causal_student_keeps_keys_and_values():
-    """Blocks of 1, 1 and 2 frames of 16 tokens: copies of 1 and 2 frames, of 48 channels in 3 layers, bf16."""
+    """Blocks of 1, 1 and 2 frames of 16 tokens: those of 1 and 1 frame, of 48 channels in 3 layers, bf16."""
     parts = account(tiny(frames=4, blocks=(1, 1, 2)))["training"]
-    assert parts["keys and values of earlier blocks"] == 3 * 2 * (1 + 2) * 16 * 48 * 2
+    assert parts["keys and values of earlier blocks"] == 3 * 2 * (1 + 1) * 16 * 48 * 2
     assert "keys and values of earlier blocks" not in account(tiny())["training"]
 
 

@@ -453,7 +453,7 @@ def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, pars
         with torch.no_grad(), active_adapter(adapter_layers(nets["student"]), name):
             with causal.at(0, kept=kept):
                 original(nets["student"], ends[:, :, :1], torch.tensor([0.0]), cond)
-            for start, past in ((0, None), (1, tuple(kept))):
+            for start, past in ((0, None), (1, (kept,))):
                 x = starts[1][:, :, start : start + 1]
                 with causal.at(start, past):
                     x0 = x - 0.757 * original(nets["student"], x, torch.tensor([757.0]), cond)
