@@ -19,6 +19,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from common.dmd import TIMESTEPS, renoise
+from common.sharding import heads_to_tokens, own_tokens, token_group, tokens_to_heads
 
 Piece = Sequence[tuple[torch.Tensor, torch.Tensor]]  # of each layer keys and values, [B, tokens, heads, D]
 Cache = tuple[Piece, ...]  # one after the other in time
@@ -48,7 +49,10 @@ class Context(NamedTuple):
 
 
 class BlockCausalAttention(WanAttnProcessor):
-    """Self-attention of one layer; without a Context it is the stock one."""
+    """Self-attention of one layer; without a Context it is the stock one.
+
+    Where processes share a clip's tokens, each of them attends from all tokens to all, with its share of the heads.
+    """
 
     def __init__(self, layer: int):
         super().__init__()
@@ -61,6 +65,8 @@ class BlockCausalAttention(WanAttnProcessor):
         q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
         q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in (q, k, v))  # [B, L, C] -> [B, L, heads, D]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        group = token_group(self)
+        q, k, v = (tokens_to_heads(part, group) for part in (q, k, v))
         if context.kept is not None:
             context.kept.append((k.detach(), v.detach()))
         past = [piece[self.layer] for piece in context.past or ()]
@@ -75,7 +81,7 @@ class BlockCausalAttention(WanAttnProcessor):
                 )
                 for start, end in pairwise((0, *(context.ends or (q.shape[1],))))
             ]
-        out = torch.cat(out, 1).flatten(2).type_as(q)
+        out = heads_to_tokens(torch.cat(out, 1), group).flatten(2).type_as(q)
         for layer in attn.to_out:
             out = layer(out)
         return out
@@ -152,7 +158,9 @@ class BlockCausal:
         if self.call is not None:
             start, context = self.call
             tokens = angles[0].shape[1] * start // inputs[0].shape[2]  # [1, L, 1, D] from frame 0 on
-            return *(part[:, tokens:].clone() for part in angles), context  # a view would keep those of all frames
+            # Copies, as a view would keep the angles of all frames
+            return *(own_tokens(part[:, tokens:], self.transformer).clone() for part in angles), context
+        return tuple(own_tokens(part, self.transformer) for part in angles)
 
 
 def extend(cache: Cache | None, kept: Piece) -> Cache:

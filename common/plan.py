@@ -22,6 +22,7 @@ from common import wan
 from common.buckets import targets_in_shapes
 from common.dmd_flags import blocks_of, trained_from
 from common.meter import Meter, give_shapes, kept_in_fp32
+from common.sharding import wants_fsdp
 from common.video import latent_frames, pixel_frames
 
 GB = 1e9
@@ -246,24 +247,27 @@ def most(setup: Setup) -> int:
     return max(sum(parts.values()) for parts in account(setup).values())
 
 
+def can_share(setup: Setup, n: int) -> bool:
+    """Whether n processes can share the tokens: each has some of the heads, and of each frame."""
+    heads = json.loads(setup.transformer)["num_attention_heads"]
+    return setup.shards == 1 and setup.context_parallel < n and heads % n == 0 == setup.tokens() // setup.frames % n
+
+
+# fmt: off
 REMEDIES: list[tuple[str, Callable[[Setup], bool], dict]] = [
     ("--gradient_checkpointing", lambda s: not s.checkpointing, {"checkpointing": True}),
-    (
-        "--text_encoder_1_precision int8-torchao",
-        lambda s: s.caches != "full" and s.text_precision == "no_change",
-        {"text_precision": "int8-torchao"},
-    ),  # fmt: skip  # noqa: E501
-    ("--ema_device cpu", lambda s: s.ema == "gpu", {"ema": "cpu"}),
+    ("--text_encoder_1_precision int8-torchao", lambda s: s.caches != "full" and s.text_precision == "no_change",
+     {"text_precision": "int8-torchao"}),
+    ("--ema_device cpu", lambda s: s.ema == "gpu" and s.shards == 1, {"ema": "cpu"}),
     ("--optimizer adamw8bit", lambda s: s.optimizer != "adamw8bit", {"optimizer": "adamw8bit"}),
     ("--train_batch_size 1", lambda s: s.batch > 1, {"batch": 1}),
-    (
-        "--base_model_precision int8-torchao",
-        lambda s: s.base_precision == "no_change",
-        {"base_precision": "int8-torchao"},
-    ),  # fmt: skip  # noqa: E501
+    ("--base_model_precision int8-torchao", lambda s: s.base_precision == "no_change" and s.shards == 1,
+     {"base_precision": "int8-torchao"}),
     ("--model_type lora", lambda s: s.model_type == "full", {"model_type": "lora", "shards": 1}),
     ("--lora_rank 32", lambda s: s.model_type == "lora" and s.lora_rank > 32, {"lora_rank": 32}),
+    *((f"--context_parallel_degree {n}", lambda s, n=n: can_share(s, n), {"context_parallel": n}) for n in (2, 4, 8)),
 ]
+# fmt: on
 
 
 def remedies(setup: Setup, room: float) -> list[tuple[str, int]]:
@@ -334,7 +338,7 @@ def setup_of(args, dtype: torch.dtype, shards: int = 1) -> Setup:
         optimizer=args.optimizer, checkpointing=args.gradient_checkpointing,
         accumulation=args.gradient_accumulation_steps, blocks=tuple(blocks) if len(blocks) > 1 else (),
         ema={"cpu": "cpu", "accelerator": "gpu"}[args.ema_device] if args.use_ema else "none", caches=args.caches,
-        shards=shards,
+        shards=shards, context_parallel=args.context_parallel_degree,
     )  # fmt: skip
 
 
@@ -343,4 +347,4 @@ def plan_of(args, accelerator, dtype: torch.dtype) -> str:
     room = GB * args.plan or None
     if room is None and accelerator.device.type == "cuda":
         room = torch.cuda.get_device_properties(accelerator.device).total_memory
-    return report(setup_of(args, dtype), room)
+    return report(setup_of(args, dtype, accelerator.num_processes if wants_fsdp(accelerator) else 1), room)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -22,9 +23,11 @@ from common.plan import (
     account,
     activations,
     build,
+    can_share,
     counted,
     frozen_bytes,
     most,
+    plan_of,
     remedies,
     report,
     setup_of,
@@ -324,6 +327,7 @@ def test_a_plan_of_a_teacher_in_a_folder(tmp_path, parse):
         ("--use_ema", {"ema": "gpu"}),
         ("--use_ema --ema_device cpu", {"ema": "cpu"}),
         ("--vae_cache_ondemand", {"caches": "ondemand"}),
+        ("--context_parallel_degree 2", {"context_parallel": 2}),
         ("--gradient_checkpointing --gradient_accumulation_steps 3", {"checkpointing": True, "accumulation": 3}),
         ("--model_type full --optimizer lion", {"model_type": "full", "optimizer": "lion"}),
         ("--base_model_precision int8-torchao", {"base_precision": "int8-torchao"}),
@@ -363,6 +367,30 @@ def test_the_plan_s_weights_and_moments_are_those_that_the_script_makes(flags, d
         moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
         (planned,) = [size for row, size in parts.items() if row.startswith(name.replace("_", " ") + "'s adamw state")]
         assert planned == sum(moment.nbytes for moment in moments)
+
+
+def test_a_plan_under_fsdp_splits_what_it_splits(parse, monkeypatch):
+    """Advice is of flags that go with it."""
+    args, four = (
+        parse("--model_type full --use_ema --plan 0.001"),
+        Namespace(num_processes=4, device=torch.device("cpu")),
+    )
+    whole = plan_of(args, four, torch.float32)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    split = plan_of(args, four, torch.float32)
+    assert "two blocks that FSDP has gathered" in split and "two blocks" not in whole
+    assert "--context_parallel_degree" in whole and "--ema_device cpu" in whole
+    assert "--ema_device cpu" not in split
+    run = setup_of(args, torch.float32)
+    parts, shares = (account(each)["training"] for each in (run, replace(run, shards=4)))
+    for name in ("fake score, likewise", "student's adamw state", "EMA of the student"):
+        assert shares[name] == parts[name] // 4 > 0
+
+
+def test_processes_share_what_has_heads_and_tokens_for_each():
+    assert [can_share(setup(), n) for n in (2, 4, 8)] == [True, True, False]  # 12 heads
+    assert not can_share(setup(height=6, width=6), 2)  # 9 tokens in a frame
+    assert not can_share(setup(context_parallel=2), 2) and not can_share(setup(shards=2), 2)
 
 
 def test_a_user_asks_for_a_plan(teacher, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -402,6 +403,9 @@ def test_the_document_s_advanced_settings_mean_their_flags(parse):
         ("--export_pipeline", "full student"),
         ("--model_type full --export_formats diffusers,comfyui", "layout of LoRA files"),
         ("--fake_score_betas 0.9 1", r"must be in \[0, 1\)"),
+        ("--context_parallel_degree 0", "must be at least 1"),
+        ("--context_parallel_degree 3 --validation_resolution 32x32", "must divide a frame's tokens"),
+        ("--context_parallel_degree 2 --attention_mechanism flash", "one or the other"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, message, parse, capsys):
@@ -657,6 +661,61 @@ def test_two_processes_with_half_the_batch_equal_one(teacher, tmp_path):
     assert max((one[key] - start[key]).abs().max() for key in one) > 1e-3
     for key in one:
         torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=0)
+
+
+def test_fsdp_equals_one_process_through_a_resume_and_exports_all_of_it(teacher, tmp_path):
+    """Self-forcing, so that a network is called many times before one backward(), with an average and checkpointing."""
+    usual = ["--num_frame_per_block", 1, "--gradient_checkpointing", "--use_ema", "--ema_decay", 0.5]
+    usual += ["--adam_epsilon", 1e-3, "--fake_score_eps", 1e-3, "--validation_steps", 2, "--max_train_steps", 3]
+    one = user_flags(teacher, tmp_path, "one")
+    launch("train_dmd_distill_wan.py", *one, *usual, "--train_batch_size", 2)
+    two = [*user_flags(teacher, tmp_path, "two"), *usual, "--train_batch_size", 1, "--checkpointing_steps", 2]
+    launch("train_dmd_distill_wan.py", *two, processes=2, fsdp=True)
+    shutil.rmtree(tmp_path / "two" / "checkpoint-3")
+    resumed = [*two, "--resume_from_checkpoint", "latest"]
+    told = launch("train_dmd_distill_wan.py", *resumed, processes=2, fsdp=True).stdout
+    assert "resumed from" in told and "checkpoint-2" in told
+    start = load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name in ("student", "fake_score", "ema"):
+        whole, split = (load_file(tmp_path / each / "checkpoint-3" / f"{name}.safetensors") for each in ("one", "two"))
+        assert whole.keys() == split.keys()
+        assert max((whole[key] - start[key.replace("/", ".")]).abs().max() for key in whole) > 1e-3
+        for key in whole:
+            torch.testing.assert_close(split[key], whole[key], atol=2e-5, rtol=0)
+    exported = WanTransformer3DModel.from_pretrained(tmp_path / "two", subfolder="transformer").state_dict()
+    assert exported.keys() == start.keys()
+    assert all(torch.equal(exported[key.replace("/", ".")], value) for key, value in split.items())
+    assert (tmp_path / "two" / "samples.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        f"{LORA} --gradient_checkpointing --use_ema --ema_decay 0.5",
+        f"{CAUSAL} --causal_init_steps 1 --context_noise 50 --train_batch_size 2",
+        "--num_frame_per_block 2 --independent_first_frame --gradient_checkpointing",
+    ],
+)
+def test_two_processes_that_share_the_tokens_equal_one(flags, teacher, tmp_path):
+    """Bidirectional and self-forcing, LoRA and full, on the same samples; validation draws with both."""
+    usual = [*flags.split(), "--adam_epsilon", 1e-3, "--fake_score_eps", 1e-3, "--validation_steps", 1]
+    for output, processes in (("one", 1), ("two", 2)):
+        words = [*user_flags(teacher, tmp_path, output), *usual, "--context_parallel_degree", processes]
+        if "lora" in flags:
+            words[words.index("full")] = "lora"
+        launch("train_dmd_distill_wan.py", *words, processes=processes)
+    for name in ("student", "fake_score", *(["ema"] if "ema" in flags else [])):
+        one, two = (load_file(tmp_path / each / "checkpoint-2" / f"{name}.safetensors") for each in ("one", "two"))
+        assert one.keys() == two.keys() and max(value.abs().max() for value in one.values()) > 1e-3
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=0)
+    states = (json.loads((tmp_path / each / "checkpoint-2" / "state.json").read_text()) for each in ("one", "two"))
+    assert next(states)["stream"] == next(states)["stream"]
+
+
+def test_processes_share_tokens_only_where_that_comes_out_even(run):
+    with pytest.raises(SystemExit, match="must divide 1 processes"):
+        run(f"{LORA} --context_parallel_degree 2")
 
 
 def test_a_run_leaves_clips_and_a_card(teacher, tmp_path):
