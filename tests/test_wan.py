@@ -647,14 +647,14 @@ def user_flags(teacher, tmp_path, output):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ball\na blue box\na green star\na red box\n")
     words = f"--pretrained_teacher_model {teacher} --train_prompts {prompts} {SHORT} --max_train_steps 2"
-    return [*words.split(), "--validation_prompt", "ball", "--output_dir", tmp_path / output, "--model_type", "full"]
+    return f"{words} --validation_prompt ball --output_dir {tmp_path / output}".split()
 
 
 def test_two_processes_with_half_the_batch_equal_one(teacher, tmp_path):
     """Bidirectional and full; gradients are averaged once a step, whatever was called in between."""
     for output, processes, batch in (("one", 1, 2), ("two", 2, 1)):
         flags = user_flags(teacher, tmp_path, output)
-        flags += ["--train_batch_size", batch, "--adam_epsilon", 1e-3, "--fake_score_eps", 1e-3]
+        flags += ["--train_batch_size", batch, "--adam_epsilon", 1e-3, "--fake_score_eps", 1e-3, *FULL.split()]
         launch("train_dmd_distill_wan.py", *flags, processes=processes)
     one, two = (load_file(tmp_path / output / "checkpoint-2" / "student.safetensors") for output in ("one", "two"))
     start = load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -665,11 +665,11 @@ def test_two_processes_with_half_the_batch_equal_one(teacher, tmp_path):
 
 def test_fsdp_equals_one_process_through_a_resume_and_exports_all_of_it(teacher, tmp_path):
     """Self-forcing, so that a network is called many times before one backward(), with an average and checkpointing."""
-    usual = ["--num_frame_per_block", 1, "--gradient_checkpointing", "--use_ema", "--ema_decay", 0.5]
-    usual += ["--adam_epsilon", 1e-3, "--fake_score_eps", 1e-3, "--validation_steps", 2, "--max_train_steps", 3]
-    one = user_flags(teacher, tmp_path, "one")
-    launch("train_dmd_distill_wan.py", *one, *usual, "--train_batch_size", 2)
-    two = [*user_flags(teacher, tmp_path, "two"), *usual, "--train_batch_size", 1, "--checkpointing_steps", 2]
+    usual = f"{FULL} --num_frame_per_block 1 --gradient_checkpointing --use_ema --ema_decay 0.5 --adam_epsilon 1e-3"
+    usual += " --fake_score_eps 1e-3 --validation_steps 2 --max_train_steps 3"
+    one, two = (user_flags(teacher, tmp_path, output) + usual.split() for output in ("one", "two"))
+    script.main(script.parse_args([*one, "--train_batch_size", "2"]))
+    two += ["--train_batch_size", 1, "--checkpointing_steps", 2]
     launch("train_dmd_distill_wan.py", *two, processes=2, fsdp=True)
     shutil.rmtree(tmp_path / "two" / "checkpoint-3")
     resumed = [*two, "--resume_from_checkpoint", "latest"]
@@ -691,19 +691,18 @@ def test_fsdp_equals_one_process_through_a_resume_and_exports_all_of_it(teacher,
 @pytest.mark.parametrize(
     "flags",
     [
-        f"{LORA} --gradient_checkpointing --use_ema --ema_decay 0.5",
-        f"{CAUSAL} --causal_init_steps 1 --context_noise 50 --train_batch_size 2",
-        "--num_frame_per_block 2 --independent_first_frame --gradient_checkpointing",
+        f"{CAUSAL} --use_ema --ema_decay 0.5 --train_batch_size 2",
+        "--num_frame_per_block 2 --independent_first_frame --causal_init_steps 1 --context_noise 50"
+        " --gradient_checkpointing",
     ],
 )
 def test_two_processes_that_share_the_tokens_equal_one(flags, teacher, tmp_path):
-    """Bidirectional and self-forcing, LoRA and full, on the same samples; validation draws with both."""
-    usual = [*flags.split(), "--adam_epsilon", 1e-3, "--fake_score_eps", 1e-3, "--validation_steps", 1]
-    for output, processes in (("one", 1), ("two", 2)):
-        words = [*user_flags(teacher, tmp_path, output), *usual, "--context_parallel_degree", processes]
-        if "lora" in flags:
-            words[words.index("full")] = "lora"
-        launch("train_dmd_distill_wan.py", *words, processes=processes)
+    """On the same samples, self-forcing, whose fake score is as bidirectional as any; validation draws with both."""
+    words = [*flags.split(), "--adam_epsilon", "1e-3", "--fake_score_eps", "1e-3", "--validation_steps", "1"]
+    words += [] if "lora" in flags else FULL.split()
+    one, two = (user_flags(teacher, tmp_path, output) + words for output in ("one", "two"))
+    script.main(script.parse_args(one))
+    launch("train_dmd_distill_wan.py", *two, "--context_parallel_degree", 2, processes=2)
     for name in ("student", "fake_score", *(["ema"] if "ema" in flags else [])):
         one, two = (load_file(tmp_path / each / "checkpoint-2" / f"{name}.safetensors") for each in ("one", "two"))
         assert one.keys() == two.keys() and max(value.abs().max() for value in one.values()) > 1e-3
@@ -720,7 +719,8 @@ def test_processes_share_tokens_only_where_that_comes_out_even(run):
 
 def test_a_run_leaves_clips_and_a_card(teacher, tmp_path):
     flags = user_flags(teacher, tmp_path, "out")
-    launch("train_dmd_distill_wan.py", *flags, "--num_frame_per_block", 1, "--report_to", "tensorboard")
+    flags += [*FULL.split(), "--num_frame_per_block", 1, "--report_to", "tensorboard"]
+    launch("train_dmd_distill_wan.py", *flags)
     assert (tmp_path / "out" / "samples.png").stat().st_size > 1000
     (clip,) = (tmp_path / "out" / "validation").glob("step-000002/student-00-32x32.mp4")
     assert clip.stat().st_size > 200
