@@ -177,9 +177,9 @@ def gradients_seen(monkeypatch) -> dict[str, list[torch.Tensor]]:
     """By name of the network, what its optimizer is about to use."""
     seen, original = [], script.average_gradients
 
-    def look(params, processes):
+    def look(params, *processes):
         seen.append([None if p.grad is None else p.grad.clone() for p in params])
-        original(params, processes)
+        original(params, *processes)
 
     monkeypatch.setattr(script, "average_gradients", look)
     return seen
