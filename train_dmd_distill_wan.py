@@ -39,6 +39,7 @@ import copy
 import functools
 import json
 import math
+import tempfile
 import time
 from collections import Counter
 from itertools import accumulate
@@ -54,7 +55,7 @@ from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
 
 from common import wan
-from common.adapters import active_adapter, adapter_layers, adapter_weights, weights_copy, weights_replaced
+from common.adapters import active_adapter, adapter_layers, adapter_weights, weights_copy, weights_exchanged
 from common.buckets import add_bucket_flags, check_bucket_flags, target_size
 from common.causal import BlockCausal, block_ends, block_lengths, first_tokens, roll_out
 from common.checkpoint import StopSignal, find_checkpoint, resume, save_checkpoint
@@ -79,9 +80,11 @@ from common.dmd import (
 from common.dmd_flags import batch_warning, blocks_of, check_dmd_flags, check_rollouts, trained_from
 from common.export import create_hub_repository, push_to_hub, write_model_card
 from common.optim import average_gradients, clip_gradients, gradient_norm, make_optimizer, make_schedule, update_ema
+from common.plan import plan_of
 from common.progress import Progress
 from common.quantize import quantize
 from common.report import FULL_STEPS, clips_report
+from common.sharding import shard, share_tokens, wants_fsdp, whole
 from common.speed import set_up_device, speed_up
 from common.stream import Draws, gather_states, open_batches
 from common.validation import below_each_other, labelled_grid, validation_prompts
@@ -110,6 +113,8 @@ def parse_args(argv=None):
     add("--teacher_revision", type=str, help="the teacher's branch, tag or commit on the hub")
     add("--pretrained_t5_model_name_or_path", type=str, help="where text encoder and tokenizer are; default: the teacher's")
     add("--resolution", type=float, default=480, help="of training, in the unit of --resolution_type")
+    add("--plan", type=float, nargs="?", const=0.0, metavar="GB", help="load and train nothing, but print what the run takes on each GPU, and what would make it fit into so many GB; default: those of the GPU that is here")
+    add("--context_parallel_degree", type=int, default=1, metavar="N", help="N processes share each clip's tokens; the number of processes must be a multiple of it")
     add("--train_prompts", type=str, help="text file, a prompt a line: trains with no video at all, on clips of --num_frames in the shapes of --validation_resolution")
 
     add = parser.add_argument_group("student").add_argument
@@ -179,6 +184,10 @@ def parse_args(argv=None):
     for height, width in args.validation_resolution:
         if height % 16 or width % 16:
             parser.error(f"--validation_resolution {width}x{height}: must be multiples of 16")
+        if height // 16 * (width // 16) % args.context_parallel_degree:
+            parser.error(
+                f"--validation_resolution {width}x{height}: --context_parallel_degree must divide a frame's tokens"
+            )
     return args
 
 
@@ -374,7 +383,14 @@ def load_networks(args, accelerator, weight_dtype) -> tuple[dict[str, WanTransfo
         networks = {"teacher": teacher, "student": student, "fake_score": copy.deepcopy(student)}
     causal = BlockCausal(networks["student"]) if args.num_frame_per_block else None
     for network in networks.values():
+        if wants_fsdp(accelerator):
+            shard(network, network.blocks, accelerator)
         network.to(accelerator.device)
+    if args.context_parallel_degree > 1:
+        for network in {id(network): network for network in networks.values()}.values():
+            share_tokens(
+                network, args.context_parallel_degree, accelerator, not causal or network != networks["student"]
+            )
     speed_up(args, networks.values(), COMPILED_BLOCKS, accelerator.print)
     if args.gradient_checkpointing:
         networks["student"].enable_gradient_checkpointing()
@@ -417,10 +433,22 @@ def main(args):
         raise SystemExit(
             "accelerate's mixed_precision fp16: Wan's activations overflow it; --mixed_precision bf16 or no"
         )
-    batch = args.train_batch_size * args.gradient_accumulation_steps * processes  # of one optimizer step
-    for line in [*args.notes, *filter(None, [batch_warning(batch)])]:
+    for line in args.notes:
         say(line)
     weight_dtype = set_up_device(args, accelerator)
+    if args.plan is not None:
+        say(plan_of(args, accelerator, weight_dtype))
+        return
+    sharded, together = wants_fsdp(accelerator), args.context_parallel_degree  # processes on the same samples
+    if sharded and (args.model_type == "lora" or args.ema_device == "cpu" or args.base_model_precision != "no_change"):
+        raise SystemExit("accelerate's --use_fsdp: goes with --model_type full, --ema_device accelerator and no 8 bits")
+    if processes % together or sharded and together > 1:
+        raise SystemExit(
+            f"--context_parallel_degree {together}: must divide {processes} processes, and goes without FSDP"
+        )
+    batch = args.train_batch_size * args.gradient_accumulation_steps * processes // together  # of one optimizer step
+    if warning := batch_warning(batch):
+        say(warning)
     repository = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
     # ---- Networks ----
@@ -455,7 +483,7 @@ def main(args):
     encoder, readers = open_encoder(args, accelerator, weight_dtype)
     negative = encoder.encode_text([args.negative_prompt])["prompt_embeds"]
     empty = encoder.encode_text([""])["prompt_embeds"]
-    batches = open_batches(args, accelerator, readers, state["stream"])
+    batches = open_batches(args, accelerator, readers, state["stream"], together)
     vae_config = wan.AutoencoderKLWan.load_config(args.pretrained_teacher_model, subfolder="vae", **hub_options(args))
 
     # ---- The three networks ----
@@ -530,7 +558,7 @@ def main(args):
     def save():
         """Every process takes part: each knows its own place in the data."""
         encoder.flush()
-        stream, faults = gather_states(batches, accelerator)
+        stream, faults = gather_states(batches, accelerator, together)
         state = {"stream": stream, "skipped": skipped + faults, "lr_schedule": lr_schedule.state_dict()}
         state |= {"scaler": None, "student_updates": updates}
         limit = args.checkpoints_total_limit
@@ -539,8 +567,14 @@ def main(args):
         return folder
 
     def averaged(wanted: bool):
-        """Inside, the student is its moving average."""
-        return weights_replaced(trained["student"], ema.values()) if wanted else contextlib.nullcontext()
+        """Inside, the student is its moving average, and the average the student: twice would undo it."""
+        return weights_exchanged(trained["student"], list(ema.values())) if wanted else contextlib.nullcontext()
+
+    def export_student():
+        """Files and usage; every process takes part, and the main one writes."""
+        with averaged(args.use_ema):
+            network = whole(networks["student"], WanTransformer3DModel)
+            return export(args, output_dir, network) if accelerator.is_main_process else None
 
     drawn_blocks = block_lengths(
         latent_frames(args.validation_num_video_frames), args.num_frame_per_block, args.independent_first_frame
@@ -576,6 +610,7 @@ def main(args):
         return len(args.steps) * len(drawn_blocks) + len(drawn_blocks) - 1
 
     kept_clips = {}  # the teacher's, which do not change
+    draws_clips = accelerator.is_main_process or sharded or together > 1  # what is split takes all processes
 
     def validate():
         """Clips of every prompt and size to disk, strips of their frames to the trackers, and signs of collapse."""
@@ -592,7 +627,8 @@ def main(args):
                     rows.append([frame_strip(clip)])
                     labels.append(f"{which}: {prompt[:40]}")
                     name = f"{which}-{i:02d}-{size[1]}x{size[0]}"
-                    save_clip(clip, output_dir / "validation" / f"step-{step:06d}" / f"{name}.mp4")
+                    if accelerator.is_main_process:
+                        save_clip(clip, output_dir / "validation" / f"step-{step:06d}" / f"{name}.mp4")
             sheets.append(
                 labelled_grid(rows, labels, [f"{size[1]}x{size[0]}, {args.validation_num_video_frames} frames"])
             )
@@ -612,6 +648,16 @@ def main(args):
         progress.values({f"watch/{name}": value for name, value in found.items()}, step)
         for sign in signs_of_collapse(found, kept_clips["reference"]):
             say(f"warning at step {step}: {sign}")
+
+    def report() -> str:
+        """Of what is exported. Its files are the main process's; what others make of the same clips goes nowhere."""
+        with averaged(args.use_ema), tempfile.TemporaryDirectory() as nowhere:
+            folder = output_dir if accelerator.is_main_process else Path(nowhere)
+            if args.toy and args.report_steps:  # its world can judge clips
+                from tests.toy.report import report_clips
+
+                return report_clips(args, clips, evaluations, folder)
+            return clips_report(args, clips, evaluations, folder)
 
     # ---- Training loop ----
     progress, means = Progress(args, accelerator), Means(MEANS, device)
@@ -635,6 +681,9 @@ def main(args):
             cond = torch.where(expand_to(dropped, cond), empty, cond)
             blocks = blocks_of(args, latent_frames(samples[0].bucket[0]))
             shape = latent_shape(networks["student"], vae_config, sum(blocks), samples[0].bucket[1:])
+            if tokens_of_frame(networks["student"], *shape[2:]) % together:
+                size = "x".join(map(str, samples[0].bucket[:0:-1]))
+                raise SystemExit(f"--context_parallel_degree {together}: must divide the tokens of a frame of {size}")
             noise = functools.cache(lambda k, draws=draws, shape=shape: draws.normal(*shape))
             torch.manual_seed(args.seed + samples[0].position)  # of dropout: a resumed run draws the same
 
@@ -676,7 +725,8 @@ def main(args):
         turns = [("student", args.max_grad_norm)] if student_turn else []
         turns += [] if ode_turn else [("fake_score", args.fake_score_grad_clip)]
         for name, most in turns:
-            average_gradients(trained[name], processes)
+            if not sharded:  # where it is done in backward()
+                average_gradients(trained[name], processes, together)
             means.add(f"{name}_grad_norm", gradient_norm(trained[name]))
             clip_gradients(accelerator, trained[name], args.grad_clip_method, most)
             optimizers[name].step()
@@ -704,14 +754,13 @@ def main(args):
                 clips_per_s=f"{rate:.2f}", **{k: f"{v:.3g}" for k, v in values.items() if k.endswith("loss")}
             )
             progress.values(values | {"lr": lr_schedule.get_last_lr()[0], "clips_per_s": rate}, step)
-        if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
+        if args.validation_steps and step % args.validation_steps == 0 and draws_clips:
             validate()
         if checkpoint and step < args.max_train_steps:
             save()
-            if args.push_checkpoints_to_hub and repository:
-                with averaged(args.use_ema):
-                    files, _ = export(args, output_dir, networks["student"])
-                push_to_hub(args, repository, files, f"Step {step}", fatal=False)
+            exported = export_student() if args.push_checkpoints_to_hub else None
+            if repository and exported:
+                push_to_hub(args, repository, exported[0], f"Step {step}", fatal=False)
         if processes == 1 or step % LOG_EVERY == 0:
             stopping = stop.agreed(accelerator)
     bar.close()
@@ -722,22 +771,18 @@ def main(args):
     else:
         check_losses(means.read(accelerator))
         say(f"saved {save()}")
-    _, faults = gather_states(batches, accelerator)
+    _, faults = gather_states(batches, accelerator, together)
     for cause, number in (skipped + faults).most_common():
         say(f"skipped {number} x {cause}")
     if stopping:
         say("stopped by a signal; go on with --resume_from_checkpoint latest")
-    elif accelerator.is_main_process:
-        validate().save(output_dir / "samples.png")
-        with averaged(args.use_ema):
-            files, usage = export(args, output_dir, networks["student"])
-            if args.toy and args.report_steps:  # its world can judge clips
-                from tests.toy.report import report_clips
-
-                results = report_clips(args, clips, evaluations, output_dir)
-            else:
-                results = clips_report(args, clips, evaluations, output_dir)
+    else:
+        sheet, results = (validate(), report()) if draws_clips else (None, "")
+        exported = export_student()
+    if not stopping and accelerator.is_main_process:
         say(results)
+        sheet.save(output_dir / "samples.png")
+        files, usage = exported
         write_model_card(
             output_dir, title=f"DMD of {Path(args.pretrained_teacher_model).name}", tags=["dmd", args.model_type],
             usage=usage, settings=vars(args), results=results, picture="samples.png",

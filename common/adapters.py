@@ -49,13 +49,18 @@ def weights_copy(part: torch.nn.Module, device) -> torch.nn.ParameterDict:
 
 
 @contextlib.contextmanager
-def weights_replaced(params: list[torch.nn.Parameter], others):
-    """Inside, the parameters have the values of the others."""
-    own = [p.data for p in params]
-    for p, other in zip(params, others, strict=True):
-        p.data = other.data.to(p.device)
+def weights_exchanged(params: list[torch.nn.Parameter], others: list[torch.nn.Parameter]):
+    """Inside, the parameters have the values of the others, and these theirs. In place, where FSDP looks for them."""
+    exchange(params, others)
     try:
         yield
     finally:
-        for p, data in zip(params, own, strict=True):
-            p.data = data
+        exchange(params, others)
+
+
+@torch.no_grad()
+def exchange(params, others):
+    for p, other in zip(params, others, strict=True):
+        own = p.clone()
+        p.copy_(other)
+        other.copy_(own)

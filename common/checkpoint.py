@@ -93,7 +93,8 @@ def load_checkpoint(folder: Path, networks: dict, optimizers: dict) -> dict:
         if not file.exists():
             raise SystemExit(f"--resume_from_checkpoint {folder}: has no {name}, it is of another kind of run")
         weights = load_file(file)
-        expected = get_model_state_dict(network, options=options(name in optimizers))
+        trained = StateDictOptions(ignore_frozen_params=name in optimizers)
+        expected = get_model_state_dict(network, options=trained)  # not gathered: every process has to look
         odd = weights.keys() ^ expected.keys()
         if odd := sorted(odd or {key for key in expected if expected[key].shape != weights[key].shape}):
             raise SystemExit(

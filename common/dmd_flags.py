@@ -34,11 +34,16 @@ def check_dmd_flags(parser, args, lora_targets: str):
             parser.error(f"--{name}: has no job in this script")
     if args.model_type == "full" and "comfyui" in args.export_formats:
         parser.error("--export_formats comfyui: is a layout of LoRA files")
+    if args.context_parallel_degree > 1 and args.attention_mechanism != "diffusers":
+        parser.error(
+            f"--context_parallel_degree and --attention_mechanism {args.attention_mechanism}: one or the other"
+        )
     if args.mixed_precision == "fp16":
         parser.error("--mixed_precision fp16: Wan's activations overflow it; bf16 or no")
-    at_least_one = ("lora_rank", "lora_alpha", "num_training_frames")
+    at_least_one = ("lora_rank", "lora_alpha", "num_training_frames", "context_parallel_degree")
     at_least_one += ("generator_update_interval", "ema_update_interval")
     not_negative = ("num_frame_per_block", "fake_score_guidance_scale", "fake_score_weight_decay", "causal_init_steps")
+    not_negative += ("plan",)
     positive = ("fake_score_lr", "fake_score_eps", "fake_score_grad_clip", "timestep_shift", "flow_schedule_shift")
     check_ranges(
         parser, args, at_least_one=at_least_one, not_negative=not_negative, positive=positive,

@@ -4,6 +4,7 @@ import importlib.util
 import math
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 class Lion(torch.optim.Optimizer):
@@ -76,23 +77,31 @@ def clip_gradients(accelerator, params, method: str, most: float):
     if method == "norm":
         accelerator.clip_grad_norm_(params, most)
     else:
-        accelerator.clip_grad_value_(params, most)
+        accelerator.unscale_gradients()  # accelerate's own refuses what FSDP has split, though elements know no others
+        torch.nn.utils.clip_grad_value_(params, most)
 
 
 def gradient_norm(params) -> torch.Tensor:
-    return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def average_gradients(params, processes: int):
-    """Of all processes, where no wrapper does it: a network that is called many times before one backward()."""
+def average_gradients(params, processes: int, together: int = 1):
+    """Of all processes, where no wrapper does it: a network that is called many times before one backward().
+
+    So many of them work `together` on the same samples, and the sum of theirs is the gradient.
+    """
     if processes > 1:
         waiting = [torch.distributed.all_reduce(p.grad, async_op=True) for p in params]
         for work in waiting:
             work.wait()
-        torch._foreach_div_([p.grad for p in params], processes)
+        torch._foreach_div_([p.grad for p in params], processes // together)
 
 
 @torch.no_grad()
 def update_ema(target: list[torch.Tensor], source: list[torch.Tensor], decay: float):
-    """target = decay * target + (1 - decay) * source, all tensors in one call."""
-    torch._foreach_lerp_(target, [p.detach() for p in source], 1.0 - decay)
+    """target = decay * target + (1 - decay) * source, all tensors in one call; of split ones each process its part."""
+    target, source = (
+        [p.to_local() if isinstance(p, DTensor) else p.detach() for p in each] for each in (target, source)
+    )
+    torch._foreach_lerp_(target, source, 1.0 - decay)

@@ -18,8 +18,11 @@ from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import UMT5Config, UMT5EncoderModel
 
+from common import wan
 from common.buckets import targets_in_shapes
+from common.dmd_flags import blocks_of, trained_from
 from common.meter import Meter, give_shapes, kept_in_fp32
+from common.sharding import wants_fsdp
 from common.video import latent_frames, pixel_frames
 
 GB = 1e9
@@ -51,8 +54,7 @@ class Setup:
     accumulation: int = 1
     ema: str = "none"  # or cpu, or gpu
     blocks: tuple[int, ...] = ()  # frames of each, of a causal student
-    fills_caches: bool = True
-    encodes_clips: bool = True  # prompts alone have none
+    caches: str = "fill"  # or full; or ondemand, off: the encoders stay
     shards: int = 1  # processes that FSDP splits trained networks over
     context_parallel: int = 1  # processes that share a clip's tokens
 
@@ -160,8 +162,8 @@ def activations(setup: Setup, shape: tuple[int, int, int, int], gradient: bool =
 
 
 @functools.lru_cache
-def vae_peak(config: str, shape: tuple[int, ...], decodes: bool) -> int:
-    """Of encoding or decoding, in fp32, weights included; of latents [B, C, f, h, w] or pixels [B, 3, F, H, W]."""
+def vae_bytes(config: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Of its weights, in fp32, and the most that decoding latents [B, C, f, h, w] takes besides."""
     with torch.device("meta"):
         vae = AutoencoderKLWan.from_config(json.loads(config)).requires_grad_(False)
     weights = frozen_bytes(vae, torch.float32, "no_change")
@@ -169,8 +171,8 @@ def vae_peak(config: str, shape: tuple[int, ...], decodes: bool) -> int:
         give_shapes(vae, torch.float32)
         x = torch.empty(shape)
         with Meter([*vae.parameters(), *vae.buffers(), x]) as meter, torch.no_grad():
-            vae.decode(x) if decodes else vae.encode(x)
-    return meter.peak + weights
+            vae.decode(x)
+    return weights, meter.peak
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ def account(setup: Setup) -> dict[str, dict[str, int]]:
         f"student's {setup.optimizer} state": state_bytes(trained, setup.optimizer) // share,
         f"fake score's {fake_optimizer} state": state_bytes(trained, fake_optimizer) // share,
     }
-    states |= {"EMA of the student": 4 * count // share} if setup.ema == "gpu" else {}
+    weights |= {"EMA of the student": 4 * count // share} if setup.ema == "gpu" else {}
     block = sum(p.numel() for p in counted(setup.transformer).blocks[0].parameters()) * setup.dtype.itemsize
     gathered = {"two blocks that FSDP has gathered": 2 * block} if share > 1 else {}
 
@@ -210,31 +212,34 @@ def account(setup: Setup) -> dict[str, dict[str, int]]:
     config, size, parallel = json.loads(setup.transformer), (setup.height, setup.width), setup.context_parallel
     kept, own = (part // parallel for part in activations(setup, (setup.batch, setup.frames, *size)))
     asked = sum(activations(setup, (2 * setup.batch, setup.frames, *size), gradient=False)) // parallel
+    if not lora and setup.dtype != torch.float32:  # autocast keeps what it has cast until the network's forward ends
+        asked += count * setup.dtype.itemsize // share
     caches = {}
-    if setup.blocks:  # each block's keys and values are a copy of those of all before it, which its graph holds
+    if setup.blocks:  # whose graphs hold the same pieces; attention joins those of one layer, and has their gradients
         width = config["num_attention_heads"] * config["attention_head_dim"]
-        rows = 2 * setup.batch * setup.tokens() * width * setup.dtype.itemsize // parallel  # of a layer, whole clip
-        past = sum(sum(setup.blocks[:i]) for i in range(len(setup.blocks)))
-        caches = {"keys and values of earlier blocks": config["num_layers"] * rows * past // setup.frames}
-        own = max(own, activations(setup, (setup.batch, max(setup.blocks), *size))[1] // parallel + rows)
+        tokens = setup.tokens() // setup.frames
+        frame = 2 * setup.batch * tokens * width * setup.dtype.itemsize // parallel  # keys and values of a layer
+        caches = {"keys and values of earlier blocks": config["num_layers"] * frame * sum(setup.blocks[:-1])}
+        joined = 2 * frame * sum(setup.blocks)
+        own = max(own, activations(setup, (setup.batch, max(setup.blocks), *size))[1] // parallel + joined)
     gradients = 4 * count // share
     held = 2 * gradients if setup.accumulation > 1 else 0  # of student and fake score, through the next pass
     turns = {
         "activations kept for backward()": kept,
-        "backward() of one block, or a forward of the teacher": max(own, asked),
+        "backward() of one block, or a forward without it": max(own, asked),
         "gradients, beyond what has gone when they come": max(held, gradients - kept, 0),
     }
-    phases = {"training": weights | states | turns | caches | gathered}
-
-    scale = json.loads(setup.vae).get("scale_factor_spatial") or 8
-    if setup.fills_caches:
+    vae, decoding = vae_bytes(setup.vae, (1, config["in_channels"], *setup.validation))
+    stays = {}
+    if setup.caches in ("ondemand", "off"):
+        stays = {"text encoder": text_encoder_bytes(setup), "VAE, after a validation": vae}
+    phases = {"training": weights | states | turns | caches | gathered | stays}
+    if setup.caches == "fill":
         phases["filling the caches"] = weights | {"text encoder": text_encoder_bytes(setup)}
-        if setup.encodes_clips:
-            pixels = pixel_frames(setup.frames), scale * setup.height, scale * setup.width
-            phases["filling the caches"] |= {"VAE and its encoding": vae_peak(setup.vae, (1, 3, *pixels), False)}
-    decoding = vae_peak(setup.vae, (1, config["in_channels"], *setup.validation), True)
     sampling = sum(activations(setup, (1, *setup.validation), gradient=False))
-    phases["validation"] = weights | states | {"VAE and its decoding, or a forward": max(decoding, sampling)}
+    drawn = {"VAE": vae, "its decoding, or a forward": max(decoding, sampling)}
+    phases["validation"] = weights | states | stays | drawn
+    phases["validation"].pop("VAE, after a validation", None)
     return phases
 
 
@@ -242,28 +247,27 @@ def most(setup: Setup) -> int:
     return max(sum(parts.values()) for parts in account(setup).values())
 
 
+def can_share(setup: Setup, n: int) -> bool:
+    """Whether n processes can share the tokens: each has some of the heads, and of each frame."""
+    heads = json.loads(setup.transformer)["num_attention_heads"]
+    return setup.shards == 1 and setup.context_parallel < n and heads % n == 0 == setup.tokens() // setup.frames % n
+
+
+# fmt: off
 REMEDIES: list[tuple[str, Callable[[Setup], bool], dict]] = [
     ("--gradient_checkpointing", lambda s: not s.checkpointing, {"checkpointing": True}),
-    (
-        "--text_encoder_1_precision int8-torchao",
-        lambda s: s.fills_caches and s.text_precision == "no_change",
-        {"text_precision": "int8-torchao"},
-    ),  # fmt: skip  # noqa: E501
-    ("--ema_device cpu", lambda s: s.ema == "gpu", {"ema": "cpu"}),
+    ("--text_encoder_1_precision int8-torchao", lambda s: s.caches != "full" and s.text_precision == "no_change",
+     {"text_precision": "int8-torchao"}),
+    ("--ema_device cpu", lambda s: s.ema == "gpu" and s.shards == 1, {"ema": "cpu"}),
     ("--optimizer adamw8bit", lambda s: s.optimizer != "adamw8bit", {"optimizer": "adamw8bit"}),
     ("--train_batch_size 1", lambda s: s.batch > 1, {"batch": 1}),
-    (
-        "--base_model_precision int8-torchao",
-        lambda s: s.base_precision == "no_change",
-        {"base_precision": "int8-torchao"},
-    ),  # fmt: skip  # noqa: E501
+    ("--base_model_precision int8-torchao", lambda s: s.base_precision == "no_change" and s.shards == 1,
+     {"base_precision": "int8-torchao"}),
     ("--model_type lora", lambda s: s.model_type == "full", {"model_type": "lora", "shards": 1}),
     ("--lora_rank 32", lambda s: s.model_type == "lora" and s.lora_rank > 32, {"lora_rank": 32}),
-    *(
-        (f"--context_parallel_degree {n}", lambda s, n=n: s.context_parallel < n, {"context_parallel": n})
-        for n in (2, 4, 8)
-    ),
+    *((f"--context_parallel_degree {n}", lambda s, n=n: can_share(s, n), {"context_parallel": n}) for n in (2, 4, 8)),
 ]
+# fmt: on
 
 
 def remedies(setup: Setup, room: float) -> list[tuple[str, int]]:
@@ -287,12 +291,8 @@ def report(setup: Setup, room: float | None = None) -> str:
     for phase, parts in account(setup).items():
         lines += ["", f"{phase:58s}{sum(parts.values()) / GB:8.2f}"]
         lines += [f"  {name:56s}{size / GB:8.2f}" for name, size in parts.items()]
-    config = json.loads(setup.transformer)
-    latents = config["in_channels"] * setup.frames * setup.height * setup.width * 4
-    text = setup.text_length * config["text_dim"] * setup.dtype.itemsize
+    text = setup.text_length * json.loads(setup.transformer)["text_dim"] * setup.dtype.itemsize
     elsewhere = f"on disk: {text / 1e6:.1f} MB a prompt at the most"
-    if setup.encodes_clips:
-        elsewhere += f", {latents / 1e6:.1f} MB a clip"
     if setup.ema == "cpu":
         average = 4 * sum(p.numel() for p in trained_parameters(setup))
         elsewhere += f"; in the machine's memory: {average / GB:.2f} GB, EMA of the student"
@@ -309,32 +309,42 @@ def report(setup: Setup, room: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def setup_of(args, dtype: torch.dtype, text_length: int, blocks: list[int], shards: int = 1) -> Setup:
+def setup_of(args, dtype: torch.dtype, shards: int = 1) -> Setup:
     """Of a run's arguments; reads the teacher's configs and nothing else of it. The clips are the largest there can be:
     of each dataset's resolution, in the shapes that validation draws."""
     teacher = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
     transformer = WanTransformer3DModel.load_config(args.pretrained_teacher_model, subfolder="transformer", **teacher)
     vae = AutoencoderKLWan.load_config(args.pretrained_teacher_model, subfolder="vae", **teacher)
-    source = args.pretrained_t5_model_name_or_path or args.pretrained_teacher_model
-    text = UMT5Config.from_pretrained(source, subfolder="text_encoder", cache_dir=args.cache_dir)
+    source = wan.text_source(args)
+    text = UMT5Config.from_pretrained(
+        source["model"], subfolder="text_encoder", revision=source["revision"], cache_dir=args.cache_dir
+    )
     scale = vae.get("scale_factor_spatial") or 8
     sizes = [
-        (latent_frames(dataset.num_frames), height // scale, width // scale)
+        (sum(blocks_of(args, latent_frames(dataset.num_frames))), height // scale, width // scale)
         for dataset in args.datasets
         for height, width in targets_in_shapes(args.validation_resolution, dataset.rules)
     ]
-    frames, height, width = max(sizes, key=math.prod)
-    drawn = max(args.validation_resolution or [(scale * height, scale * width)], key=math.prod)
+    rolled, height, width = max(sizes, key=math.prod)
+    blocks = blocks_of(args, rolled)
+    drawn = max(args.validation_resolution, key=math.prod)
     return Setup(
         transformer=json.dumps(transformer), vae=json.dumps(vae), text_encoder=json.dumps(text.to_dict()),
-        batch=args.train_batch_size, frames=frames, height=height, width=width,
+        batch=args.train_batch_size, frames=rolled - trained_from(args, rolled), height=height, width=width,
         validation=(latent_frames(args.validation_num_video_frames), *(side // scale for side in drawn)),
-        text_length=text_length, model_type=args.model_type, lora_rank=args.lora_rank,
-        lora_targets=tuple(args.lora_target_modules.split(",")), dtype=dtype,
+        text_length=wan.TEXT_LENGTH, model_type=args.model_type, lora_rank=args.lora_rank,
+        lora_targets=tuple(name.strip() for name in args.lora_target_modules.split(",")), dtype=dtype,
         base_precision=args.base_model_precision, text_precision=args.text_encoder_1_precision,
         optimizer=args.optimizer, checkpointing=args.gradient_checkpointing,
-        accumulation=args.gradient_accumulation_steps, ema=args.ema_device if args.use_ema else "none",
-        blocks=tuple(blocks) if len(blocks) > 1 else (), fills_caches=args.caches != "off",
-        encodes_clips=not all(dataset.sizes for dataset in args.datasets), shards=shards,
-        context_parallel=args.context_parallel_degree,
+        accumulation=args.gradient_accumulation_steps, blocks=tuple(blocks) if len(blocks) > 1 else (),
+        ema={"cpu": "cpu", "accelerator": "gpu"}[args.ema_device] if args.use_ema else "none", caches=args.caches,
+        shards=shards, context_parallel=args.context_parallel_degree,
     )  # fmt: skip
+
+
+def plan_of(args, accelerator, dtype: torch.dtype) -> str:
+    """What --plan prints: of a GPU of so many GB, or of the one that is here."""
+    room = GB * args.plan or None
+    if room is None and accelerator.device.type == "cuda":
+        room = torch.cuda.get_device_properties(accelerator.device).total_memory
+    return report(setup_of(args, dtype, accelerator.num_processes if wants_fsdp(accelerator) else 1), room)

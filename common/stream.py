@@ -226,8 +226,9 @@ class Batches:
         return places | {"faults": dict(self.faults)}
 
 
-def open_batches(args, accelerator, readers: list[ImageReader], state) -> Batches:
-    processes = accelerator.num_processes
+def open_batches(args, accelerator, readers: list[ImageReader], state, together: int = 1) -> Batches:
+    """So many processes next to each other work `together`, on the same samples."""
+    processes = accelerator.num_processes // together
     # A dataset's parts stand there once for each of its visits in an epoch, so that those are spread over it.
     shards = [(i, part) for i, dataset in enumerate(args.datasets) for part in dataset.parts * (dataset.repeats + 1)]
     try:
@@ -238,15 +239,15 @@ def open_batches(args, accelerator, readers: list[ImageReader], state) -> Batche
     if workers < args.dataloader_num_workers:
         accelerator.print(f"--dataloader_num_workers: {len(shards)} shards feed only {workers} in {lanes} lanes")
     stream = ShardStream(
-        shards, readers, seed=args.seed, batch_size=args.train_batch_size, process=accelerator.process_index,
-        processes=processes, lanes=lanes, state=state,
+        shards, readers, seed=args.seed, batch_size=args.train_batch_size, lanes=lanes, state=state,
+        process=accelerator.process_index // together, processes=processes,
     )  # fmt: skip
     return Batches(stream, workers)
 
 
-def gather_states(batches, accelerator) -> tuple[dict, Counter]:
-    """Place in the data and samples skipped, of all processes."""
-    states = gather_object([batches.state()])
+def gather_states(batches, accelerator, together: int = 1) -> tuple[dict, Counter]:
+    """Place in the data and samples skipped, of all processes; of those that work together once."""
+    states = gather_object([batches.state()])[::together]
     starts = {lane: start for state in states for lane, start in state["starts"].items()}
     used = sorted(position for state in states for position in state["used"])
     faults = sum((Counter(state["faults"]) for state in states), Counter())

@@ -199,12 +199,13 @@ def toy_shards(folder: Path, shards: int = 4, samples: int = 8, height: int = 32
     return str(folder / f"{{00000..{shards - 1:05d}}}.tar")
 
 
-def launch(script: str, *flags, processes: int = 1, check: bool = True, wait: bool = True, **environment):
+def launch(script: str, *flags, processes: int = 1, fsdp=False, check: bool = True, wait: bool = True, **environment):
     """The script as a user starts it."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
     command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
     # accelerate has no launcher of its own for several CPU processes: the one for GPUs starts them, and they use gloo
-    command += ["--dynamo_backend", "no", "--multi_gpu" if processes > 1 else "--cpu"]
+    several = ["--use_fsdp", "--fsdp_version", "2"] if fsdp else ["--multi_gpu"]
+    command += ["--dynamo_backend", "no", *(several if processes > 1 else ["--cpu"])]
     command += [script, *map(str, flags)]
     environment = (
         os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"} | environment

@@ -5,6 +5,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from common.causal import BlockCausal, block_ends, block_lengths, extend, first_tokens, roll_out
+from common.meter import Meter
 from tests.helpers import tiny_wan
 
 FRAMES, TOKENS = 6, 4  # latent frames, and tokens of each at 4x4
@@ -87,9 +88,9 @@ def test_the_offset_of_frames_matters():
     kept = []
     with causal.at(0, kept=kept):
         call(network, x, t, text)
-    with causal.at(3, tuple(kept)):
+    with causal.at(3, extend(None, kept)):
         right = call(network, x, t, text)
-    with causal.at(0, tuple(kept)):
+    with causal.at(0, extend(None, kept)):
         wrong = call(network, x, t, text)
     assert (right - wrong).abs().max() > 1e-3
 
@@ -152,7 +153,7 @@ def test_no_gradient_flows_between_blocks():
         kept = []
         with causal.at(0, kept=kept):
             call(network, first, torch.zeros(2), inputs()[2])
-    constant = tuple((k.clone(), v.clone()) for k, v in kept)
+    constant = extend(None, [(k.clone(), v.clone()) for k, v in kept])
     _, _, text = inputs()
     noise = torch.randn(4, 2, 4, 6, 4, 4, generator=torch.Generator().manual_seed(0))[:, :, :, 3:]
 
@@ -176,19 +177,40 @@ def test_a_cache_is_never_written_into():
 
     def watched(x, t, start, cache):
         longer = remember(x, t, start, cache)
-        seen.append((longer, [(k.clone(), v.clone()) for k, v in longer]))
+        seen.append((longer, [[(k.clone(), v.clone()) for k, v in piece] for piece in longer]))
         return longer
 
     noise = torch.randn(2, 4, 6, 4, 4, generator=torch.Generator().manual_seed(0))
     list(roll_out(predict, watched, lambda k: noise, [1000.0], [2, 2, 2], [0, 0, 0]))
     assert len(seen) == 2  # none after the last block
     for cache, copy in seen:
-        for (k, v), (k_then, v_then) in zip(cache, copy, strict=True):
-            assert not k.requires_grad and not v.requires_grad
-            assert torch.equal(k, k_then) and torch.equal(v, v_then)
+        for piece, piece_then in zip(cache, copy, strict=True):
+            for (k, v), (k_then, v_then) in zip(piece, piece_then, strict=True):
+                assert not k.requires_grad and not v.requires_grad
+                assert torch.equal(k, k_then) and torch.equal(v, v_then)
     (longer, _), (longest, _) = seen[0], seen[1]
-    assert torch.equal(longest[0][0][:, : longer[0][0].shape[1]], longer[0][0])
-    assert torch.equal(first_tokens(longest, 8)[1][1], longer[1][1]) and first_tokens(longest, 0) is None
+    assert len(longest) == 2 and longest[0] is longer[0]  # it is not copied
+    ((_, (k, v)),) = first_tokens(longer[0], 4)
+    assert torch.equal(v, longer[0][1][1][:, :4]) and k.shape[1] == 4 and first_tokens(longer[0], 0) is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_a_rollout_keeps_grows_as_the_clip_does(checkpointing):
+    """All bytes alive: four more blocks add as much as the four before them, though each sees all before it."""
+    network, causal = trainable()
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    kept = []
+    for count in (4, 8, 12):
+        with Meter([]) as meter:
+            made = clip(network, causal, [1] * count, [0] * count)
+            kept.append(meter.now)
+            torch.cat(made, 2).square().mean().backward()
+        del made
+    first, second = kept[1] - kept[0], kept[2] - kept[1]
+    piece = 2 * 2 * 2 * TOKENS * 24 * 4  # keys and values, layers, batch, tokens, channels, fp32
+    print(f"{kept} bytes; of the cache {[(count - 1) * piece for count in (4, 8, 12)]}")
+    assert first > 4 * piece and abs(second - first) < 0.02 * first
 
 
 # ---------------------------------------------------------------------------------------------------------------------

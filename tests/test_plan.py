@@ -1,17 +1,19 @@
 """The memory plan: counted on the real configs, measured against what PyTorch's own profiler sees, and its advice."""
 
 import json
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from common.buckets import Rules
+import train_dmd_distill_wan as script
 from common.meter import Meter, give_shapes
 from common.optim import Lion
 from common.plan import (
@@ -21,16 +23,19 @@ from common.plan import (
     account,
     activations,
     build,
+    can_share,
     counted,
     frozen_bytes,
     most,
+    plan_of,
     remedies,
     report,
     setup_of,
     state_bytes,
     trained_parameters,
 )
-from tests.helpers import tiny_wan_pipeline
+from tests.helpers import launch, tiny_wan_pipeline
+from tests.test_method import one_process  # noqa: F401
 
 WAN = {
     "patch_size": [1, 2, 2], "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16,
@@ -78,6 +83,12 @@ def test_the_text_encoder_is_eleven_gigabytes():
     assert quantised["filling the caches"]["text encoder"] == pytest.approx((11.36 + 2.1) / 2 * GB, rel=0.01)
 
 
+def stored_bytes(p) -> int:
+    """Also of a tensor in 8 bits, which is several."""
+    inner = [getattr(p, name) for name in p.__tensor_flatten__()[0]] if hasattr(p, "__tensor_flatten__") else [p]
+    return sum(tensor.nbytes for tensor in inner if isinstance(tensor, torch.Tensor))
+
+
 @pytest.mark.parametrize("precision", ["no_change", "int8-torchao"])
 def test_frozen_bytes_are_those_of_a_loaded_network(tmp_path, precision):
     """What diffusers loads in bf16, with some of it kept in fp32, and what torchao makes of that."""
@@ -86,10 +97,7 @@ def test_frozen_bytes_are_those_of_a_loaded_network(tmp_path, precision):
     WanTransformer3DModel.from_config(TINY).save_pretrained(tmp_path)
     network = WanTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     quantize(network, precision, "cpu")
-    total = 0
-    for p in network.parameters():
-        inner = [getattr(p, name) for name in p.__tensor_flatten__()[0]] if hasattr(p, "__tensor_flatten__") else [p]
-        total += sum(tensor.nbytes for tensor in inner if isinstance(tensor, torch.Tensor))
+    total = sum(map(stored_bytes, network.parameters()))
     assert frozen_bytes(counted(json.dumps(TINY)), torch.bfloat16, precision) == total
 
 
@@ -204,7 +212,7 @@ def test_each_further_block_keeps_the_same(checkpointing):
 
 
 def test_a_lora_of_the_real_model_fits_into_twenty_gigabytes():
-    run = setup(checkpointing=True, fills_caches=False)
+    run = setup(checkpointing=True, caches="full")
     assert 14 * GB < sum(account(run)["training"].values()) < 20 * GB
     assert "fits into 24 GB" in report(run, 24 * GB)
 
@@ -241,21 +249,26 @@ def test_a_full_student_has_three_networks():
 
 
 def test_a_causal_student_keeps_keys_and_values():
-    """Blocks of 1, 1 and 2 frames of 16 tokens: copies of 1 and 2 frames, of 48 channels in 3 layers, bf16."""
+    """Blocks of 1, 1 and 2 frames of 16 tokens: those of 1 and 1 frame, of 48 channels in 3 layers, bf16."""
     parts = account(tiny(frames=4, blocks=(1, 1, 2)))["training"]
-    assert parts["keys and values of earlier blocks"] == 3 * 2 * (1 + 2) * 16 * 48 * 2
+    assert parts["keys and values of earlier blocks"] == 3 * 2 * (1 + 1) * 16 * 48 * 2
     assert "keys and values of earlier blocks" not in account(tiny())["training"]
 
 
-def test_prompts_alone_and_full_caches_need_no_encoders():
-    assert "filling the caches" not in account(tiny(fills_caches=False))
-    filling = account(tiny(encodes_clips=False))["filling the caches"]
-    assert "text encoder" in filling and not any("VAE" in name for name in filling)
-    assert "VAE and its encoding" in account(tiny())["filling the caches"]
+def test_encoders_stay_where_no_cache_is_filled_before_training():
+    assert "filling the caches" not in account(tiny(caches="full"))
+    filled = account(tiny())
+    encoder = filled["filling the caches"]["text encoder"]
+    assert encoder > 0 and "text encoder" not in filled["training"]
+    for caches in ("ondemand", "off"):
+        phases = account(tiny(caches=caches))
+        assert "filling the caches" not in phases
+        assert phases["training"]["text encoder"] == phases["validation"]["text encoder"] == encoder
+        assert phases["training"]["VAE, after a validation"] == phases["validation"]["VAE"] > 0
 
 
 def test_advice_fits_and_says_what_it_saves():
-    run = tiny(batch=4, ema="gpu", frames=5, height=32, width=32, fills_caches=False)
+    run = tiny(batch=4, ema="gpu", frames=5, height=32, width=32, caches="full")
     room = most(run) + RESERVE
     assert remedies(run, room) == [] and "fits into" in report(run, room)
     room = 0.7 * most(run) + RESERVE
@@ -266,32 +279,129 @@ def test_advice_fits_and_says_what_it_saves():
     text = report(run, room)
     assert "does not fit" in text and "--gradient_checkpointing" in text and "and still not" not in text
     assert "and still not" in report(run, 1.0)
-    run = replace(run, fills_caches=True)  # 8 bits of a text encoder that is small here save nothing
+    run = replace(run, caches="fill")  # 8 bits of a text encoder that is small here save nothing
     sizes = [most(run), *(size for _, size in remedies(run, 1.0))]
     assert all(later < earlier for earlier, later in zip(sizes, sizes[1:], strict=False))
 
 
-def test_a_plan_of_a_teacher_in_a_folder(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return tiny_wan_pipeline(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture
+def parse(teacher, tmp_path):
+    """`parse(flags)`: the script's arguments, for clips of 9 frames of 64x64."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ball\n")
+
+    def parsed(flags: str):
+        usual = f"--pretrained_teacher_model {teacher} --train_prompts {prompts} --resolution 64 --num_frames 9"
+        usual += " --validation_num_video_frames 9"
+        return script.parse_args(f"{usual} --output_dir {tmp_path / 'out'} {flags}".split())
+
+    return parsed
+
+
+def test_a_plan_of_a_teacher_in_a_folder(tmp_path, parse):
     """From the configs alone: there are no weights to load."""
-    folder = tiny_wan_pipeline(tmp_path)
+    folder = tiny_wan_pipeline(tmp_path / "configs")
     for path in folder.rglob("*.safetensors"):
         path.unlink()
-    rules = Rules(64, "pixel_area", 16)
-    datasets = [Namespace(num_frames=9, rules=rules, sizes=()), Namespace(num_frames=17, rules=rules, sizes=())]
-    args = Namespace(
-        pretrained_teacher_model=str(folder), teacher_revision=None, cache_dir=None, datasets=datasets,
-        pretrained_t5_model_name_or_path=None, validation_resolution=[(32, 128)], validation_num_video_frames=5,
-        train_batch_size=2, model_type="lora", lora_rank=4, lora_target_modules="to_q,to_k", caches="fill",
-        base_model_precision="no_change", text_encoder_1_precision="no_change", optimizer="adamw", use_ema=True,
-        ema_device="cpu", gradient_checkpointing=True, gradient_accumulation_steps=1, context_parallel_degree=1,
-    )  # fmt: skip
-    run = setup_of(args, torch.float32, 512, [5])
-    assert (run.batch, run.frames, run.height, run.width) == (2, 5, 4, 16)  # 17 frames; 64 x 64 in the shape of 4 to 1
-    assert run.validation == (2, 4, 16) and run.blocks == () and run.ema == "cpu" and run.encodes_clips
+    usual = f"--pretrained_teacher_model {folder} --resolution_type pixel_area --validation_resolution 128x32"
+    args = parse(f"{usual} --num_frames 17 --train_batch_size 2 --lora_rank 4 --lora_target_modules to_q,to_k")
+    run = setup_of(args, torch.float32)
+    assert (run.batch, run.frames, run.height, run.width) == (2, 5, 4, 16)  # 64 x 64 in the shape of 4 to 1
+    assert run.validation == (3, 4, 16) and run.blocks == () and run.ema == "none"
     text = report(run)
-    assert "2 x 17 frames of 16x4 latents: 2 x 80 tokens" in text and "EMA of the student" in text
+    assert "2 x 17 frames of 16x4 latents: 2 x 80 tokens" in text
     for row in ("teacher, base of all three, float32", "student, LoRA of rank 4", "filling the caches", "validation"):
         assert row in text
-    assert setup_of(args, torch.float32, 512, [1, 2, 2]).blocks == (1, 2, 2)
-    args.datasets = [Namespace(num_frames=9, rules=rules, sizes=((64, 64),))]
-    assert not setup_of(args, torch.float32, 512, [3]).encodes_clips
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--num_frames 17 --num_training_frames 3", {"frames": 3, "blocks": ()}),  # a bidirectional one rolls out less
+        ("--num_frames 17 --num_frame_per_block 1 --num_training_frames 3", {"frames": 3, "blocks": (1,) * 5}),
+        ("--use_ema", {"ema": "gpu"}),
+        ("--use_ema --ema_device cpu", {"ema": "cpu"}),
+        ("--vae_cache_ondemand", {"caches": "ondemand"}),
+        ("--context_parallel_degree 2", {"context_parallel": 2}),
+        ("--gradient_checkpointing --gradient_accumulation_steps 3", {"checkpointing": True, "accumulation": 3}),
+        ("--model_type full --optimizer lion", {"model_type": "full", "optimizer": "lion"}),
+        ("--base_model_precision int8-torchao", {"base_precision": "int8-torchao"}),
+        ("--text_encoder_1_precision int8-torchao", {"text_precision": "int8-torchao"}),
+    ],
+)
+def test_flags_reach_the_plan(flags, expected, parse):
+    plain, run = (vars(setup_of(parse(each), torch.float32)) for each in ("", flags))
+    assert {name: value for name, value in run.items() if value != plain[name]} | expected == expected
+    assert {name: run[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "flags", ["--lora_rank 4", "--lora_rank 4 --base_model_precision int8-torchao", "--model_type full"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plan_s_weights_and_moments_are_those_that_the_script_makes(flags, dtype, parse):
+    """Each network's parameters, of the script's own loading, and its own optimizers after a step."""
+    args = parse(f"{flags} --adam_epsilon 1e-6")
+    networks, _ = script.load_networks(args, Accelerator(), dtype)
+    named = {id(p): (name, p) for network in networks.values() for name, p in network.named_parameters()}.values()
+    trained = {name: [p for p in networks[name].parameters() if p.requires_grad] for name in ("student", "fake_score")}
+    if args.model_type == "lora":  # two adapters on one network
+        trained = {name: [p for key, p in named if name in key.split(".")] for name in trained}
+    frozen = sum(stored_bytes(p) for _, p in named if not p.requires_grad)
+    parts = account(setup_of(args, dtype))["training"]
+    assert [size for name, size in parts.items() if name.startswith("teacher")] == [frozen]
+    for name, params in trained.items():
+        (planned,) = [size for row, size in parts.items() if row.startswith(name.replace("_", " ") + ",")]
+        assert planned == sum(map(stored_bytes, params)) > 0
+        device = torch.device("cpu")
+        make = script.make_optimizer if name == "student" else script.make_fake_score_optimizer
+        optimizer = make(args, params, *([1e-3] if name == "student" else []), device)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+        (planned,) = [size for row, size in parts.items() if row.startswith(name.replace("_", " ") + "'s adamw state")]
+        assert planned == sum(moment.nbytes for moment in moments)
+
+
+def test_a_plan_under_fsdp_splits_what_it_splits(parse, monkeypatch):
+    """Advice is of flags that go with it."""
+    args, four = (
+        parse("--model_type full --use_ema --plan 0.001"),
+        Namespace(num_processes=4, device=torch.device("cpu")),
+    )
+    whole = plan_of(args, four, torch.float32)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    split = plan_of(args, four, torch.float32)
+    assert "two blocks that FSDP has gathered" in split and "two blocks" not in whole
+    assert "--ema_device cpu" in whole
+    assert "--ema_device cpu" not in split
+    run = setup_of(args, torch.float32)
+    parts, shares = (account(each)["training"] for each in (run, replace(run, shards=4)))
+    for name in ("fake score, likewise", "student's adamw state", "EMA of the student"):
+        assert shares[name] == parts[name] // 4 > 0
+
+
+def test_processes_share_what_has_heads_and_tokens_for_each():
+    assert [can_share(setup(), n) for n in (2, 4, 8)] == [True, True, False]  # 12 heads
+    assert not can_share(setup(height=6, width=6), 2)  # 9 tokens in a frame
+    assert not can_share(setup(context_parallel=2), 2) and not can_share(setup(shards=2), 2)
+
+
+def test_a_user_asks_for_a_plan(teacher, tmp_path):
+    """And gets it where there are no weights to load. Nothing is left behind."""
+    folder = shutil.copytree(teacher, tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors"))
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a red ball\n")
+    flags = ["--pretrained_teacher_model", folder, "--train_prompts", prompts, "--resolution", 64, "--num_frames", 33]
+    flags += ["--output_dir", out, "--train_batch_size", 4, "--lora_rank", 4]
+    told = launch("train_dmd_distill_wan.py", *flags, "--plan", 1.05).stdout
+    assert "4 x 33 frames of 8x8 latents: 4 x 144 tokens" in told and "training" in told
+    assert "does not fit into 1 GB" in told and "--gradient_checkpointing" in told
+    assert "student's adamw state" in told and not out.exists()
+    assert "fit into" not in launch("train_dmd_distill_wan.py", *flags, "--plan").stdout  # there is no GPU here

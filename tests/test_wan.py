@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -176,9 +177,9 @@ def gradients_seen(monkeypatch) -> dict[str, list[torch.Tensor]]:
     """By name of the network, what its optimizer is about to use."""
     seen, original = [], script.average_gradients
 
-    def look(params, processes):
+    def look(params, *processes):
         seen.append([None if p.grad is None else p.grad.clone() for p in params])
-        original(params, processes)
+        original(params, *processes)
 
     monkeypatch.setattr(script, "average_gradients", look)
     return seen
@@ -403,6 +404,9 @@ def test_the_document_s_advanced_settings_mean_their_flags(parse):
         ("--export_pipeline", "full student"),
         ("--model_type full --export_formats diffusers,comfyui", "layout of LoRA files"),
         ("--fake_score_betas 0.9 1", r"must be in \[0, 1\)"),
+        ("--context_parallel_degree 0", "must be at least 1"),
+        ("--context_parallel_degree 3 --validation_resolution 32x32", "must divide a frame's tokens"),
+        ("--context_parallel_degree 2 --attention_mechanism flash", "one or the other"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, message, parse, capsys):
@@ -497,7 +501,7 @@ def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, pars
         with torch.no_grad(), active_adapter(adapter_layers(nets["student"]), name):
             with causal.at(0, kept=kept):
                 original(nets["student"], ends[:, :, :1], torch.tensor([0.0]), cond)
-            for start, past in ((0, None), (1, tuple(kept))):
+            for start, past in ((0, None), (1, (kept,))):
                 x = starts[1][:, :, start : start + 1]
                 with causal.at(start, past):
                     x0 = x - 0.757 * original(nets["student"], x, torch.tensor([757.0]), cond)
@@ -687,14 +691,14 @@ def user_flags(teacher, tmp_path, output):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ball\na blue box\na green star\na red box\n")
     words = f"--pretrained_teacher_model {teacher} --train_prompts {prompts} {SHORT} --max_train_steps 2"
-    return [*words.split(), "--validation_prompt", "ball", "--output_dir", tmp_path / output, "--model_type", "full"]
+    return f"{words} --validation_prompt ball --output_dir {tmp_path / output}".split()
 
 
 def test_two_processes_with_half_the_batch_equal_one(teacher, tmp_path):
     """Bidirectional and full; gradients are averaged once a step, whatever was called in between."""
     for output, processes, batch in (("one", 1, 2), ("two", 2, 1)):
         flags = user_flags(teacher, tmp_path, output)
-        flags += ["--train_batch_size", batch, "--adam_epsilon", 1e-3, "--fake_score_eps", 1e-3]
+        flags += ["--train_batch_size", batch, "--adam_epsilon", 1e-3, "--fake_score_eps", 1e-3, *FULL.split()]
         launch("train_dmd_distill_wan.py", *flags, processes=processes)
     one, two = (load_file(tmp_path / output / "checkpoint-2" / "student.safetensors") for output in ("one", "two"))
     start = load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -703,9 +707,64 @@ def test_two_processes_with_half_the_batch_equal_one(teacher, tmp_path):
         torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=0)
 
 
+def test_fsdp_equals_one_process_through_a_resume_and_exports_all_of_it(teacher, tmp_path):
+    """Self-forcing, so that a network is called many times before one backward(), with an average and checkpointing."""
+    usual = f"{FULL} --num_frame_per_block 1 --gradient_checkpointing --use_ema --ema_decay 0.5 --adam_epsilon 1e-3"
+    usual += " --fake_score_eps 1e-3 --validation_steps 2 --max_train_steps 3"
+    one, two = (user_flags(teacher, tmp_path, output) + usual.split() for output in ("one", "two"))
+    script.main(script.parse_args([*one, "--train_batch_size", "2"]))
+    two += ["--train_batch_size", 1, "--checkpointing_steps", 2]
+    launch("train_dmd_distill_wan.py", *two, processes=2, fsdp=True)
+    shutil.rmtree(tmp_path / "two" / "checkpoint-3")
+    resumed = [*two, "--resume_from_checkpoint", "latest"]
+    told = launch("train_dmd_distill_wan.py", *resumed, processes=2, fsdp=True).stdout
+    assert "resumed from" in told and "checkpoint-2" in told
+    start = load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name in ("student", "fake_score", "ema"):
+        whole, split = (load_file(tmp_path / each / "checkpoint-3" / f"{name}.safetensors") for each in ("one", "two"))
+        assert whole.keys() == split.keys()
+        assert max((whole[key] - start[key.replace("/", ".")]).abs().max() for key in whole) > 1e-3
+        for key in whole:
+            torch.testing.assert_close(split[key], whole[key], atol=2e-5, rtol=0)
+    exported = WanTransformer3DModel.from_pretrained(tmp_path / "two", subfolder="transformer").state_dict()
+    assert exported.keys() == start.keys()
+    assert all(torch.equal(exported[key.replace("/", ".")], value) for key, value in split.items())
+    assert (tmp_path / "two" / "samples.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        f"{CAUSAL} --use_ema --ema_decay 0.5 --train_batch_size 2",
+        "--num_frame_per_block 2 --independent_first_frame --causal_init_steps 1 --context_noise 50"
+        " --gradient_checkpointing",
+    ],
+)
+def test_two_processes_that_share_the_tokens_equal_one(flags, teacher, tmp_path):
+    """On the same samples, self-forcing, whose fake score is as bidirectional as any; validation draws with both."""
+    words = [*flags.split(), "--adam_epsilon", "1e-3", "--fake_score_eps", "1e-3", "--validation_steps", "1"]
+    words += [] if "lora" in flags else FULL.split()
+    one, two = (user_flags(teacher, tmp_path, output) + words for output in ("one", "two"))
+    script.main(script.parse_args(one))
+    launch("train_dmd_distill_wan.py", *two, "--context_parallel_degree", 2, processes=2)
+    for name in ("student", "fake_score", *(["ema"] if "ema" in flags else [])):
+        one, two = (load_file(tmp_path / each / "checkpoint-2" / f"{name}.safetensors") for each in ("one", "two"))
+        assert one.keys() == two.keys() and max(value.abs().max() for value in one.values()) > 1e-3
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=0)
+    states = (json.loads((tmp_path / each / "checkpoint-2" / "state.json").read_text()) for each in ("one", "two"))
+    assert next(states)["stream"] == next(states)["stream"]
+
+
+def test_processes_share_tokens_only_where_that_comes_out_even(run):
+    with pytest.raises(SystemExit, match="must divide 1 processes"):
+        run(f"{LORA} --context_parallel_degree 2")
+
+
 def test_a_run_leaves_clips_and_a_card(teacher, tmp_path):
     flags = user_flags(teacher, tmp_path, "out")
-    launch("train_dmd_distill_wan.py", *flags, "--num_frame_per_block", 1, "--report_to", "tensorboard")
+    flags += [*FULL.split(), "--num_frame_per_block", 1, "--report_to", "tensorboard"]
+    launch("train_dmd_distill_wan.py", *flags)
     assert (tmp_path / "out" / "samples.png").stat().st_size > 1000
     (clip,) = (tmp_path / "out" / "validation").glob("step-000002/student-00-32x32.mp4")
     assert clip.stat().st_size > 200
