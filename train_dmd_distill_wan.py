@@ -777,8 +777,9 @@ def main(args):
     if stopping:
         say("stopped by a signal; go on with --resume_from_checkpoint latest")
     else:
-        sheet, results = (validate(), report()) if draws_clips else (None, "")
+        sheet = validate() if draws_clips else None
         exported = export_student()
+        results = report() if draws_clips else ""
     if not stopping and accelerator.is_main_process:
         say(results)
         sheet.save(output_dir / "samples.png")

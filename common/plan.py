@@ -229,14 +229,14 @@ def account(setup: Setup) -> dict[str, dict[str, int]]:
         "backward() of one block, or a forward without it": max(own, asked),
         "gradients, beyond what has gone when they come": max(held, gradients - kept, 0),
     }
-    vae, decoding = vae_bytes(setup.vae, (1, config["in_channels"], *setup.validation))
+    vae, decoding = vae_bytes(setup.vae, (setup.batch, config["in_channels"], *setup.validation))
     stays = {}
     if setup.caches in ("ondemand", "off"):
         stays = {"text encoder": text_encoder_bytes(setup), "VAE, after a validation": vae}
     phases = {"training": weights | states | turns | caches | gathered | stays}
     if setup.caches == "fill":
         phases["filling the caches"] = weights | {"text encoder": text_encoder_bytes(setup)}
-    sampling = sum(activations(setup, (1, *setup.validation), gradient=False))
+    sampling = sum(activations(setup, (setup.batch, *setup.validation), gradient=False))
     drawn = {"VAE": vae, "its decoding, or a forward": max(decoding, sampling)}
     phases["validation"] = weights | states | stays | drawn
     phases["validation"].pop("VAE, after a validation", None)

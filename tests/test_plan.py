@@ -267,6 +267,12 @@ def test_encoders_stay_where_no_cache_is_filled_before_training():
         assert phases["training"]["VAE, after a validation"] == phases["validation"]["VAE"] > 0
 
 
+def test_validation_draws_as_many_clips_at_once_as_are_trained():
+    name = "its decoding, or a forward"
+    one, three = (account(tiny(batch=batch))["validation"][name] for batch in (1, 3))
+    assert three == pytest.approx(3 * one, rel=0.1)
+
+
 def test_advice_fits_and_says_what_it_saves():
     run = tiny(batch=4, ema="gpu", frames=5, height=32, width=32, caches="full")
     room = most(run) + RESERVE

@@ -707,10 +707,20 @@ def test_two_processes_with_half_the_batch_equal_one(teacher, tmp_path):
         torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=0)
 
 
+def assert_same_report(one, two):
+    """Also of the exported student: its average, where there is one."""
+    rows, others = (json.loads((folder / "report.json").read_text()) for folder in (one, two))
+    assert [row["sampler"] for row in rows] == ["teacher", "teacher, other noise", "teacher", "student"]
+    for row, other in zip(rows, others, strict=True):
+        assert other | {"seconds": 0, "distance": 0} == row | {"seconds": 0, "distance": 0}
+        assert other["distance"] == pytest.approx(row["distance"], rel=1e-3, abs=1e-6)
+    assert (two / "side_by_side.png").stat().st_size > 500
+
+
 def test_fsdp_equals_one_process_through_a_resume_and_exports_all_of_it(teacher, tmp_path):
     """Self-forcing, so that a network is called many times before one backward(), with an average and checkpointing."""
     usual = f"{FULL} --num_frame_per_block 1 --gradient_checkpointing --use_ema --ema_decay 0.5 --adam_epsilon 1e-3"
-    usual += " --fake_score_eps 1e-3 --validation_steps 2 --max_train_steps 3"
+    usual += " --fake_score_eps 1e-3 --validation_steps 2 --max_train_steps 3 --report_steps 2"
     one, two = (user_flags(teacher, tmp_path, output) + usual.split() for output in ("one", "two"))
     script.main(script.parse_args([*one, "--train_batch_size", "2"]))
     two += ["--train_batch_size", 1, "--checkpointing_steps", 2]
@@ -730,12 +740,13 @@ def test_fsdp_equals_one_process_through_a_resume_and_exports_all_of_it(teacher,
     assert exported.keys() == start.keys()
     assert all(torch.equal(exported[key.replace("/", ".")], value) for key, value in split.items())
     assert (tmp_path / "two" / "samples.png").stat().st_size > 1000
+    assert_same_report(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        f"{CAUSAL} --use_ema --ema_decay 0.5 --train_batch_size 2",
+        f"{CAUSAL} --use_ema --ema_decay 0.5 --train_batch_size 2 --report_steps 2",
         "--num_frame_per_block 2 --independent_first_frame --causal_init_steps 1 --context_noise 50"
         " --gradient_checkpointing",
     ],
@@ -754,6 +765,8 @@ def test_two_processes_that_share_the_tokens_equal_one(flags, teacher, tmp_path)
             torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=0)
     states = (json.loads((tmp_path / each / "checkpoint-2" / "state.json").read_text()) for each in ("one", "two"))
     assert next(states)["stream"] == next(states)["stream"]
+    if "report" in flags:
+        assert_same_report(tmp_path / "one", tmp_path / "two")
 
 
 def test_processes_share_tokens_only_where_that_comes_out_even(run):
