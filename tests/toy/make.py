@@ -9,6 +9,7 @@ starts from the SD teacher in OUTPUT/sd, which is made where it is missing, and 
 
 import argparse
 import io
+import itertools
 import json
 import tarfile
 import time
@@ -46,7 +47,7 @@ def parse_args(argv=None):
     parser.add_argument("--vae_steps", type=int, default=10_000)
     parser.add_argument("--scenes", type=int, default=100_000, help="scenes that the U-Net learns from")
     parser.add_argument("--unet_steps", type=int, default=16_000)
-    parser.add_argument("--sdxl_vae_steps", type=int, default=1500, help="from SD's autoencoder on")
+    parser.add_argument("--sdxl_vae_steps", type=int, default=6000, help="from SD's autoencoder on")
     parser.add_argument("--sdxl_views", type=int, default=90_000, help="pictures that SDXL's U-Net learns from")
     parser.add_argument("--sdxl_steps", type=int, default=10_000, help="from SD's U-Net on")
     parser.add_argument("--batch_size", type=int, default=32)
@@ -109,8 +110,14 @@ def train_vae(work: Path, steps: int) -> AutoencoderKL:
     return vae.eval().requires_grad_(False)
 
 
-def fit_vae(vae: AutoencoderKL, pictures, steps: int, rate: float, path: Path):
-    """Trains on `pictures(step)`, writes the weights to `path`."""
+def near_outline(pixels: torch.Tensor) -> torch.Tensor:
+    """1 where colours change within two pixels, otherwise 0: [B, 1, H, W]."""
+    most, least = F.max_pool2d(pixels, 5, 1, 2), -F.max_pool2d(-pixels, 5, 1, 2)
+    return ((most - least).amax(1, keepdim=True) > 0.2).float()
+
+
+def fit_vae(vae: AutoencoderKL, pictures, steps: int, rate: float, path: Path, noise: float = 0.0):
+    """Trains on `pictures(step)`, writes the weights to `path`. The decoder sees latents with up to `noise` added."""
     vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
@@ -125,9 +132,12 @@ def fit_vae(vae: AutoencoderKL, pictures, steps: int, rate: float, path: Path):
     for step in range(done, steps):
         pixels = pictures(step)
         posterior = vae.encode(pixels).latent_dist
-        error = vae.decode(posterior.sample()).sample - pixels
+        latents = posterior.sample()
+        amount = noise * latents.detach().std() * torch.rand(len(latents), 1, 1, 1)
+        error = vae.decode(latents + amount * torch.randn_like(latents)).sample - pixels
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        loss = error.abs().mean() + error.square().mean() + edges + 1e-7 * posterior.kl().mean()
+        outlines = 8.0 * (near_outline(pixels) * (error.abs() + error.square())).mean() if noise else 0.0
+        loss = error.abs().mean() + error.square().mean() + edges + outlines + 1e-7 * posterior.kl().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
@@ -365,7 +375,7 @@ def train_unet(work: Path, tokenizer, text_encoder, latents, captions, steps: in
 # SDXL: two text encoders, several aspect ratios, and a U-Net that is told how its picture was made
 # ---------------------------------------------------------------------------------------------------------------------
 
-BUCKETS = ((64, 64), (80, 48), (48, 80))  # height, width
+BUCKETS = ((64, 64), (80, 56), (56, 80))  # height, width; the narrow ones as 1216x832 is to SDXL
 TIME_DIM = 32  # of each size id's embedding
 MOST_GUIDANCE = 12.0  # w that the teacher must bear
 PATH_STEP = 20  # of t: 50 steps
@@ -404,22 +414,32 @@ def draw_views(seed: int, count: int, height: int, width: int):
 
 
 def train_sdxl_vae(work: Path, sd_vae: AutoencoderKL, steps: int) -> AutoencoderKL:
-    """SD's, trained on with whole pictures of all buckets: in a narrow one things are smaller than SD's ever are."""
+    """SD's, trained on with all buckets: in a narrow one the arms of a small cross are two pixels across.
+
+    Latents are noised, so that a picture bears the U-Net's errors.
+    """
     vae, path = new_vae(), work / "sdxl_vae.safetensors"
     vae.load_state_dict(sd_vae.state_dict())
-    vae.register_to_config(scaling_factor=sd_vae.config.scaling_factor)  # of the latents that the U-Net starts from
     if not path.exists():
         torch.manual_seed(0)
-        fit_vae(
-            vae, lambda step: to_pixels(draw_views(60_000_000 + step, 12, *BUCKETS[step % 3])[0]), steps, 1e-3, path
-        )
+
+        def pictures(step):
+            height, width = BUCKETS[step % len(BUCKETS)]
+            views = draw_views(60_000_000 + step, 16, height, width)[0]
+            if step >= 0.85 * steps:
+                return to_pixels(views)
+            corners = list(itertools.product(range(0, height - 31, 8), range(0, width - 31, 8)))
+            windows = [[view[y : y + 32, x : x + 32] for y, x in corners] for view in views]  # as for SD
+            return to_pixels(np.stack([max(some, key=lambda window: window.std()) for some in windows]))
+
+        fit_vae(vae, pictures, steps, 1e-3, path, noise=0.15)
     vae.load_state_dict(load_file(path))
     return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def encode_views(work: Path, vae: AutoencoderKL, count: int) -> list[tuple]:
-    """For each bucket: scaled latents, size ids, captions."""
+def encode_views(work: Path, vae: AutoencoderKL, count: int):
+    """For each bucket latents scaled to unit variance, size ids and captions; and the scale."""
     path = work / "sdxl_latents.safetensors"
     if not path.exists():
         vae.to(memory_format=torch.channels_last)
@@ -438,8 +458,8 @@ def encode_views(work: Path, vae: AutoencoderKL, count: int) -> list[tuple]:
         save_file(tensors, path)
         vae.to(memory_format=torch.contiguous_format)
     tensors, captions = load_file(path), json.loads(path.with_suffix(".json").read_text())
-    scale = vae.config.scaling_factor
-    return [(tensors[f"latents{i}"] * scale, tensors[f"sizes{i}"], captions[i]) for i in range(len(BUCKETS))]
+    scale = round(1.0 / torch.cat([tensors[f"latents{i}"].flatten() for i in range(len(BUCKETS))]).std().item(), 5)
+    return [(tensors[f"latents{i}"] * scale, tensors[f"sizes{i}"], captions[i]) for i in range(len(BUCKETS))], scale
 
 
 def train_first_encoder(work: Path, tokenizer, sd_encoder, captions, steps: int = 2000) -> CLIPTextModel:
@@ -660,7 +680,7 @@ def draw_originals(seed: int, count: int):
         if kind < 0.125:
             height, width = height // 2, width // 2
         elif kind < 0.25:
-            height, width = (height + 8, width) if rng.random() < 0.5 else (height, width + 8)
+            height, width = (height + 4, width) if height >= width else (height, width + 4)
         scene = world.sample_scene(rng)
         images.append(world.draw_scene(scene, rng, height, width))
         captions.append(world.caption(scene))
@@ -691,7 +711,8 @@ def make_sdxl(args):
     sd = StableDiffusionPipeline.from_pretrained(args.output / "sd", dtype=torch.float32)
     tokenizer = sd.tokenizer
     vae = train_sdxl_vae(args.work, sd.vae, args.sdxl_vae_steps)
-    views = encode_views(args.work, vae, args.sdxl_views)
+    views, scale = encode_views(args.work, vae, args.sdxl_views)
+    vae.register_to_config(scaling_factor=scale)
     captions = [caption for *_, captions in views for caption in captions]
     first = train_first_encoder(args.work, tokenizer, sd.text_encoder, captions)
     second = train_second_encoder(args.work, tokenizer, captions)
