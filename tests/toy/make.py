@@ -50,6 +50,7 @@ def parse_args(argv=None):
     parser.add_argument("--sdxl_vae_steps", type=int, default=6000, help="from SD's autoencoder on")
     parser.add_argument("--sdxl_views", type=int, default=90_000, help="pictures that SDXL's U-Net learns from")
     parser.add_argument("--sdxl_steps", type=int, default=10_000, help="from SD's U-Net on")
+    parser.add_argument("--sdxl_decoder_chunks", type=int, default=90, help="hundreds of sampled pictures")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--shard_samples", type=int, default=2048, help="images in SD's committed shards")
     parser.add_argument("--sdxl_shard_samples", type=int, default=1280, help="images in SDXL's committed shards")
@@ -116,7 +117,17 @@ def near_outline(pixels: torch.Tensor) -> torch.Tensor:
     return ((most - least).amax(1, keepdim=True) > 0.2).float()
 
 
-def fit_vae(vae: AutoencoderKL, pictures, steps: int, rate: float, path: Path, noise: float = 0.0):
+def picture_loss(decoded, pixels, outlines: float):
+    """Of colours, of edges, and once more of colours near outlines, times `outlines`."""
+    error = decoded - pixels
+    colours = error.abs() + error.square()
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return colours.mean() + edges + outlines * (near_outline(pixels) * colours).mean()
+
+
+def fit_vae(
+    vae: AutoencoderKL, pictures, steps: int, rate: float, path: Path, noise: float = 0.0, outlines: float = 0.0
+):
     """Trains on `pictures(step)`, writes the weights to `path`. The decoder sees latents with up to `noise` added."""
     vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), rate, weight_decay=0.0)
@@ -134,17 +145,15 @@ def fit_vae(vae: AutoencoderKL, pictures, steps: int, rate: float, path: Path, n
         posterior = vae.encode(pixels).latent_dist
         latents = posterior.sample()
         amount = noise * latents.detach().std() * torch.rand(len(latents), 1, 1, 1)
-        error = vae.decode(latents + amount * torch.randn_like(latents)).sample - pixels
-        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        outlines = 8.0 * (near_outline(pixels) * (error.abs() + error.square())).mean() if noise else 0.0
-        loss = error.abs().mean() + error.square().mean() + edges + outlines + 1e-7 * posterior.kl().mean()
+        decoded = vae.decode(latents + amount * torch.randn_like(latents)).sample
+        loss = picture_loss(decoded, pixels, outlines) + 1e-7 * posterior.kl().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if (step + 1) % 250 == 0:
-            print(f"vae {step + 1}: error {error.abs().mean():.4f}, {time.time() - start:.0f} s", flush=True)
+            print(f"vae {step + 1}: loss {loss:.4f}, {time.time() - start:.0f} s", flush=True)
             saved = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(state, saved | {"schedule": schedule.state_dict(), "done": step + 1})
     save_file(vae.to(memory_format=torch.contiguous_format).state_dict(), path)
@@ -432,9 +441,14 @@ def train_sdxl_vae(work: Path, sd_vae: AutoencoderKL, steps: int) -> Autoencoder
             windows = [[view[y : y + 32, x : x + 32] for y, x in corners] for view in views]  # as for SD
             return to_pixels(np.stack([max(some, key=lambda window: window.std()) for some in windows]))
 
-        fit_vae(vae, pictures, steps, 1e-3, path, noise=0.15)
+        fit_vae(vae, pictures, steps, 1e-3, path, noise=0.15, outlines=8.0)
     vae.load_state_dict(load_file(path))
     return vae.eval().requires_grad_(False)
+
+
+def view_seed(bucket: int, start: int) -> int:
+    """Of the hundred pictures from `start` on."""
+    return 40_000_000 + 1_000_000 * bucket + start
 
 
 @torch.no_grad()
@@ -447,7 +461,7 @@ def encode_views(work: Path, vae: AutoencoderKL, count: int):
         for bucket, (height, width) in enumerate(BUCKETS):
             latents, sizes, texts = [], [], []
             for start in range(0, count // len(BUCKETS), 100):
-                pictures, ids, words = draw_views(40_000_000 + 1_000_000 * bucket + start, 100, height, width)
+                pictures, ids, words = draw_views(view_seed(bucket, start), 100, height, width)
                 latents.append(vae.encode(to_pixels(pictures)).latent_dist.mean)
                 sizes.append(torch.from_numpy(ids))
                 texts += words
@@ -548,7 +562,7 @@ def begin_paths(latents, noise_scheduler, count: int, rng: torch.Generator) -> d
     pick = torch.randint(len(latents), (count,), generator=rng)
     t = torch.randint(200, 999, (count,), generator=rng)
     x = noise_scheduler.add_noise(latents[pick], torch.randn((count, *latents.shape[1:]), generator=rng), t)
-    return {"x": x, "t": t, "w": MOST_GUIDANCE * torch.rand(count, generator=rng), "pick": pick}
+    return {"x": x, "t": t, "w": MOST_GUIDANCE * torch.rand(count, generator=rng).sqrt(), "pick": pick}
 
 
 @torch.no_grad()
@@ -568,8 +582,9 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
     """As SD's, each batch of one bucket, and an empty prompt is zeros; what is returned is the moving average.
 
     A large guidance scale drives x_t to where noised pictures never are: things in the right place, but with ragged
-    outlines and patches of other colours, which a network that has seen nothing else takes for granted. So half of each
-    batch is on its way through the sampler, with any guidance of the range, and the network learns to lead it back.
+    outlines and patches of other colours, which a network that has seen nothing else takes for granted. So three in
+    four of a batch are on their way through the sampler, with any guidance of the range, and the network learns to lead
+    them back.
     """
     unet.to(memory_format=torch.channels_last)
     parameters = list(unet.parameters())
@@ -593,13 +608,13 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
         bucket = step % len(views)
         latents, sizes, _ = views[bucket]
         pick = torch.randint(len(latents), (batch_size,), generator=rng)
-        half = batch_size // 2 if step >= START_PATHS else 0  # these rows are on the sampler's way
-        if half:
-            fresh = begin_paths(latents, noise_scheduler, half, rng)
+        guided = 3 * batch_size // 4 if step >= START_PATHS else 0  # these rows are on the sampler's way
+        if guided:
+            fresh = begin_paths(latents, noise_scheduler, guided, rng)
             path = paths[bucket] or fresh
             ended = path["t"] < 2 * PATH_STEP
             path = {name: torch.where(expand_to(ended, v), fresh[name], v) for name, v in path.items()}
-            pick[:half], paths[bucket] = path["pick"], path
+            pick[:guided], paths[bucket] = path["pick"], path
         x0, eps = latents[pick], torch.randn((batch_size, *latents.shape[1:]), generator=rng)
         t = (1000 * torch.rand(batch_size, generator=rng) ** 0.415).long().clamp(max=999)  # as for SD
         with torch.no_grad():
@@ -614,20 +629,22 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
 
         x_t, v = noise_scheduler.add_noise(x0, eps, t), noise_scheduler.get_velocity(x0, eps, t)
         weight = torch.ones(batch_size, 1, 1, 1)
-        if half:
+        if guided:
             follow_paths(path, predict, abar)
-            x_t[:half], t[:half] = path["x"], path["t"]
+            x_t[:guided], t[:guided] = path["x"], path["t"]
             a, s = abar[t].sqrt().view(-1, 1, 1, 1), (1 - abar[t]).sqrt().view(-1, 1, 1, 1)
-            v[:half] = ((a * x_t - x0) / s)[:half]
-            weight[:half] = (s[:half] / 0.3).clamp(max=1.0) ** 2  # the nearer to the end, the more v it takes
+            v[:guided] = ((a * x_t - x0) / s)[:guided]
+            weight[:guided] = (s[:guided] / 0.3).clamp(max=1.0) ** 2  # the nearer to the end, the more v it takes
         twice = torch.arange(0, batch_size, 2)  # these are seen with the empty prompt too
         out = predict(
             torch.cat([x_t, x_t[twice]]), torch.cat([t, t[twice]]), torch.cat([torch.arange(batch_size), twice]),
             batch_size,
         )  # fmt: skip
         out, out_uncond = out.split([batch_size, len(twice)])
-        v_uncond = torch.where((t < 500)[twice, None, None, None], out.detach()[twice], v[twice])
-        loss = (weight * (out - v) ** 2).mean() + 0.5 * (weight[twice] * (out_uncond - v_uncond) ** 2).mean()
+        agree = (t < 500)[twice, None, None, None]
+        v_uncond = torch.where(agree, out.detach()[twice], v[twice])
+        weight_uncond = weight[twice] * torch.where(agree, 2.0, 0.5)  # guidance multiplies what they differ in
+        loss = (weight * (out - v) ** 2).mean() + (weight_uncond * (out_uncond - v_uncond) ** 2).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -645,6 +662,65 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
     for p, average in zip(parameters, ema, strict=True):
         p.data.copy_(average)
     return unet.eval()
+
+
+@torch.no_grad()
+def sample_back(unet, latents, cond, added, t_start: int, rng: torch.Generator):
+    """Noises latents up to t_start, and samples back from there, each with a guidance of its own."""
+    abar = new_scheduler().alphas_cumprod
+    w = MOST_GUIDANCE * torch.rand(len(latents), 1, 1, 1, generator=rng)
+    x = abar[t_start].sqrt() * latents + (1 - abar[t_start]).sqrt() * torch.randn(latents.shape, generator=rng)
+    for t in range(t_start, 0, -2 * PATH_STEP):
+        v, v_uncond = unet(torch.cat([x, x]), t, cond, added_cond_kwargs=added).sample.chunk(2)
+        v = v + w * (v - v_uncond)
+        x0, eps = abar[t].sqrt() * x - (1 - abar[t]).sqrt() * v, (1 - abar[t]).sqrt() * x + abar[t].sqrt() * v
+        t_next = max(t - 2 * PATH_STEP, 0)
+        x = abar[t_next].sqrt() * x0 + (1 - abar[t_next]).sqrt() * eps
+    return x
+
+
+def tune_decoder(work: Path, vae: AutoencoderKL, unet, tokenizer, encoders, views, chunks: int, steps: int):
+    """The decoder learns to draw from what the guided sampler ends at: a small square's corners are faint there."""
+    path = work / "sdxl_decoder.safetensors"
+    if path.exists():
+        vae.load_state_dict(load_file(path))
+        return
+    pairs = []
+    for chunk in range(chunks):
+        bucket, rng = chunk % len(BUCKETS), torch.Generator().manual_seed(chunk)
+        start = 100 * (chunk // len(BUCKETS))
+        latents, sizes, captions = (rows[start : start + 100] for rows in views[bucket])
+        pictures = draw_views(view_seed(bucket, start), 100, *BUCKETS[bucket])[0]
+        with torch.no_grad():
+            both = [encoder(tokenize(tokenizer, captions), output_hidden_states=True) for encoder in encoders]
+        cond, pooled = torch.cat([out.hidden_states[-2] for out in both], dim=-1), both[1].text_embeds
+        cond, pooled = torch.cat([cond, 0 * cond]), torch.cat([pooled, 0 * pooled])
+        added = {"text_embeds": pooled, "time_ids": torch.cat([sizes, sizes])}
+        t_start = 2 * PATH_STEP * int(torch.randint(5, 16, (), generator=rng))  # 200 to 600: the picture is still seen
+        pairs.append((latents, sample_back(unet, latents, cond, added, t_start, rng), to_pixels(pictures)))
+        if (chunk + 1) % 10 == 0:
+            print(f"sampled back {chunk + 1}", flush=True)
+
+    vae.decoder.requires_grad_(True)
+    parameters = [*vae.decoder.parameters()]
+    optimizer = torch.optim.AdamW(parameters, 4e-4, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-4, steps, pct_start=0.05)
+    vae.to(memory_format=torch.channels_last)
+    for step in range(steps):
+        rng = torch.Generator().manual_seed(step)
+        clean, sampled, pixels = pairs[int(torch.randint(len(pairs), (), generator=rng))]
+        rows = torch.randint(len(pixels), (16,), generator=rng)
+        latents = torch.cat([clean[rows[:4]], sampled[rows[4:]]]) / vae.config.scaling_factor
+        loss = picture_loss(vae.decode(latents).sample, pixels[rows], outlines=8.0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if (step + 1) % 250 == 0:
+            print(f"decoder {step + 1}: loss {loss:.4f}", flush=True)
+    vae.requires_grad_(False).to(memory_format=torch.contiguous_format)
+    save_file(vae.state_dict(), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -719,6 +795,7 @@ def make_sdxl(args):
     widths = (first.config.hidden_size, second.config.hidden_size, second.config.projection_dim)
     unet = new_sdxl_unet(sd.unet, *widths)
     unet = train_sdxl_unet(args.work, unet, tokenizer, (first, second), views, args.sdxl_steps, args.batch_size)
+    tune_decoder(args.work, vae, unet, tokenizer, (first, second), views, args.sdxl_decoder_chunks, 3000)
     pipeline = StableDiffusionXLPipeline(
         vae, first, second, tokenizer, tokenizer, unet, new_scheduler(), force_zeros_for_empty_prompt=True,
         add_watermarker=False,
