@@ -24,7 +24,7 @@ SIDE, PATCH = 64, 8
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=TOY / "clip")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--pairs", type=int, default=48, help="scenes of a batch, each with its twin")
     return parser.parse_args(argv)
 
