@@ -484,7 +484,6 @@ def test_what_is_held_out_is_of_all_datasets(cache, teachers, monkeypatch, tmp_p
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not script.TOY.joinpath("sdxl").exists(), reason="the toy SDXL is not in the repository yet")
 @pytest.mark.parametrize("flags", ["", "--model_type lora"])
 def test_the_first_line_of_the_readme_is_the_toy_recipe(flags):
     args = script.parse_args(["--w_min", "1", "--w_max", "12", *flags.split()])

@@ -9,6 +9,7 @@ starts from the SD teacher in OUTPUT/sd, which is made where it is missing, and 
 
 import argparse
 import io
+import itertools
 import json
 import tarfile
 import time
@@ -46,9 +47,10 @@ def parse_args(argv=None):
     parser.add_argument("--vae_steps", type=int, default=10_000)
     parser.add_argument("--scenes", type=int, default=100_000, help="scenes that the U-Net learns from")
     parser.add_argument("--unet_steps", type=int, default=16_000)
-    parser.add_argument("--sdxl_vae_steps", type=int, default=1500, help="from SD's autoencoder on")
+    parser.add_argument("--sdxl_vae_steps", type=int, default=6000, help="from SD's autoencoder on")
     parser.add_argument("--sdxl_views", type=int, default=90_000, help="pictures that SDXL's U-Net learns from")
     parser.add_argument("--sdxl_steps", type=int, default=10_000, help="from SD's U-Net on")
+    parser.add_argument("--sdxl_decoder_chunks", type=int, default=90, help="hundreds of sampled pictures")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--shard_samples", type=int, default=2048, help="images in SD's committed shards")
     parser.add_argument("--sdxl_shard_samples", type=int, default=1280, help="images in SDXL's committed shards")
@@ -109,8 +111,24 @@ def train_vae(work: Path, steps: int) -> AutoencoderKL:
     return vae.eval().requires_grad_(False)
 
 
-def fit_vae(vae: AutoencoderKL, pictures, steps: int, rate: float, path: Path):
-    """Trains on `pictures(step)`, writes the weights to `path`."""
+def near_outline(pixels: torch.Tensor) -> torch.Tensor:
+    """1 where colours change within two pixels, otherwise 0: [B, 1, H, W]."""
+    most, least = F.max_pool2d(pixels, 5, 1, 2), -F.max_pool2d(-pixels, 5, 1, 2)
+    return ((most - least).amax(1, keepdim=True) > 0.2).float()
+
+
+def picture_loss(decoded, pixels, outlines: float):
+    """Of colours, of edges, and once more of colours near outlines, times `outlines`."""
+    error = decoded - pixels
+    colours = error.abs() + error.square()
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return colours.mean() + edges + outlines * (near_outline(pixels) * colours).mean()
+
+
+def fit_vae(
+    vae: AutoencoderKL, pictures, steps: int, rate: float, path: Path, noise: float = 0.0, outlines: float = 0.0
+):
+    """Trains on `pictures(step)`, writes the weights to `path`. The decoder sees latents with up to `noise` added."""
     vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
@@ -125,16 +143,17 @@ def fit_vae(vae: AutoencoderKL, pictures, steps: int, rate: float, path: Path):
     for step in range(done, steps):
         pixels = pictures(step)
         posterior = vae.encode(pixels).latent_dist
-        error = vae.decode(posterior.sample()).sample - pixels
-        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        loss = error.abs().mean() + error.square().mean() + edges + 1e-7 * posterior.kl().mean()
+        latents = posterior.sample()
+        amount = noise * latents.detach().std() * torch.rand(len(latents), 1, 1, 1)
+        decoded = vae.decode(latents + amount * torch.randn_like(latents)).sample
+        loss = picture_loss(decoded, pixels, outlines) + 1e-7 * posterior.kl().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if (step + 1) % 250 == 0:
-            print(f"vae {step + 1}: error {error.abs().mean():.4f}, {time.time() - start:.0f} s", flush=True)
+            print(f"vae {step + 1}: loss {loss:.4f}, {time.time() - start:.0f} s", flush=True)
             saved = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(state, saved | {"schedule": schedule.state_dict(), "done": step + 1})
     save_file(vae.to(memory_format=torch.contiguous_format).state_dict(), path)
@@ -365,7 +384,7 @@ def train_unet(work: Path, tokenizer, text_encoder, latents, captions, steps: in
 # SDXL: two text encoders, several aspect ratios, and a U-Net that is told how its picture was made
 # ---------------------------------------------------------------------------------------------------------------------
 
-BUCKETS = ((64, 64), (80, 48), (48, 80))  # height, width
+BUCKETS = ((64, 64), (80, 56), (56, 80))  # height, width; the narrow ones as 1216x832 is to SDXL
 TIME_DIM = 32  # of each size id's embedding
 MOST_GUIDANCE = 12.0  # w that the teacher must bear
 PATH_STEP = 20  # of t: 50 steps
@@ -404,22 +423,37 @@ def draw_views(seed: int, count: int, height: int, width: int):
 
 
 def train_sdxl_vae(work: Path, sd_vae: AutoencoderKL, steps: int) -> AutoencoderKL:
-    """SD's, trained on with whole pictures of all buckets: in a narrow one things are smaller than SD's ever are."""
+    """SD's, trained on with all buckets: in a narrow one the arms of a small cross are two pixels across.
+
+    Latents are noised, so that a picture bears the U-Net's errors.
+    """
     vae, path = new_vae(), work / "sdxl_vae.safetensors"
     vae.load_state_dict(sd_vae.state_dict())
-    vae.register_to_config(scaling_factor=sd_vae.config.scaling_factor)  # of the latents that the U-Net starts from
     if not path.exists():
         torch.manual_seed(0)
-        fit_vae(
-            vae, lambda step: to_pixels(draw_views(60_000_000 + step, 12, *BUCKETS[step % 3])[0]), steps, 1e-3, path
-        )
+
+        def pictures(step):
+            height, width = BUCKETS[step % len(BUCKETS)]
+            views = draw_views(60_000_000 + step, 16, height, width)[0]
+            if step >= 0.85 * steps:
+                return to_pixels(views)
+            corners = list(itertools.product(range(0, height - 31, 8), range(0, width - 31, 8)))
+            windows = [[view[y : y + 32, x : x + 32] for y, x in corners] for view in views]  # as for SD
+            return to_pixels(np.stack([max(some, key=lambda window: window.std()) for some in windows]))
+
+        fit_vae(vae, pictures, steps, 1e-3, path, noise=0.15, outlines=8.0)
     vae.load_state_dict(load_file(path))
     return vae.eval().requires_grad_(False)
 
 
+def view_seed(bucket: int, start: int) -> int:
+    """Of the hundred pictures from `start` on."""
+    return 40_000_000 + 1_000_000 * bucket + start
+
+
 @torch.no_grad()
-def encode_views(work: Path, vae: AutoencoderKL, count: int) -> list[tuple]:
-    """For each bucket: scaled latents, size ids, captions."""
+def encode_views(work: Path, vae: AutoencoderKL, count: int):
+    """For each bucket latents scaled to unit variance, size ids and captions; and the scale."""
     path = work / "sdxl_latents.safetensors"
     if not path.exists():
         vae.to(memory_format=torch.channels_last)
@@ -427,7 +461,7 @@ def encode_views(work: Path, vae: AutoencoderKL, count: int) -> list[tuple]:
         for bucket, (height, width) in enumerate(BUCKETS):
             latents, sizes, texts = [], [], []
             for start in range(0, count // len(BUCKETS), 100):
-                pictures, ids, words = draw_views(40_000_000 + 1_000_000 * bucket + start, 100, height, width)
+                pictures, ids, words = draw_views(view_seed(bucket, start), 100, height, width)
                 latents.append(vae.encode(to_pixels(pictures)).latent_dist.mean)
                 sizes.append(torch.from_numpy(ids))
                 texts += words
@@ -438,8 +472,8 @@ def encode_views(work: Path, vae: AutoencoderKL, count: int) -> list[tuple]:
         save_file(tensors, path)
         vae.to(memory_format=torch.contiguous_format)
     tensors, captions = load_file(path), json.loads(path.with_suffix(".json").read_text())
-    scale = vae.config.scaling_factor
-    return [(tensors[f"latents{i}"] * scale, tensors[f"sizes{i}"], captions[i]) for i in range(len(BUCKETS))]
+    scale = round(1.0 / torch.cat([tensors[f"latents{i}"].flatten() for i in range(len(BUCKETS))]).std().item(), 5)
+    return [(tensors[f"latents{i}"] * scale, tensors[f"sizes{i}"], captions[i]) for i in range(len(BUCKETS))], scale
 
 
 def train_first_encoder(work: Path, tokenizer, sd_encoder, captions, steps: int = 2000) -> CLIPTextModel:
@@ -528,7 +562,7 @@ def begin_paths(latents, noise_scheduler, count: int, rng: torch.Generator) -> d
     pick = torch.randint(len(latents), (count,), generator=rng)
     t = torch.randint(200, 999, (count,), generator=rng)
     x = noise_scheduler.add_noise(latents[pick], torch.randn((count, *latents.shape[1:]), generator=rng), t)
-    return {"x": x, "t": t, "w": MOST_GUIDANCE * torch.rand(count, generator=rng), "pick": pick}
+    return {"x": x, "t": t, "w": MOST_GUIDANCE * torch.rand(count, generator=rng).sqrt(), "pick": pick}
 
 
 @torch.no_grad()
@@ -548,8 +582,9 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
     """As SD's, each batch of one bucket, and an empty prompt is zeros; what is returned is the moving average.
 
     A large guidance scale drives x_t to where noised pictures never are: things in the right place, but with ragged
-    outlines and patches of other colours, which a network that has seen nothing else takes for granted. So half of each
-    batch is on its way through the sampler, with any guidance of the range, and the network learns to lead it back.
+    outlines and patches of other colours, which a network that has seen nothing else takes for granted. So three in
+    four of a batch are on their way through the sampler, with any guidance of the range, and the network learns to lead
+    them back.
     """
     unet.to(memory_format=torch.channels_last)
     parameters = list(unet.parameters())
@@ -573,13 +608,13 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
         bucket = step % len(views)
         latents, sizes, _ = views[bucket]
         pick = torch.randint(len(latents), (batch_size,), generator=rng)
-        half = batch_size // 2 if step >= START_PATHS else 0  # these rows are on the sampler's way
-        if half:
-            fresh = begin_paths(latents, noise_scheduler, half, rng)
+        guided = 3 * batch_size // 4 if step >= START_PATHS else 0  # these rows are on the sampler's way
+        if guided:
+            fresh = begin_paths(latents, noise_scheduler, guided, rng)
             path = paths[bucket] or fresh
             ended = path["t"] < 2 * PATH_STEP
             path = {name: torch.where(expand_to(ended, v), fresh[name], v) for name, v in path.items()}
-            pick[:half], paths[bucket] = path["pick"], path
+            pick[:guided], paths[bucket] = path["pick"], path
         x0, eps = latents[pick], torch.randn((batch_size, *latents.shape[1:]), generator=rng)
         t = (1000 * torch.rand(batch_size, generator=rng) ** 0.415).long().clamp(max=999)  # as for SD
         with torch.no_grad():
@@ -594,20 +629,22 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
 
         x_t, v = noise_scheduler.add_noise(x0, eps, t), noise_scheduler.get_velocity(x0, eps, t)
         weight = torch.ones(batch_size, 1, 1, 1)
-        if half:
+        if guided:
             follow_paths(path, predict, abar)
-            x_t[:half], t[:half] = path["x"], path["t"]
+            x_t[:guided], t[:guided] = path["x"], path["t"]
             a, s = abar[t].sqrt().view(-1, 1, 1, 1), (1 - abar[t]).sqrt().view(-1, 1, 1, 1)
-            v[:half] = ((a * x_t - x0) / s)[:half]
-            weight[:half] = (s[:half] / 0.3).clamp(max=1.0) ** 2  # the nearer to the end, the more v it takes
+            v[:guided] = ((a * x_t - x0) / s)[:guided]
+            weight[:guided] = (s[:guided] / 0.3).clamp(max=1.0) ** 2  # the nearer to the end, the more v it takes
         twice = torch.arange(0, batch_size, 2)  # these are seen with the empty prompt too
         out = predict(
             torch.cat([x_t, x_t[twice]]), torch.cat([t, t[twice]]), torch.cat([torch.arange(batch_size), twice]),
             batch_size,
         )  # fmt: skip
         out, out_uncond = out.split([batch_size, len(twice)])
-        v_uncond = torch.where((t < 500)[twice, None, None, None], out.detach()[twice], v[twice])
-        loss = (weight * (out - v) ** 2).mean() + 0.5 * (weight[twice] * (out_uncond - v_uncond) ** 2).mean()
+        agree = (t < 500)[twice, None, None, None]
+        v_uncond = torch.where(agree, out.detach()[twice], v[twice])
+        weight_uncond = weight[twice] * torch.where(agree, 2.0, 0.5)  # guidance multiplies what they differ in
+        loss = (weight * (out - v) ** 2).mean() + (weight_uncond * (out_uncond - v_uncond) ** 2).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -625,6 +662,65 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
     for p, average in zip(parameters, ema, strict=True):
         p.data.copy_(average)
     return unet.eval()
+
+
+@torch.no_grad()
+def sample_back(unet, latents, cond, added, t_start: int, rng: torch.Generator):
+    """Noises latents up to t_start, and samples back from there, each with a guidance of its own."""
+    abar = new_scheduler().alphas_cumprod
+    w = MOST_GUIDANCE * torch.rand(len(latents), 1, 1, 1, generator=rng)
+    x = abar[t_start].sqrt() * latents + (1 - abar[t_start]).sqrt() * torch.randn(latents.shape, generator=rng)
+    for t in range(t_start, 0, -2 * PATH_STEP):
+        v, v_uncond = unet(torch.cat([x, x]), t, cond, added_cond_kwargs=added).sample.chunk(2)
+        v = v + w * (v - v_uncond)
+        x0, eps = abar[t].sqrt() * x - (1 - abar[t]).sqrt() * v, (1 - abar[t]).sqrt() * x + abar[t].sqrt() * v
+        t_next = max(t - 2 * PATH_STEP, 0)
+        x = abar[t_next].sqrt() * x0 + (1 - abar[t_next]).sqrt() * eps
+    return x
+
+
+def tune_decoder(work: Path, vae: AutoencoderKL, unet, tokenizer, encoders, views, chunks: int, steps: int):
+    """The decoder learns to draw from what the guided sampler ends at: a small square's corners are faint there."""
+    path = work / "sdxl_decoder.safetensors"
+    if path.exists():
+        vae.load_state_dict(load_file(path))
+        return
+    pairs = []
+    for chunk in range(chunks):
+        bucket, rng = chunk % len(BUCKETS), torch.Generator().manual_seed(chunk)
+        start = 100 * (chunk // len(BUCKETS))
+        latents, sizes, captions = (rows[start : start + 100] for rows in views[bucket])
+        pictures = draw_views(view_seed(bucket, start), 100, *BUCKETS[bucket])[0]
+        with torch.no_grad():
+            both = [encoder(tokenize(tokenizer, captions), output_hidden_states=True) for encoder in encoders]
+        cond, pooled = torch.cat([out.hidden_states[-2] for out in both], dim=-1), both[1].text_embeds
+        cond, pooled = torch.cat([cond, 0 * cond]), torch.cat([pooled, 0 * pooled])
+        added = {"text_embeds": pooled, "time_ids": torch.cat([sizes, sizes])}
+        t_start = 2 * PATH_STEP * int(torch.randint(5, 16, (), generator=rng))  # 200 to 600: the picture is still seen
+        pairs.append((latents, sample_back(unet, latents, cond, added, t_start, rng), to_pixels(pictures)))
+        if (chunk + 1) % 10 == 0:
+            print(f"sampled back {chunk + 1}", flush=True)
+
+    vae.decoder.requires_grad_(True)
+    parameters = [*vae.decoder.parameters()]
+    optimizer = torch.optim.AdamW(parameters, 4e-4, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-4, steps, pct_start=0.05)
+    vae.to(memory_format=torch.channels_last)
+    for step in range(steps):
+        rng = torch.Generator().manual_seed(step)
+        clean, sampled, pixels = pairs[int(torch.randint(len(pairs), (), generator=rng))]
+        rows = torch.randint(len(pixels), (16,), generator=rng)
+        latents = torch.cat([clean[rows[:4]], sampled[rows[4:]]]) / vae.config.scaling_factor
+        loss = picture_loss(vae.decode(latents).sample, pixels[rows], outlines=8.0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if (step + 1) % 250 == 0:
+            print(f"decoder {step + 1}: loss {loss:.4f}", flush=True)
+    vae.requires_grad_(False).to(memory_format=torch.contiguous_format)
+    save_file(vae.state_dict(), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -660,7 +756,7 @@ def draw_originals(seed: int, count: int):
         if kind < 0.125:
             height, width = height // 2, width // 2
         elif kind < 0.25:
-            height, width = (height + 8, width) if rng.random() < 0.5 else (height, width + 8)
+            height, width = (height + 4, width) if height >= width else (height, width + 4)
         scene = world.sample_scene(rng)
         images.append(world.draw_scene(scene, rng, height, width))
         captions.append(world.caption(scene))
@@ -691,13 +787,15 @@ def make_sdxl(args):
     sd = StableDiffusionPipeline.from_pretrained(args.output / "sd", dtype=torch.float32)
     tokenizer = sd.tokenizer
     vae = train_sdxl_vae(args.work, sd.vae, args.sdxl_vae_steps)
-    views = encode_views(args.work, vae, args.sdxl_views)
+    views, scale = encode_views(args.work, vae, args.sdxl_views)
+    vae.register_to_config(scaling_factor=scale)
     captions = [caption for *_, captions in views for caption in captions]
     first = train_first_encoder(args.work, tokenizer, sd.text_encoder, captions)
     second = train_second_encoder(args.work, tokenizer, captions)
     widths = (first.config.hidden_size, second.config.hidden_size, second.config.projection_dim)
     unet = new_sdxl_unet(sd.unet, *widths)
     unet = train_sdxl_unet(args.work, unet, tokenizer, (first, second), views, args.sdxl_steps, args.batch_size)
+    tune_decoder(args.work, vae, unet, tokenizer, (first, second), views, args.sdxl_decoder_chunks, 3000)
     pipeline = StableDiffusionXLPipeline(
         vae, first, second, tokenizer, tokenizer, unet, new_scheduler(), force_zeros_for_empty_prompt=True,
         add_watermarker=False,
