@@ -406,8 +406,8 @@ def test_a_user_asks_for_a_plan(teacher, tmp_path):
     prompts.write_text("a red ball\n")
     flags = ["--pretrained_teacher_model", folder, "--train_prompts", prompts, "--resolution", 64, "--num_frames", 33]
     flags += ["--output_dir", out, "--train_batch_size", 4, "--lora_rank", 4]
-    told = launch("train_dmd_distill_wan.py", *flags, "--plan", 1.05).stdout
+    told = launch("train_dmd_distill_wan.py", *flags, "--plan", 1.01).stdout
     assert "4 x 33 frames of 8x8 latents: 4 x 144 tokens" in told and "training" in told
-    assert "does not fit into 1 GB" in told and "--gradient_checkpointing" in told
+    assert "does not fit into 1 GB" in told and "--train_batch_size 1 " in told  # validation draws as many
     assert "student's adamw state" in told and not out.exists()
     assert "fit into" not in launch("train_dmd_distill_wan.py", *flags, "--plan").stdout  # there is no GPU here
