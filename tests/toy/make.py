@@ -4,7 +4,9 @@ Stages run in order, each writes its result under `--work` and is skipped where 
 was cut off goes on: autoencoder, latents of many scenes, text encoder, U-Net (EMA), and the pipeline folder with
 its shards under `--output`. On two CPU cores the SD teacher takes more than an hour. (In the first half of its training
 the committed U-Net saw the empty prompt in one of ten samples and not, as here, beside the captions.) The SDXL teacher
-starts from the SD teacher in OUTPUT/sd, which is made where it is missing, and takes about an hour more.
+starts from the SD teacher in OUTPUT/sd, which is made where it is missing, and takes about two hours more. (The committed
+one was made as this file grew: its autoencoder had 16,500 steps, its U-Net 10,000 on an older one's latents and other
+shapes, then 9,000 on these.)
 """
 
 import argparse
@@ -47,9 +49,9 @@ def parse_args(argv=None):
     parser.add_argument("--vae_steps", type=int, default=10_000)
     parser.add_argument("--scenes", type=int, default=100_000, help="scenes that the U-Net learns from")
     parser.add_argument("--unet_steps", type=int, default=16_000)
-    parser.add_argument("--sdxl_vae_steps", type=int, default=6000, help="from SD's autoencoder on")
+    parser.add_argument("--sdxl_vae_steps", type=int, default=16_000, help="from SD's autoencoder on")
     parser.add_argument("--sdxl_views", type=int, default=90_000, help="pictures that SDXL's U-Net learns from")
-    parser.add_argument("--sdxl_steps", type=int, default=10_000, help="from SD's U-Net on")
+    parser.add_argument("--sdxl_steps", type=int, default=16_000, help="from SD's U-Net on")
     parser.add_argument("--sdxl_decoder_chunks", type=int, default=90, help="hundreds of sampled pictures")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--shard_samples", type=int, default=2048, help="images in SD's committed shards")
