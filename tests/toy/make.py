@@ -4,9 +4,9 @@ Stages run in order, each writes its result under `--work` and is skipped where 
 was cut off goes on: autoencoder, latents of many scenes, text encoder, U-Net (EMA), and the pipeline folder with
 its shards under `--output`. On two CPU cores the SD teacher takes more than an hour. (In the first half of its training
 the committed U-Net saw the empty prompt in one of ten samples and not, as here, beside the captions.) The SDXL teacher
-starts from the SD teacher in OUTPUT/sd, which is made where it is missing, and takes about two hours more. (The committed
-one was made as this file grew: its autoencoder had 16,500 steps, its U-Net 10,000 on an older one's latents and other
-shapes, then 9,000 on these.)
+starts from the SD teacher in OUTPUT/sd, which is made where it is missing, and takes about two hours more. (The
+committed one was made as this file grew: its autoencoder had 16,500 steps, its U-Net 10,000 on an older one's latents
+and other shapes, then 9,000 on these.)
 """
 
 import argparse
