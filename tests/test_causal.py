@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from common.causal import BlockCausal, block_ends, block_lengths, extend, first_tokens, roll_out
@@ -316,7 +317,8 @@ def test_every_attention_backend_is_asked(monkeypatch):
     """The processor goes through diffusers' dispatch, with the backend that the model was given."""
     network = tiny_wan()
     causal = BlockCausal(network)
-    network.set_attention_backend("_native_math")
+    with attention_backend("native"):  # what is set inside is set for all networks, and put back at the end
+        network.set_attention_backend("_native_math")
     import common.causal as module
 
     asked, original = [], module.dispatch_attention_fn

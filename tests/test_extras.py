@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from safetensors.torch import load_file
@@ -298,9 +299,10 @@ def test_what_max_grad_norm_bounds(method, run, tmp_path):
 def test_another_attention_mechanism_computes_the_attention(parse, monkeypatch):
     x, t, cond = tiny_inputs()
     plain = script.load_networks(parse("--lora_rank 2"), Accelerator(), torch.float32)[0].eval()
-    other = script.load_networks(
-        parse("--lora_rank 2 --attention_mechanism _native_math"), Accelerator(), torch.float32
-    )
+    with attention_backend("native"):  # what is set inside is set for all networks, and put back at the end
+        other = script.load_networks(
+            parse("--lora_rank 2 --attention_mechanism _native_math"), Accelerator(), torch.float32
+        )
     used, dispatch = [], speed.dispatch_attention_fn
 
     def watched(*arguments, backend):
