@@ -425,7 +425,7 @@ def draw_views(seed: int, count: int, height: int, width: int):
 
 
 def train_sdxl_vae(work: Path, sd_vae: AutoencoderKL, steps: int) -> AutoencoderKL:
-    """SD's, trained on with all buckets: in a narrow one the arms of a small cross are two pixels across.
+    """SD's, trained on with all buckets: in a narrow one the arms of a small cross are four pixels across.
 
     Latents are noised, so that a picture bears the U-Net's errors.
     """
@@ -567,6 +567,18 @@ def begin_paths(latents, noise_scheduler, count: int, rng: torch.Generator) -> d
     return {"x": x, "t": t, "w": MOST_GUIDANCE * torch.rand(count, generator=rng).sqrt(), "pick": pick}
 
 
+def ddim_step(x, v, abar, abar_next):
+    a, s, a_next, s_next = abar.sqrt(), (1 - abar).sqrt(), abar_next.sqrt(), (1 - abar_next).sqrt()
+    return a_next * (a * x - s * v) + s_next * (s * x + a * v)
+
+
+@torch.no_grad()
+def encode_texts(encoders, tokens):
+    """What SDXL's U-Net reads of texts: both encoders' states side by side, and the second one's pooled output."""
+    both = [encoder(tokens, output_hidden_states=True) for encoder in encoders]
+    return torch.cat([out.hidden_states[-2] for out in both], dim=-1), both[1].text_embeds
+
+
 @torch.no_grad()
 def follow_paths(path: dict[str, torch.Tensor], predict, abar):
     """One step of the guided sampler. `predict(x, t, rows, prompted)`: with prompts for the first `prompted` rows."""
@@ -574,10 +586,8 @@ def follow_paths(path: dict[str, torch.Tensor], predict, abar):
     twice = predict(torch.cat([x, x]), torch.cat([path["t"]] * 2), torch.cat([rows, rows]), len(x))
     v, v_uncond = twice.chunk(2)
     v = v + path["w"].view(-1, 1, 1, 1) * (v - v_uncond)
-    a, s = abar[path["t"]].sqrt().view(-1, 1, 1, 1), (1 - abar[path["t"]]).sqrt().view(-1, 1, 1, 1)
-    path["t"] = path["t"] - PATH_STEP
-    a_next, s_next = abar[path["t"]].sqrt().view(-1, 1, 1, 1), (1 - abar[path["t"]]).sqrt().view(-1, 1, 1, 1)
-    path["x"] = a_next * (a * x - s * v) + s_next * (s * x + a * v)
+    before, path["t"] = path["t"], path["t"] - PATH_STEP
+    path["x"] = ddim_step(x, v, abar[before].view(-1, 1, 1, 1), abar[path["t"]].view(-1, 1, 1, 1))
 
 
 def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, batch_size: int):
@@ -619,9 +629,7 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
             pick[:guided], paths[bucket] = path["pick"], path
         x0, eps = latents[pick], torch.randn((batch_size, *latents.shape[1:]), generator=rng)
         t = (1000 * torch.rand(batch_size, generator=rng) ** 0.415).long().clamp(max=999)  # as for SD
-        with torch.no_grad():
-            both = [encoder(tokens[bucket][pick], output_hidden_states=True) for encoder in encoders]
-            cond, pooled = torch.cat([out.hidden_states[-2] for out in both], dim=-1), both[1].text_embeds
+        cond, pooled = encode_texts(encoders, tokens[bucket][pick])
 
         def predict(x, t, rows, prompted, cond=cond, pooled=pooled, sizes=sizes[pick]):
             """Velocities for these rows of the batch; those without a prompt get zeros."""
@@ -675,9 +683,7 @@ def sample_back(unet, latents, cond, added, t_start: int, rng: torch.Generator):
     for t in range(t_start, 0, -2 * PATH_STEP):
         v, v_uncond = unet(torch.cat([x, x]), t, cond, added_cond_kwargs=added).sample.chunk(2)
         v = v + w * (v - v_uncond)
-        x0, eps = abar[t].sqrt() * x - (1 - abar[t]).sqrt() * v, (1 - abar[t]).sqrt() * x + abar[t].sqrt() * v
-        t_next = max(t - 2 * PATH_STEP, 0)
-        x = abar[t_next].sqrt() * x0 + (1 - abar[t_next]).sqrt() * eps
+        x = ddim_step(x, v, abar[t], abar[max(t - 2 * PATH_STEP, 0)])
     return x
 
 
@@ -693,9 +699,7 @@ def tune_decoder(work: Path, vae: AutoencoderKL, unet, tokenizer, encoders, view
         start = 100 * (chunk // len(BUCKETS))
         latents, sizes, captions = (rows[start : start + 100] for rows in views[bucket])
         pictures = draw_views(view_seed(bucket, start), 100, *BUCKETS[bucket])[0]
-        with torch.no_grad():
-            both = [encoder(tokenize(tokenizer, captions), output_hidden_states=True) for encoder in encoders]
-        cond, pooled = torch.cat([out.hidden_states[-2] for out in both], dim=-1), both[1].text_embeds
+        cond, pooled = encode_texts(encoders, tokenize(tokenizer, captions))
         cond, pooled = torch.cat([cond, 0 * cond]), torch.cat([pooled, 0 * pooled])
         added = {"text_embeds": pooled, "time_ids": torch.cat([sizes, sizes])}
         t_start = 2 * PATH_STEP * int(torch.randint(5, 16, (), generator=rng))  # 200 to 600: the picture is still seen
