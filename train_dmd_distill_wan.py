@@ -112,6 +112,7 @@ def parse_args(argv=None):
     add("--pretrained_teacher_model", type=str, help="folder or hub name of the pipeline; default: the toy teacher, by its own recipe")
     add("--teacher_revision", type=str, help="the teacher's branch, tag or commit on the hub")
     add("--pretrained_t5_model_name_or_path", type=str, help="where text encoder and tokenizer are; default: the teacher's")
+    add("--max_sequence_length", type=int, default=512, metavar="N", help="rows of text that the transformer attends to, without a mask: what a prompt lacks is zeros; WanPipeline's argument")
     add("--resolution", type=float, default=480, help="of training, in the unit of --resolution_type")
     add("--plan", type=float, nargs="?", const=0.0, metavar="GB", help="load and train nothing, but print what the run takes on each GPU, and what would make it fit into so many GB; default: those of the GPU that is here")
     add("--context_parallel_degree", type=int, default=1, metavar="N", help="N processes share each clip's tokens; the number of processes must be a multiple of it")
@@ -308,7 +309,7 @@ def causal_usage(args, transformer) -> str:
     return (
         "from common.causal import BlockCausal, roll_out\n\n"
         f"steps, blocks = {args.steps}, {blocks}\n"
-        f'text, _ = pipeline.encode_prompt("your prompt", max_sequence_length={wan.TEXT_LENGTH})\n'
+        f'text, _ = pipeline.encode_prompt("your prompt", max_sequence_length={args.max_sequence_length})\n'
         "predict, remember = BlockCausal(pipeline.transformer).calls(\n"
         "    lambda x, t: pipeline.transformer(x.to(text), torch.tensor([t], device=x.device), text).sample.float()\n"
         ")\n"
@@ -361,7 +362,8 @@ def export(args, folder: Path, transformer) -> tuple[list[str], str]:
         usage += causal_usage(args, transformer)
     else:
         usage += f'video = pipeline("your prompt", num_frames={args.validation_num_video_frames}, '
-        usage += f"num_inference_steps={len(args.steps)}, guidance_scale=1.0).frames[0]\n"
+        usage += f"num_inference_steps={len(args.steps)}, guidance_scale=1.0, "
+        usage += f"max_sequence_length={args.max_sequence_length}).frames[0]\n"
     return ["scheduler", *dict.fromkeys(files)], usage
 
 
@@ -771,6 +773,7 @@ def main(args):
     else:
         check_losses(means.read(accelerator))
         say(f"saved {save()}")
+    stop.over()
     _, faults = gather_states(batches, accelerator, together)
     for cause, number in (skipped + faults).most_common():
         say(f"skipped {number} x {cause}")

@@ -564,6 +564,7 @@ def main(args):
         say(f"checkpoint-{step} is already there")
     else:
         say(f"saved {save()}")
+    stop.over()
     _, faults = gather_states(batches, accelerator)
     for cause, count in (skipped + faults).most_common():
         say(f"skipped {count} x {cause}")

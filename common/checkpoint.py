@@ -135,13 +135,17 @@ class StopSignal:
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def ask(self, number, frame):
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
+
+    def over(self):
+        """From here on a signal ends the program at once, as it would without this class."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def agreed(self, accelerator) -> bool:
         """Whether any process was asked: all must leave the loop together, so it waits for the others."""

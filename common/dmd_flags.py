@@ -40,7 +40,7 @@ def check_dmd_flags(parser, args, lora_targets: str):
         )
     if args.mixed_precision == "fp16":
         parser.error("--mixed_precision fp16: Wan's activations overflow it; bf16 or no")
-    at_least_one = ("lora_rank", "lora_alpha", "num_training_frames", "context_parallel_degree")
+    at_least_one = ("lora_rank", "lora_alpha", "num_training_frames", "context_parallel_degree", "max_sequence_length")
     at_least_one += ("generator_update_interval", "ema_update_interval")
     not_negative = ("num_frame_per_block", "fake_score_guidance_scale", "fake_score_weight_decay", "causal_init_steps")
     not_negative += ("plan",)

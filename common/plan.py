@@ -332,7 +332,7 @@ def setup_of(args, dtype: torch.dtype, shards: int = 1) -> Setup:
         transformer=json.dumps(transformer), vae=json.dumps(vae), text_encoder=json.dumps(text.to_dict()),
         batch=args.train_batch_size, frames=rolled - trained_from(args, rolled), height=height, width=width,
         validation=(latent_frames(args.validation_num_video_frames), *(side // scale for side in drawn)),
-        text_length=wan.TEXT_LENGTH, model_type=args.model_type, lora_rank=args.lora_rank,
+        text_length=args.max_sequence_length, model_type=args.model_type, lora_rank=args.lora_rank,
         lora_targets=tuple(name.strip() for name in args.lora_target_modules.split(",")), dtype=dtype,
         base_precision=args.base_model_precision, text_precision=args.text_encoder_1_precision,
         optimizer=args.optimizer, checkpointing=args.gradient_checkpointing,

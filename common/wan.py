@@ -1,5 +1,7 @@
 """Wan 2.1's frozen encoders: clips to latents, prompts to embeddings, as WanPipeline has them."""
 
+import functools
+
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -11,7 +13,6 @@ from common.data import ImageReader
 from common.encoding import SampleEncoder, open_stores
 from common.quantize import quantize
 
-TEXT_LENGTH = 512  # rows that the transformer attends to without a mask: what a prompt lacks is zeros
 TEXT_FOLDERS = ("text_encoder", "tokenizer")
 
 
@@ -39,15 +40,15 @@ def load_text_encoder(args, device, dtype: torch.dtype):
     return tokenizer, encoder.requires_grad_(False).eval().to(device)
 
 
-def encode_prompts(text_encoder, prompts: list[str]) -> dict[str, list[torch.Tensor]]:
-    """States of each prompt's own tokens, [L, C] with L up to TEXT_LENGTH.
+def encode_prompts(text_encoder, prompts: list[str], length: int) -> dict[str, list[torch.Tensor]]:
+    """States of each prompt's own tokens, [L, C] with L up to `length`.
 
     One at a time: nothing is padded, and a prompt's embedding is the same whatever is encoded beside it.
     """
     tokenizer, encoder = text_encoder
     rows = []
     for prompt in prompts:
-        tokens = tokenizer(prompt_clean(prompt), max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
+        tokens = tokenizer(prompt_clean(prompt), max_length=length, truncation=True, return_tensors="pt")
         rows.append(encoder(tokens.input_ids.to(encoder.device)).last_hidden_state[0])
     return {"prompt_embeds": rows}
 
@@ -80,7 +81,7 @@ def open_encoder(args, readers: list[ImageReader], device, vae_dtype, text_dtype
         source = text_source(args)
         weights = [weights_identity(source["model"], folder, source["revision"]) for folder in TEXT_FOLDERS]
         text_identity = identity(
-            text=weights, dtype=text_dtype, precision=args.text_encoder_1_precision, length=TEXT_LENGTH,
+            text=weights, dtype=text_dtype, precision=args.text_encoder_1_precision, length=args.max_sequence_length,
             ftfy=is_ftfy_available(),
         )  # fmt: skip
         latents, text = open_stores(args, identities, text_identity)
@@ -88,10 +89,10 @@ def open_encoder(args, readers: list[ImageReader], device, vae_dtype, text_dtype
         load_vae=lambda: load_vae(args, device, vae_dtype),
         encode_pixels=encode_pixels,
         load_text=lambda: load_text_encoder(args, device, text_dtype),
-        encode_prompts=encode_prompts,
+        encode_prompts=functools.partial(encode_prompts, length=args.max_sequence_length),
         latents=latents,
         text=text,
         vae_batch_size=args.vae_encode_batch_size,
         device=device,
-        text_length=TEXT_LENGTH,
+        text_length=args.max_sequence_length,
     )

@@ -245,3 +245,19 @@ def test_a_run_goes_on_from_another_folder(world, tmp_path):
     first, second = weights(tmp_path / "a", 3), weights(tmp_path / "d", 3)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert [path.name for path in list_checkpoints(tmp_path / "b")] == [f"checkpoint-{n}" for n in (6, 9, 12)]
+
+
+def test_after_the_last_checkpoint_a_signal_ends_at_once(world, tmp_path, monkeypatch):
+    """A report can take minutes, and there is nothing left to save."""
+    before, seen = [signal.getsignal(number) for number in STOPS], []
+    for name in ("save_checkpoint", "write_model_card"):
+        plain = getattr(script, name)
+
+        def watched(*args, name=name, plain=plain, **kwargs):
+            seen.append((name, [signal.getsignal(number) for number in STOPS]))
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(script, name, watched)
+    script.main(script.parse_args(flags(world, tmp_path, "--max_train_steps", 1)))
+    (_, saving), (_, reporting) = seen
+    assert saving != before and reporting == before

@@ -555,10 +555,10 @@ def opened(teacher, *flags, dtype=torch.float32):
 def test_embeddings_are_the_pipelines(teacher):
     pipeline = WanPipeline.from_pretrained(teacher)
     expected, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=512)
-    rows = wan.encode_prompts((pipeline.tokenizer, pipeline.text_encoder), PROMPTS)["prompt_embeds"]
+    rows = wan.encode_prompts((pipeline.tokenizer, pipeline.text_encoder), PROMPTS, 512)["prompt_embeds"]
     assert [len(row) for row in rows] == [11, len("a blue box & a much longer text about it") + 1, 1]
     long = "x" * 600
-    [cut] = wan.encode_prompts((pipeline.tokenizer, pipeline.text_encoder), [long])["prompt_embeds"]
+    [cut] = wan.encode_prompts((pipeline.tokenizer, pipeline.text_encoder), [long], 512)["prompt_embeds"]
     expected_cut, _ = pipeline.encode_prompt([long], do_classifier_free_guidance=False, max_sequence_length=512)
     torch.testing.assert_close(cut, expected_cut[0], rtol=1e-4, atol=1e-5)
     for row, padded in zip(rows, expected, strict=True):
