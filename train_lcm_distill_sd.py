@@ -576,7 +576,7 @@ def main(args):
         if args.toy and args.report_steps:  # its world can judge pictures
             from tests.toy.report import report
 
-            results = report(pictures, output_dir, args.report_steps, TOY_SIZES)
+            results = report(pictures, clip, output_dir, args.report_steps, TOY_SIZES)
         else:
             results = steps_report(args, pictures, clip, output_dir)
         write_model_card(

@@ -74,7 +74,7 @@ class ClipScore:
 
         self.device = device
         try:
-            self.model = CLIPModel.from_pretrained(name, cache_dir=cache_dir).eval()
+            self.model = CLIPModel.from_pretrained(name, cache_dir=cache_dir, dtype=torch.float32).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
             self.processor = CLIPImageProcessorPil.from_pretrained(name, cache_dir=cache_dir)
         except (OSError, ValueError) as error:

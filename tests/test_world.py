@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.toy import world
@@ -75,8 +76,14 @@ def test_the_toy_s_report_has_the_steps_that_were_asked_for(tmp_path):
         rng = np.random.default_rng((seed, steps))
         return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for _ in prompts]
 
-    text = report(pictures, tmp_path, [2, 3], ((64, 64), (48, 80)), samples=8)
+    def clip(pictures, prompts):
+        assert len(pictures) == len(prompts) == 8
+        return torch.tensor([float(np.mean(picture)) for picture in pictures])
+
+    text = report(pictures, clip, tmp_path, [2, 3], ((64, 64), (48, 80)), samples=8)
     rows = json.loads((tmp_path / "report.json").read_text())
     assert list(rows) == ["64x64", "48x80"] and text.count("| student 3 |") == 2
     for size in rows.values():
         assert list(size) == ["teacher 50", "teacher 4", "teacher 2", "student 2", "student 3"]
+        assert 120 < size["student 3"]["clip_score"] < 135  # the mean of noise
+    assert "| CLIP score |" in text and "CLIP" not in report(pictures, None, tmp_path, [2], samples=8)

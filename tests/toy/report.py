@@ -16,11 +16,11 @@ CHUNK = 64
 TEACHER_STEPS = (FULL_STEPS, 4, 2)
 
 
-def report(pictures, folder: Path, student_steps: list[int], sizes=((64, 64),), samples: int = SAMPLES) -> str:
+def report(pictures, clip, folder: Path, student_steps: list[int], sizes=((64, 64),), samples: int = SAMPLES) -> str:
     """Tables of adherence, and of distance to the teacher's 50-step samples with other seeds, as Markdown.
 
-    `pictures(which, prompts, steps, seed, size=(height, width))` draws. report.json holds the rows by sampler; with
-    several sizes, by size and sampler.
+    `pictures(which, prompts, steps, seed, size=(height, width))` draws, and `clip(pictures, prompts)` scores, or is
+    None. report.json holds the rows by sampler; with several sizes, by size and sampler.
     """
     rng = np.random.default_rng(99)
     prompts = [world.caption(world.sample_scene(rng)) for _ in range(samples)]
@@ -32,6 +32,9 @@ def report(pictures, folder: Path, student_steps: list[int], sizes=((64, 64),), 
         # 4, or 2 where the teacher is too good at 4 steps for the gap to be measured
         few_steps = 4 if rows["teacher 4"]["distance"] >= 2 * rows["teacher 50"]["distance"] else 2
         close(rows, few_steps)
+        if clip is not None:
+            for row, images in zip(rows.values(), drawn.values(), strict=True):
+                row["clip_score"] = clip(list(images), prompts).mean().item()
         path = folder / ("report.png" if size == sizes[0] else f"report-{name}.png")
         strips = [[Image.fromarray(image) for image in images[:8]] for images in drawn.values()]
         labelled_grid(strips, list(drawn), prompts[:8]).save(path)
@@ -93,18 +96,20 @@ def close(rows: dict, few_steps: int):
 
 
 def markdown(rows: dict, few_steps: int, title: str, noun: str = "picture") -> str:
-    counted = " evaluations |" if any("evaluations" in row for row in rows.values()) else ""
+    named = {"evaluations": ("evaluations", ""), "clip_score": ("CLIP score", ".1f")}
+    more = [(key, *column) for key, column in named.items() if all(key in row for row in rows.values())]
     lines = [
         f"## Results on {title}",
         "",
-        f"| sampler, steps | prompts followed | Fréchet distance to 50 steps | closed from {few_steps} |{counted}"
-        f" s a {noun} |",
-        "|---|---|---|---|---|" + "---|" * bool(counted),
+        f"| sampler, steps | prompts followed | Fréchet distance to 50 steps | closed from {few_steps} |"
+        + "".join(f" {name} |" for _, name, _ in more)
+        + f" s a {noun} |",
+        "|---|---|---|---|---|" + "---|" * len(more),
     ]
     for name, row in rows.items():
         lines.append(
             f"| {name} | {row['adherence']:.1%} | {row['distance']:.4f} | {row['distance closed']:.1%} |"
-            + (f" {row['evaluations']} |" if counted else "")
+            + "".join(f" {row[key]:{form}} |" for key, _, form in more)
             + f" {row['seconds']:.3f} |"
         )
     return "\n".join(lines) + "\n\n"
