@@ -149,7 +149,7 @@ def toy_recipe(args) -> dict:
 PIPELINE = StableDiffusionXLPipeline
 TEXT_FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 COMPILED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
-TOY_SIZES = ((64, 64), (80, 56), (56, 80))  # height, width
+TOY_SIZES = ((64, 64), (80, 64), (64, 80))  # height, width
 PREVIEW_MODEL = "madebyollin/taesdxl"
 
 
@@ -595,7 +595,7 @@ def main(args):
         if args.toy and args.report_steps:  # its world can judge pictures
             from tests.toy.report import report
 
-            results = report(pictures, output_dir, args.report_steps, TOY_SIZES)
+            results = report(pictures, clip, output_dir, args.report_steps, TOY_SIZES)
         else:
             results = steps_report(args, pictures, clip, output_dir)
         write_model_card(

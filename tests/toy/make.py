@@ -55,7 +55,7 @@ def parse_args(argv=None):
     parser.add_argument("--sdxl_decoder_chunks", type=int, default=90, help="hundreds of sampled pictures")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--shard_samples", type=int, default=2048, help="images in SD's committed shards")
-    parser.add_argument("--sdxl_shard_samples", type=int, default=1280, help="images in SDXL's committed shards")
+    parser.add_argument("--sdxl_shard_samples", type=int, default=2560, help="images in SDXL's committed shards")
     return parser.parse_args(argv)
 
 
@@ -386,7 +386,7 @@ def train_unet(work: Path, tokenizer, text_encoder, latents, captions, steps: in
 # SDXL: two text encoders, several aspect ratios, and a U-Net that is told how its picture was made
 # ---------------------------------------------------------------------------------------------------------------------
 
-BUCKETS = ((64, 64), (80, 56), (56, 80))  # height, width; the narrow ones as 1216x832 is to SDXL
+BUCKETS = ((64, 64), (80, 64), (64, 80))  # height, width; a small thing is as large in all
 TIME_DIM = 32  # of each size id's embedding
 MOST_GUIDANCE = 12.0  # w that the teacher must bear
 PATH_STEP = 20  # of t: 50 steps
@@ -559,9 +559,18 @@ def new_sdxl_unet(sd_unet: UNet2DConditionModel, sd_width: int, width: int, pool
     return unet
 
 
-def begin_paths(latents, noise_scheduler, count: int, rng: torch.Generator) -> dict[str, torch.Tensor]:
+def chances(captions: list[str]) -> torch.Tensor:
+    """Of each picture to be learned from. A small cross or square is what a U-Net gets wrong longest."""
+    hard = [
+        any(t.size == "small" and t.shape in ("cross", "square") for t in world.read_caption(c).things)
+        for c in captions
+    ]
+    return 1.0 + 2.0 * torch.tensor(hard)
+
+
+def begin_paths(latents, noise_scheduler, pick: torch.Tensor, rng: torch.Generator) -> dict[str, torch.Tensor]:
     """Noised scenes from which a sampler goes on, each with a guidance w of its own."""
-    pick = torch.randint(len(latents), (count,), generator=rng)
+    count = len(pick)
     t = torch.randint(200, 999, (count,), generator=rng)
     x = noise_scheduler.add_noise(latents[pick], torch.randn((count, *latents.shape[1:]), generator=rng), t)
     return {"x": x, "t": t, "w": MOST_GUIDANCE * torch.rand(count, generator=rng).sqrt(), "pick": pick}
@@ -612,6 +621,7 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
         ema, done = saved["ema"], saved["done"]
 
     tokens = [tokenize(tokenizer, captions) for _, _, captions in views]
+    chance = [chances(captions) for _, _, captions in views]
     noise_scheduler = new_scheduler()
     abar, paths = noise_scheduler.alphas_cumprod, [None] * len(views)
     start, running = time.time(), 0.0
@@ -619,10 +629,10 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
         rng = torch.Generator().manual_seed(step)
         bucket = step % len(views)
         latents, sizes, _ = views[bucket]
-        pick = torch.randint(len(latents), (batch_size,), generator=rng)
+        pick = torch.multinomial(chance[bucket], batch_size, replacement=True, generator=rng)
         guided = 3 * batch_size // 4 if step >= START_PATHS else 0  # these rows are on the sampler's way
         if guided:
-            fresh = begin_paths(latents, noise_scheduler, guided, rng)
+            fresh = begin_paths(latents, noise_scheduler, pick[:guided], rng)
             path = paths[bucket] or fresh
             ended = path["t"] < 2 * PATH_STEP
             path = {name: torch.where(expand_to(ended, v), fresh[name], v) for name, v in path.items()}
@@ -678,7 +688,7 @@ def train_sdxl_unet(work: Path, unet, tokenizer, encoders, views, steps: int, ba
 def sample_back(unet, latents, cond, added, t_start: int, rng: torch.Generator):
     """Noises latents up to t_start, and samples back from there, each with a guidance of its own."""
     abar = new_scheduler().alphas_cumprod
-    w = MOST_GUIDANCE * torch.rand(len(latents), 1, 1, 1, generator=rng)
+    w = MOST_GUIDANCE * torch.rand(len(latents), 1, 1, 1, generator=rng) ** 2  # with little of it outlines are soft
     x = abar[t_start].sqrt() * latents + (1 - abar[t_start]).sqrt() * torch.randn(latents.shape, generator=rng)
     for t in range(t_start, 0, -2 * PATH_STEP):
         v, v_uncond = unet(torch.cat([x, x]), t, cond, added_cond_kwargs=added).sample.chunk(2)
@@ -762,7 +772,7 @@ def draw_originals(seed: int, count: int):
         if kind < 0.125:
             height, width = height // 2, width // 2
         elif kind < 0.25:
-            height, width = (height + 4, width) if height >= width else (height, width + 4)
+            height, width = (height + 3, width) if height >= width else (height, width + 3)
         scene = world.sample_scene(rng)
         images.append(world.draw_scene(scene, rng, height, width))
         captions.append(world.caption(scene))
