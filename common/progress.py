@@ -1,5 +1,6 @@
 """Numbers and pictures of a run, to trackers, disk and webhook alike."""
 
+import time
 from pathlib import Path
 
 from common.validation import init_trackers, show_picture
@@ -30,4 +31,8 @@ class Progress:
         self.webhook.send("end", step=step, of=self.steps, stopped=stopped)
         if lost := self.webhook.close():
             self.accelerator.print(f"--webhook_config: {lost} messages were not delivered")
+        if self.accelerator.num_processes > 1:
+            # Of the last barrier a thread of gloo's still holds tensors, and needs the interpreter to drop them. Its
+            # process group, which ends with the script's networks, would wait for that thread and not let go of it.
+            time.sleep(1.0)
         self.accelerator.end_training()
