@@ -314,6 +314,7 @@ def parse(*words):
     for name in ("pretrained_teacher_model", "pretrained_t5_model_name_or_path", "teacher_revision", "train_prompts"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--resolution", type=float, default=480)
+    parser.add_argument("--max_sequence_length", type=int, default=512)
     parser.add_argument("--num_frame_per_block", type=int, default=0)
     parser.add_argument("--independent_first_frame", action="store_true")
     parser.add_argument("--num_training_frames", type=int, default=21)
@@ -664,5 +665,6 @@ def test_stores_are_named_by_what_shaped_them(teacher, folder, tmp_path):
         assert latents != plain[0] and text == plain[1]
     other = folders(dtype=torch.bfloat16)
     assert other[0] != plain[0] and other[1] != plain[1]
-    other = folders("--pretrained_t5_model_name_or_path", "elsewhere")
-    assert other[0] == plain[0] and other[1] != plain[1]
+    for flags in (("--pretrained_t5_model_name_or_path", "elsewhere"), ("--max_sequence_length", 16)):
+        latents, text = folders(*flags)
+        assert latents == plain[0] and text != plain[1]
