@@ -19,8 +19,8 @@ import numpy as np
 from tests.toy import world
 
 FRAMES, SIDE = 33, 32
-RADIUS = (0.18, 0.25)  # as a fraction of the shorter side
-TRAVEL = (0.25, 0.45)  # of an object that moves, from the first to the last frame, as a fraction of its side
+RADIUS = (0.21, 0.27)  # as a fraction of the shorter side
+TRAVEL = (0.18, 0.3)  # of an object that moves, from the first to the last frame, as a fraction of its side
 GROWTH = (1.5, 1.8)  # of an object that grows: last radius / first radius
 MARGIN = 0.03  # between an object and the edge
 
