@@ -5,7 +5,7 @@ Latent Consistency Models (Luo et al. 2023, arXiv 2310.04378, algorithm 1); LCM-
 Networks
     teacher   the frozen diffusion U-Net
     student   full: a copy that also takes the guidance w; lora: the teacher itself with adapters switched on
-    target    full: moving average (EMA) of the student; lora: the student, without gradient
+    target    moving average (EMA) of the student; where ema_decay is 0, the student without gradient
 
 Algorithm, for each batch of latents and prompts
     index ~ U{0..N-1},  t = grid[index],  w ~ U[w_min, w_max],  eps ~ N(0, 1)
@@ -14,7 +14,7 @@ Algorithm, for each batch of latents and prompts
     x_prev    = DDIM step from t to t_prev with the teacher's x0 and eps
     f(x, t)   = c_skip(t) * x + c_out(t) * x0(x, t, prompt, w)              so that f(x, 0) = x
     loss      = d(f_student(x_t, t), f_target(x_prev, t_prev))
-    target    = ema_decay * target + (1 - ema_decay) * student              full
+    target    = ema_decay * target + (1 - ema_decay) * student
 
 Conditions
     both text encoders' states before their last layer, the second's pooled output, and six size ids: H and W of the
@@ -35,6 +35,7 @@ To fork it for another model, edit "The model" and the flags above it; the rest 
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import json
@@ -54,6 +55,7 @@ from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
+from common.adapters import weights_copy, weights_exchanged
 from common.buckets import add_bucket_flags, check_bucket_flags, target_size
 from common.cache import identity, weights_identity
 from common.checkpoint import StopSignal, find_checkpoint, resume, save_checkpoint
@@ -98,7 +100,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("student").add_argument
     add("--model_type", type=str, choices=["full", "lora"], help="default: lora where a --lora_* flag or --use_dora is given, else full")
     add("--unet_time_cond_proj_dim", type=int, default=256, help="full: width of the guidance embedding")
-    add("--ema_decay", type=float, default=0.95, help="full: of the target, per optimizer step")
+    add("--ema_decay", type=float, help="of the target, per optimizer step; default: full 0.95, lora 0, no average")
     add("--lora_rank", type=int, help="default 64")
     add("--lora_alpha", type=int, help="default 64; the adapter is scaled by alpha / rank")
     add("--lora_dropout", type=float, help="default 0")
@@ -409,14 +411,19 @@ def main(args):
 
     # ---- Optimizer ----
     trained = [p for p in network.parameters() if p.requires_grad]
-    averaged = [] if lora else list(target.parameters())
+    average = target if not lora else weights_copy(network, device) if args.ema_decay else None
+    averaged = [] if average is None else list(average.parameters())
     batch = args.train_batch_size * args.gradient_accumulation_steps * processes  # of one optimizer step
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * max(1, args.num_samples // batch)
     optimizer = make_optimizer(args, trained, args.learning_rate * (batch if args.scale_lr else 1), device)
     lr_schedule = make_schedule(args, optimizer)
     student, optimizer = accelerator.prepare(network, optimizer)
-    saved = {"student": network} if lora else {"student": network, "target": target}
+    saved = {"student": network} | ({"target": average} if averaged else {})
+
+    def as_target():
+        """Inside, a LoRA's weights are their moving average. Of a full student that is a network of its own."""
+        return weights_exchanged(trained, averaged) if lora and averaged else contextlib.nullcontext()
 
     # ---- Resume ----
     state = resume(args, accelerator, saved, {"student": optimizer.optimizer}, lr_schedule)
@@ -455,7 +462,8 @@ def main(args):
             guidance_scale = 1.0 if lora and not with_teacher else 1.0 + middle_w(args)
         unet, size = teacher if with_teacher else target, size or args.validation_resolution[0]
         unet.eval()
-        with accelerator.autocast(), adapters_off(unet, lora and with_teacher):
+        whose = adapters_off(unet, lora) if with_teacher else as_target()
+        with accelerator.autocast(), whose:
             drawn = draw(args, encoder.vae, unet, sampler, text, negative, steps, guidance_scale, seed, size, callback)
         network.train()
         return drawn
@@ -503,7 +511,7 @@ def main(args):
             x_prev = solver.step(x0_teacher, eps_teacher, index)
 
             # 5. Target at x_prev
-            with dropout_off(network, args.lora_dropout):
+            with dropout_off(network, args.lora_dropout), as_target():
                 f_target = f(target, x_prev, t_prev)
 
         # 6. Student at x_t
@@ -550,7 +558,7 @@ def main(args):
             continue
         if not accelerator.optimizer_step_was_skipped:  # fp16's scaler found an overflow
             lr_schedule.step()
-            if not lora:
+            if averaged:
                 update_ema(averaged, trained, args.ema_decay)
         step += 1
         bar.update()
@@ -572,7 +580,8 @@ def main(args):
         if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step < args.max_train_steps:
             save()
             if args.push_checkpoints_to_hub and repository:
-                files, _ = export(args, output_dir, target, scheduler)
+                with as_target():
+                    files, _ = export(args, output_dir, target, scheduler)
                 push_to_hub(args, repository, files, f"Step {step}", fatal=False)
         if processes == 1 or step % LOG_EVERY == 0:
             stopping = stop.agreed(accelerator)
@@ -591,7 +600,8 @@ def main(args):
         say("stopped by a signal; go on with --resume_from_checkpoint latest")
     elif accelerator.is_main_process:
         validate().save(output_dir / "samples.png")
-        files, usage = export(args, output_dir, target, scheduler)
+        with as_target():
+            files, usage = export(args, output_dir, target, scheduler)
         if args.toy and args.report_steps:  # its world can judge pictures
             from tests.toy.report import report
 

@@ -24,6 +24,8 @@ def check_lcm_flags(parser, args, lora_targets: str):
         parser.error("--export_formats kohya: is a layout of LoRA files")
     if args.model_type == "lora" and args.export_pipeline:
         parser.error("--export_pipeline: is for a full student; a LoRA loads into its teacher's pipeline")
+    if args.ema_decay is None:
+        args.ema_decay = 0.95 if args.model_type == "full" else 0.0
     lora = {"lora_rank": 64, "lora_alpha": 64, "lora_dropout": 0.0, "lora_target_modules": lora_targets}
     for name, default in lora.items():
         if getattr(args, name) is None:

@@ -46,7 +46,10 @@ def find(picture: np.ndarray, sheet: np.ndarray) -> np.ndarray:
     return sheet[y : y + height, x : x + width]
 
 
-@pytest.mark.parametrize("student", [["--model_type", "full"], ["--lora_rank", 4, "--lora_alpha", 8], ["--use_dora"]])
+STUDENTS = {"full": "--model_type full", "lora": "--lora_rank 4 --lora_alpha 8 --ema_decay 0.5", "dora": "--use_dora"}
+
+
+@pytest.mark.parametrize("student", [flags.split() for flags in STUDENTS.values()], ids=list(STUDENTS))
 def test_train_resume_finish_load(world, tmp_path, student):
     folder = tmp_path / "out"
     launch(SCRIPT, *flags(world, folder, "--max_train_steps", 4, *student))

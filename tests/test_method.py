@@ -311,6 +311,31 @@ def test_the_target_of_lora_has_no_dropout_and_the_student_has(parse, monkeypatc
     assert teacher and target and not student
 
 
+def test_a_lora_s_target_can_be_its_average(parse, monkeypatch, tmp_path):
+    flags = "--lora_rank 4 --max_train_steps 2 --learning_rate 1e-2 --checkpointing_steps 1"
+    calls = watch(monkeypatch, "consistency_loss")
+    script.main(parse(flags))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    script.main(parse(f"{flags} --ema_decay 0.75"))
+    (student, target), (student_averaged, target_averaged) = [calls[i][0][:2] for i in (1, 3)]  # of the second steps
+    assert torch.equal(student, student_averaged)  # the weights that are trained are back in their places
+    assert (target - target_averaged).abs().mean() > 1e-5
+
+    read = [
+        {name: load_file(tmp_path / "out" / f"checkpoint-{step}" / f"{name}.safetensors") for name in which}
+        for step, which in ((1, ("student", "target")), (2, ("student", "target")))
+    ]
+    exported = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    ups = [name for name in read[0]["student"] if "lora_B" in name]  # zero before the first step
+    averages = []
+    for name in ups:
+        first, second = (each["student"][name] for each in read)
+        averages.append(0.75 * 0.25 * first + 0.25 * second)
+        torch.testing.assert_close(read[1]["target"][name.replace(".", "/")], averages[-1])
+    sums = sorted(p.abs().sum().item() for name, p in exported.items() if "lora_B" in name or ".lora.up" in name)
+    torch.testing.assert_close(sums, sorted(p.abs().sum().item() for p in averages))
+
+
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "shape"])
 def test_a_teacher_whose_weights_do_not_fit_is_refused(damage, tmp_path, parse):
     teacher = tiny_pipeline(tmp_path / "teacher")
