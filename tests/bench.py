@@ -1,8 +1,9 @@
 """Where the time and the memory of a training step go: `python -m tests.bench sd` (or `sdxl`, or `wan`).
 
 The real script runs, and at intervals stops for as many bare steps with its own networks: the evaluations that the
-method cannot do without (student forward and backward, teacher on both prompts, target), the optimizer's step, and,
-where nothing is cached, the encoders' forwards. Their time is the floor. What is printed is step / floor, from one run.
+method cannot do without (student forward and backward, teacher on both prompts, target, and the rollout's forward where
+--scheduled_sampling_probability asks for it), the optimizer's step, and, where nothing is cached, the encoders'
+forwards. Their time is the floor. What is printed is step / floor, from one run.
 
 On a GPU: `python -m tests.bench sd --size real --batch_size 12 --mixed_precision bf16 [--compile]`, random weights.
 What is Wan's own is in tests/bench_wan.py.
@@ -210,9 +211,9 @@ class Bench:
                 predict(teacher, torch.cat([x, x]), torch.cat([t, t]), both)
 
         @torch.no_grad()
-        def target_forward():
+        def forward(unet):
             with autocast():
-                predict(target, x, t, cond, embedding)
+                predict(unet, x, t, cond, embedding)
 
         def student_forward_backward():
             with autocast():
@@ -225,10 +226,12 @@ class Bench:
 
         self.parts = {
             "teacher, both prompts": teacher_forward,
-            "target": target_forward,
+            "target": lambda: forward(target),
             "student forward and backward": student_forward_backward,
             "optimizer step": optimizer_step,
         }
+        if self.args.scheduled_sampling_probability:
+            self.parts["rollout"] = lambda: forward(student)
         if self.args.caches == "off":
             pixels = torch.stack([sample.pixels for sample in samples]).to(device).float() / 127.5 - 1.0
             prompts = [sample.caption for sample in samples]
