@@ -74,13 +74,7 @@ def kill_when(process: subprocess.Popen, condition, number=signal.SIGKILL):
 KINDS = {
     "full, cached": [],
     "lora with an average, streaming, two workers": [
-        "--lora_rank",
-        4,
-        "--ema_decay",
-        0.5,
-        "--vae_cache_disable",
-        "--dataloader_num_workers",
-        2,
+        *("--lora_rank", 4, "--ema_decay", 0.5, "--vae_cache_disable", "--dataloader_num_workers", 2)
     ],
     "full, streaming, accumulation, two workers": [
         *("--gradient_accumulation_steps", 2, "--vae_cache_disable", "--dataloader_num_workers", 2)
