@@ -59,13 +59,13 @@ def test_captions_read_back():
 
 
 def test_one_caption_has_many_clips():
-    """Background, start and speed are open: of one caption, pixels differ as much as of several."""
+    """Background, place and speed are open."""
     clip = video.Clip("circle", "red", "moving left")
     frames = draw(5, [clip] * 64)
     backgrounds = {world.find_things(each[0])[0] for each in frames}
     assert backgrounds == set(world.COLOUR_NAMES) - {"red"}
     starts = np.array([[found.x, found.y] for each in frames for found in world.find_things(each[0])[1]])
-    assert starts.std(0).min() > 2.0
+    assert starts.std(0).min() > 0.7  # pixels: places differ by up to a tenth of the picture
 
 
 def test_distance_sees_pictures_and_motion():

@@ -5,7 +5,7 @@ frames, `caption` makes words, `read_caption` turns words back into attributes, 
 same attributes from frames, the motion from where the object is and how large. `adherence` is the share of clips that
 show what their captions ask for. `features` feed `world.frechet_distance`.
 
-The caption names shape, colour and motion. Background, start, speed and size it leaves open, so that one caption has
+The caption names shape, colour and motion. Background, place, speed and size it leaves open, so that one caption has
 many clips, and a sampler that takes too few steps shows a mixture of them.
 
 Videos are uint8 arrays [F, H, W, 3].
@@ -19,10 +19,10 @@ import numpy as np
 from tests.toy import world
 
 FRAMES, SIDE = 33, 32
-RADIUS = (0.21, 0.27)  # as a fraction of the shorter side
-TRAVEL = (0.18, 0.3)  # of an object that moves, from the first to the last frame, as a fraction of its side
-GROWTH = (1.5, 1.8)  # of an object that grows: last radius / first radius
-MARGIN = 0.03  # between an object and the edge
+RADIUS = (0.22, 0.25)  # as a fraction of the shorter side
+TRAVEL = (0.24, 0.3)  # of an object that moves, from the first to the last frame, as a fraction of the shorter side
+GROWTH = (1.6, 1.75)  # of an object that grows: last radius / first radius
+PLACE_JITTER = 0.05  # between the middle of an object's way and the picture's, as a fraction of width and height
 
 DIRECTIONS = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
 MOTIONS = (*DIRECTIONS, "growing", "shrinking", "standing still")
@@ -58,7 +58,7 @@ def read_caption(text: str) -> Clip:
 
 
 def draw_clip(clip: Clip, rng: np.random.Generator, frames: int = FRAMES, height: int = SIDE, width: int = SIDE):
-    """Frames of a clip. What the caption leaves open (background, start, speed, size, hue) comes from `rng`."""
+    """Frames of a clip. What the caption leaves open (background, place, speed, size, hue) comes from `rng`."""
     side, jitter = min(height, width), world.COLOUR_JITTER
 
     def paint(name):
@@ -72,12 +72,9 @@ def draw_clip(clip: Clip, rng: np.random.Generator, frames: int = FRAMES, height
         growth = rng.uniform(*GROWTH)
         radius = radius * growth ** (time - 0.5 if clip.motion == "growing" else 0.5 - time)
     radius = np.broadcast_to(np.float32(radius), (frames,))
-    # The way's box stays inside the picture: the direction and the travel say how large it is, rng says where.
-    direction = np.asarray(DIRECTIONS.get(clip.motion, (0, 0)), dtype=np.float32)
-    room = np.array([width, height]) - 2 * (radius.max() + MARGIN * side)
-    travel = np.minimum(direction * rng.uniform(*TRAVEL) * side, room)
-    first = radius.max() + MARGIN * side + rng.uniform(0, 1, 2) * (room - np.abs(travel)) + np.maximum(-travel, 0)
-    centre = first + time[:, None] * travel  # [F, 2]
+    travel = np.asarray(DIRECTIONS.get(clip.motion, (0, 0)), dtype=np.float32) * rng.uniform(*TRAVEL) * side
+    middle = (0.5 + rng.uniform(-PLACE_JITTER, PLACE_JITTER, 2)) * (width, height)
+    centre = (middle + (time[:, None] - 0.5) * travel).astype(np.float32)  # [F, 2]
 
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) + 0.5
     dx, dy = x - centre[:, 0, None, None], y - centre[:, 1, None, None]  # [F, H, W]
