@@ -19,9 +19,9 @@ import numpy as np
 from tests.toy import world
 
 FRAMES, SIDE = 33, 32
-RADIUS = (0.22, 0.25)  # as a fraction of the shorter side
+RADIUS = (0.235, 0.26)  # as a fraction of the shorter side
 TRAVEL = (0.24, 0.3)  # of an object that moves, from the first to the last frame, as a fraction of the shorter side
-GROWTH = (1.6, 1.75)  # of an object that grows: last radius / first radius
+GROWTH = (1.5, 1.65)  # of an object that grows: last radius / first radius
 PLACE_JITTER = 0.05  # between the middle of an object's way and the picture's, as a fraction of width and height
 
 DIRECTIONS = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
