@@ -30,6 +30,9 @@ TOY = Path(__file__).parent
 PARTS = 3  # into so many parts each way are a latent's eight by eight pixels divided
 LATENT_CHANNELS = 3 * PARTS**2
 DEVIATION = 0.3  # of a latent: less than the noise's 1, so that a sampler decides late, and needs its steps
+NOISE = 0.2  # up to so many of their deviations are added to the latents that the decoder learns from
+BFLOAT_SHARE = 0.8  # of the decoder's steps are quicker and less exact
+ENCODER_EVERY = 3  # steps of the decoder: means are learned sooner than outlines
 FLOW_SHIFT = 3.0  # Wan 1.3B's for 480p
 TEXT_TOKENS = 16  # a caption has 6 or 7; with stock pipelines, max_sequence_length
 PIPELINE_TOKENS = 512  # what WanPipeline pads to if nobody says anything
@@ -43,6 +46,9 @@ def parse_args(argv=None):
     parser.add_argument("--clips", type=int, default=80_000, help="clips that the transformer learns from")
     parser.add_argument("--transformer_steps", type=int, default=20_000)
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument(
+        "--compile", action="store_true", help="the transformer: nearly twice as fast; needs a C++ compiler"
+    )
     parser.add_argument("--shard_samples", type=int, default=256, help="clips in the committed shards")
     return parser.parse_args(argv)
 
@@ -93,21 +99,14 @@ def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
 
 
 def train_vae(work: Path, steps: int) -> AutoencoderKLWan:
-    """Short windows first: they are quick. What is carried from one latent frame to the next only whole clips show.
-
-    Last the decoder alone, on noisy latents, since a transformer's are not exact.
-    """
+    """Short windows first: they are quick. What is carried from one latent frame to the next only whole clips show."""
     torch.manual_seed(0)
     vae = new_vae()
-    stages = (
-        ("vae_short", 0.6, 2e-3, 16, 9, 0.0),
-        ("vae_long", 0.3, 1e-3, 5, video.FRAMES, 0.0),
-        ("vae", 0.1, 1e-3, 6, video.FRAMES, 0.2),
-    )
-    for name, share, rate, count, frames, noise in stages:
+    stages = ("vae_short", 0.7, 2e-3, 16, 9), ("vae", 0.3, 1e-3, 5, video.FRAMES)
+    for name, share, rate, count, frames in stages:
         path = work / f"{name}.safetensors"
         if not path.exists():
-            fit_vae(vae, round(share * steps), rate, path, count, frames, noise)
+            fit_vae(vae, round(share * steps), rate, path, count, frames)
         vae.load_state_dict(load_file(path))
     return channels_last(vae).eval().requires_grad_(False)
 
@@ -131,13 +130,10 @@ def small_video(pixels: torch.Tensor) -> torch.Tensor:
     return F.pixel_unshuffle(small, PARTS).unflatten(0, means.shape[:2]).transpose(1, 2)
 
 
-def fit_vae(vae: AutoencoderKLWan, steps: int, rate: float, path: Path, count: int, frames: int, noise: float):
-    """With `noise`, of which up to so many deviations are added to latents, the decoder alone is trained."""
+def fit_vae(vae: AutoencoderKLWan, steps: int, rate: float, path: Path, count: int, frames: int):
+    """The encoder learns to make `small_video`, the decoder to take it back from noisy ones, as samplers make them."""
     channels_last(vae)
-    for module in (vae.encoder, vae.quant_conv):
-        module.requires_grad_(not noise)
-    parameters = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vae.parameters(), rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
     state, done = path.with_suffix(".state"), 0
     if state.exists():
@@ -146,58 +142,61 @@ def fit_vae(vae: AutoencoderKLWan, steps: int, rate: float, path: Path, count: i
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         done = saved["done"]
-    start, running = time.time(), 0.0
+    start, encoder_error, error = time.time(), 0.0, 0.0
     for step in range(done, steps):
         pixels = windows(step, count, frames)
-        posterior = vae.encode(pixels).latent_dist
-        latents = posterior.sample()
-        amount = noise * latents.detach().std() * torch.rand(len(latents), 1, 1, 1, 1)
-        decoded = vae.decode(latents + amount * torch.randn_like(latents)).sample
+        latents = small_video(pixels)
+        if step % ENCODER_EVERY == 0:
+            encoder_loss = F.mse_loss(vae.encode(pixels).latent_dist.sample(), latents)
+            encoder_loss.backward()
+            encoder_error += ENCODER_EVERY * encoder_loss.item() ** 0.5
+        amount = NOISE * latents.std() * torch.rand(count, 1, 1, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=step < BFLOAT_SHARE * steps):
+            decoded = vae.decode(latents + amount * torch.randn_like(latents)).sample.float()
         frames_of = (each.transpose(1, 2).flatten(0, 1) for each in (decoded, pixels))  # [B * F, 3, H, W]
-        loss = picture_loss(*frames_of, outlines=8.0) + 1e-5 * posterior.kl().mean()
-        loss = loss + 2.0 * F.mse_loss(posterior.mean, small_video(pixels))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        picture_loss(*frames_of, outlines=8.0).backward()
+        error += (decoded.detach() - pixels).abs().mean().item()
+        for module in (vae.encoder, vae.decoder):  # neither's gradient shortens the other's
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        running += (decoded.detach() - pixels).abs().mean()
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            print(
-                f"{path.stem} {step + 1}: error {running / (step % 250 + 1):.4f}, {time.time() - start:.0f} s",
-                flush=True,
-            )
-            running = 0.0
+            errors = f"latents {encoder_error / (step % 250 + 1):.4f}, pixels {error / (step % 250 + 1):.4f}"
+            print(f"{path.stem} {step + 1}: {errors}, {time.time() - start:.0f} s", flush=True)
+            encoder_error = error = 0.0
             saved = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(state, saved | {"schedule": schedule.state_dict(), "done": step + 1})
     save_file({name: weight.contiguous() for name, weight in vae.state_dict().items()}, path)
 
 
 @torch.no_grad()
-def encode_clips(work: Path, vae: AutoencoderKLWan, count: int):
-    """Latents [count, C, 9, 4, 4] with the mean 0 and the deviation that the transformer sees, and the captions.
+def draw_latents(work: Path, count: int):
+    """What the encoder makes of many clips, without it: [count, C, 9, 4, 4] in half precision, and the captions."""
+    path = work / "latents.safetensors"
+    if not path.exists():
+        latents, captions = [], []
+        for first in range(0, count, 100):
+            clips, texts = draw(20_000_000 + first, 100)
+            latents.append(small_video(to_pixels(clips)).half())
+            captions += texts
+        path.with_suffix(".json").write_text(json.dumps(captions))
+        save_file({"latents": torch.cat(latents).contiguous()}, path)
+    return load_file(path)["latents"], json.loads(path.with_suffix(".json").read_text())
+
+
+def normalize(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Latents with the mean 0 and the deviation that the transformer sees.
 
     The autoencoder's config tells the pipeline how to take that back, as Wan's does.
     """
-    path = work / "latents.safetensors"
-    if not path.exists():
-        latents, captions, start = [], [], time.time()
-        for first in range(0, count, 100):
-            clips, texts = draw(20_000_000 + first, 100)
-            latents.append(vae.encode(to_pixels(clips)).latent_dist.mean.half())
-            captions += texts
-            if first % 5000 == 0:
-                print(f"latents {first}, {time.time() - start:.0f} s", flush=True)
-        path.with_suffix(".json").write_text(json.dumps(captions))
-        save_file({"latents": torch.cat(latents).contiguous()}, path)
-    latents = load_file(path)["latents"].float()
+    latents = latents.float()
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)) / DEVIATION
     vae.register_to_config(
         latents_mean=[round(each, 5) for each in mean.tolist()], latents_std=[round(each, 5) for each in std.tolist()]
     )
     mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
-    latents = (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
-    return latents, json.loads(path.with_suffix(".json").read_text())
+    return (latents - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,11 +455,14 @@ def main(argv=None):
     args = parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     vae = train_vae(args.work, args.vae_steps)
-    latents, captions = encode_clips(args.work, vae, args.clips)
+    latents, captions = draw_latents(args.work, args.clips)
+    latents = normalize(vae, latents)
     tokenizer = make_tokenizer()
     text_encoder = train_text_encoder(args.work, tokenizer)
     embeds = {text: embed(tokenizer, text_encoder, [text]) for text in [*dict.fromkeys(captions), ""]}
     transformer = new_transformer(text_encoder.config.d_model)
+    if args.compile:
+        transformer.compile(dynamic=False)
     transformer = train_transformer(
         args.work, transformer, latents, captions, embeds, args.transformer_steps, args.batch_size
     )
