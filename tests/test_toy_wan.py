@@ -3,10 +3,19 @@
 import shutil
 
 import pytest
+import torch
+from diffusers.models.transformers import transformer_wan
 
 import train_dmd_distill_wan as script
 from tests.toy import world_video as video
-from tests.toy.make_wan import training_prompts
+from tests.toy.make_wan import (
+    begin_at_identity,
+    begin_with_neighbours,
+    new_transformer,
+    posterior_mean,
+    same_text,
+    training_prompts,
+)
 from tests.toy.teacher_wan import TOY, load, sample, toy_prompts
 
 needs_teacher = pytest.mark.skipif(
@@ -51,6 +60,42 @@ def test_clips_of_one_s_own_take_the_place_of_the_toy_s_prompts(toy, tmp_path):
 def test_the_prompts_are_all_of_this_world():
     assert (TOY / "wan_prompts.txt").read_text() == training_prompts()
     assert sorted(training_prompts().splitlines()) == sorted(map(video.caption, video.all_clips()))
+
+
+def test_the_posterior_mean_is_that_of_a_mixture():
+    torch.manual_seed(0)
+    clips, sigma = 0.3 * torch.randn(2, 5, 3, 2, 2), torch.tensor([0.3, 0.9])
+    x_t = (1 - sigma).view(-1, 1, 1, 1) * clips[:, 0] + sigma.view(-1, 1, 1, 1) * torch.randn(2, 3, 2, 2)
+    for i in range(2):
+        each = torch.distributions.Normal((1 - sigma[i]) * clips[i].double(), sigma[i].double())
+        share = each.log_prob(x_t[i].double()).flatten(1).sum(1).softmax(0)
+        wanted = (share.view(-1, 1, 1, 1) * clips[i]).sum(0)
+        torch.testing.assert_close(posterior_mean(x_t, sigma, clips)[i].double(), wanted, atol=1e-5, rtol=0)
+
+
+def test_clips_of_the_same_text_are_the_picked_one_and_any_other():
+    text_of, rng = torch.tensor([2, 0, 1, 0, 2, 1, 0]), torch.Generator().manual_seed(0)
+    clips = same_text(text_of, torch.tensor([4, 1, 2]), 50, rng)
+    assert clips[:, 0].tolist() == [4, 1, 2]
+    assert [sorted(set(row)) for row in clips.tolist()] == [[0, 4], [1, 3, 6], [2, 5]]
+
+
+def test_the_untrained_transformer_s_heads_look_at_their_neighbours(monkeypatch):
+    seen, attention = [], transformer_wan.dispatch_attention_fn
+
+    def kept(q, k, v, **options):
+        seen.append(torch.einsum("bqhd,bkhd->hqk", q, k).argmax(-1))
+        return attention(q, k, v, **options)
+
+    torch.manual_seed(0)
+    transformer = new_transformer(64)
+    begin_at_identity(transformer)
+    begin_with_neighbours(transformer)
+    monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", kept)
+    with torch.no_grad():
+        transformer(torch.randn(1, 27, 9, 4, 4), torch.tensor([900.0]), torch.randn(1, 16, 64))
+    token = 4 * 4  # of the fifth frame's four, that above on the left
+    assert seen[0][:4, token].tolist() == [token - 4, token + 4, token + 2, token + 1]
 
 
 @needs_teacher
