@@ -359,16 +359,16 @@ def split_parameters(transformer: WanTransformer3DModel):
     return matrices, [p for p in transformer.parameters() if id(p) not in chosen]
 
 
-def make_optimizers(transformer: WanTransformer3DModel, steps: int, warm_up: float):
+def make_optimizers(transformer: WanTransformer3DModel, rate: float, steps: int):
     """Optimizers, and their schedules over so many steps."""
     matrices, others = split_parameters(transformer)
     optimizers = [
-        torch.optim.Muon(matrices, 2e-3, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, 1e-3, betas=(0.9, 0.99), weight_decay=0.0),
+        torch.optim.Muon(matrices, rate, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, rate / 2, betas=(0.9, 0.99), weight_decay=0.0),
     ]
     schedules = [
         torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, optimizer.defaults["lr"], steps, pct_start=warm_up, cycle_momentum=False
+            optimizer, optimizer.defaults["lr"], steps, pct_start=0.1, cycle_momentum=False
         )
         for optimizer in optimizers
     ]
@@ -383,7 +383,7 @@ def bfloat_velocity(transformer, x_t, sigma, texts):
 
 def learn_pictures(name: str, transformer, latents, text_of, embeds, pictures, steps: int = 500, batch_size: int = 64):
     """In the velocity, whatever the noise: the picture [texts, C, F, h, w] of a text."""
-    optimizers, schedules = make_optimizers(transformer, steps, warm_up=0.1)
+    optimizers, schedules = make_optimizers(transformer, 2e-3, steps)
     for step in range(steps):
         rng = torch.Generator().manual_seed(40_000_000 + step)
         pick = torch.randint(len(latents), (batch_size,), generator=rng)
@@ -453,7 +453,7 @@ def train_transformer(work: Path, transformer, latents, captions, embeds, steps:
     padding = LongPadding()
     for block in transformer.blocks:
         block.attn2.set_processor(padding)
-    optimizers, schedules = make_optimizers(transformer, steps, warm_up=0.05)
+    optimizers, schedules = make_optimizers(transformer, 4e-4, steps)  # at 2e-3 it forgets the motions again
     state, done = work / "transformer.state", 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
