@@ -2,7 +2,8 @@
 
 Stages run in order, each writes its result under `--work` and is skipped where that result stands, so that a run that
 was cut off goes on: autoencoder, latents of many clips, text encoder, transformer (EMA), and the pipeline folder, its
-prompts and its shards under `--output`. Every class is the one that Wan 2.1 uses, only smaller.
+prompts and its shards under `--output`. Autoencoder and text encoder that are in OUTPUT/wan are taken as they are, and
+a transformer there is trained further. Every class is the one that Wan 2.1 uses, only smaller.
 """
 
 import argparse
@@ -443,7 +444,7 @@ SAME_TEXT = 48  # clips
 AGREE = 0.25  # sigma below which a noisy clip says all that its caption says
 
 
-def train_transformer(work: Path, transformer, latents, captions, embeds, steps: int, batch_size: int):
+def train_transformer(work: Path, transformer, begun: bool, latents, captions, embeds, steps: int, batch_size: int):
     """Flow matching on v = eps - x0; what is returned is the moving average. `embeds`: of each caption, and of ""."""
     torch.manual_seed(0)
     index = {text: i for i, text in enumerate(dict.fromkeys(captions))}
@@ -462,9 +463,10 @@ def train_transformer(work: Path, transformer, latents, captions, embeds, steps:
             each.load_state_dict(values)
         ema, done = saved["ema"], saved["done"]
     else:
-        begin_at_identity(transformer)
-        begin_with_neighbours(transformer)
-        learn_where_and_when(transformer, latents, text_of, embeds, list(index))
+        if not begun:
+            begin_at_identity(transformer)
+            begin_with_neighbours(transformer)
+            learn_where_and_when(transformer, latents, text_of, embeds, list(index))
         ema = [p.detach().clone() for p in transformer.parameters()]
     parameters = list(transformer.parameters())
     start, running = time.time(), 0.0
@@ -558,21 +560,28 @@ def training_prompts() -> str:
 def main(argv=None):
     args = parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(args.work, args.vae_steps)
+    folder = args.output / "wan"
+    if (folder / "vae").exists():
+        vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32)
+    else:
+        vae = train_vae(args.work, args.vae_steps)
     latents, captions = draw_latents(args.work, args.clips)
     latents = normalize(vae, latents)
     tokenizer = make_tokenizer()
-    text_encoder = train_text_encoder(args.work, tokenizer)
+    text_encoder = train_text_encoder(folder if (folder / "text_encoder").exists() else args.work, tokenizer)
     embeds = {text: embed(tokenizer, text_encoder, [text]) for text in [*dict.fromkeys(captions), ""]}
-    transformer = new_transformer(text_encoder.config.d_model)
+    if begun := (folder / "transformer").exists():
+        transformer = WanTransformer3DModel.from_pretrained(folder / "transformer", dtype=torch.float32)
+    else:
+        transformer = new_transformer(text_encoder.config.d_model)
     if args.compile:
         transformer.compile(dynamic=False)
     transformer = train_transformer(
-        args.work, transformer, latents, captions, embeds, args.transformer_steps, args.batch_size
+        args.work, transformer, begun, latents, captions, embeds, args.transformer_steps, args.batch_size
     )
     vae.to(memory_format=torch.contiguous_format)
     pipeline = WanPipeline(tokenizer, text_encoder, vae, new_scheduler(), transformer)
-    pipeline.to(torch.float16).save_pretrained(args.output / "wan")
+    pipeline.to(torch.float16).save_pretrained(folder)
     (args.output / "wan_prompts.txt").write_text(training_prompts())
     write_shards(args.output / "shards_wan", *draw(30_000_000, args.shard_samples))
 
