@@ -300,8 +300,8 @@ def test_the_ideal_teacher_is_the_score_s():
     [
         ([1000.0], False, 1.0, 0.12),
         ([1000.0, 757.0, 522.0], True, 0.4, 0.12),
-        # The critic sees samples of all exits alike: it is their mixture that has to fit
-        ([1000.0, 757.0, 522.0], False, 0.4, 0.2),
+        # The critic sees samples of all exits alike: it is their mixture that has to fit. 0.18 to 0.21, by seed and CPU
+        ([1000.0, 757.0, 522.0], False, 0.4, 0.25),
     ],
 )
 def test_training_on_an_ideal_teacher_converges_to_its_distribution(steps, last_only, start, end):
