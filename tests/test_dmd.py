@@ -300,15 +300,15 @@ def test_the_ideal_teacher_is_the_score_s():
     [
         ([1000.0], False, 1.0, 0.12),
         ([1000.0, 757.0, 522.0], True, 0.4, 0.12),
-        # The critic sees samples of all exits alike: it is their mixture that has to fit. 0.18 to 0.21, by seed and CPU
-        ([1000.0, 757.0, 522.0], False, 0.4, 0.25),
+        # The critic sees samples of all exits alike: it is their mixture that has to fit
+        ([1000.0, 757.0, 522.0], False, 0.4, 0.2),
     ],
 )
 def test_training_on_an_ideal_teacher_converges_to_its_distribution(steps, last_only, start, end):
     """Wasserstein distance of the student's samples from the teacher's data: above `start` untrained, below `end`."""
     torch.manual_seed(0)
     student, fake = Velocity(), Velocity()
-    optimizers = [torch.optim.Adam(student.parameters(), 1e-3), torch.optim.Adam(fake.parameters(), 2e-3)]
+    optimizers = [torch.optim.Adam(student.parameters(), 1e-3), torch.optim.Adam(fake.parameters(), 4e-3)]
     rng = torch.Generator().manual_seed(1)
     size, iterations = 1024, 3000
     decay = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) for optimizer in optimizers]
