@@ -16,42 +16,33 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from tests.bench import TOY, Bench, measure
 from tests.toy import world_video as video
-from tests.toy.make_wan import make_tokenizer, new_transformer, new_vae
+from tests.toy.make_wan import make_tokenizer
 
 UMT5 = {"d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}  # its embeddings are cached: its size is no matter
 
 
-def random_wan(folder: Path, new_transformer, new_vae, text_dim: int) -> Path:
+def random_wan(folder: Path) -> Path:
+    """A pipeline of random weights, with Wan 2.1 1.3B's transformer and autoencoder."""
     if not (folder / "model_index.json").exists():
-        tokenizer = make_tokenizer()
+        tokenizer, text_dim = make_tokenizer(), 4096
         text = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), d_model=text_dim, **UMT5))
+        transformer = WanTransformer3DModel(
+            num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=text_dim,
+            freq_dim=256, ffn_dim=8960, num_layers=30,
+        ).to(torch.bfloat16)  # fmt: skip
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        WanPipeline(tokenizer, text, new_vae(), scheduler, new_transformer()).save_pretrained(folder)
+        WanPipeline(tokenizer, text, AutoencoderKLWan(), scheduler, transformer).save_pretrained(folder)
     return folder
-
-
-def real_wan() -> WanTransformer3DModel:
-    """Wan 2.1 1.3B's."""
-    return WanTransformer3DModel(
-        num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256,
-        ffn_dim=8960, num_layers=30,
-    ).to(torch.bfloat16)  # fmt: skip
 
 
 def wan_flags(options, folder: Path) -> list:
     flags = ["--train_prompts", TOY / "wan_prompts.txt", "--validation_prompt", "a red circle moving left"]
-    folder = options.work or folder / "teacher"
     if options.size == "real":
-        teacher = random_wan(folder, real_wan, AutoencoderKLWan, 4096)
+        teacher = random_wan(options.work or folder / "teacher")
         size = ["--resolution_type", "pixel_area", "--resolution", 632, "--validation_resolution", "832x480"]
         return [*flags, *size, "--pretrained_teacher_model", teacher, "--gradient_checkpointing"]
-    teacher = TOY / "wan"
-    if not (teacher / "model_index.json").exists():
-        print("bench: the toy Wan is not there yet: random weights of its shape")
-        teacher = random_wan(folder, lambda: new_transformer(64), new_vae, 64)
-    size = ["--num_frames", video.FRAMES, "--resolution", video.SIDE, "--lora_rank", 32]
-    size = size[: None if options.scenario == "lora" else -2]
-    return [*flags, *size, "--pretrained_teacher_model", teacher]
+    flags += ["--num_frames", video.FRAMES, "--resolution", video.SIDE, "--pretrained_teacher_model", TOY / "wan"]
+    return flags + ["--lora_rank", 32] * (options.scenario == "lora")
 
 
 class WanBench(Bench):

@@ -1,7 +1,5 @@
 """The toy Wan: what a launch without arguments takes, and its teacher."""
 
-import shutil
-
 import pytest
 import torch
 from diffusers.models.transformers import transformer_wan
@@ -18,41 +16,19 @@ from tests.toy.make_wan import (
 )
 from tests.toy.teacher_wan import TOY, load, sample, toy_prompts
 
-needs_teacher = pytest.mark.skipif(
-    not (TOY / "wan" / "model_index.json").exists(),
-    reason="the toy Wan is not finished yet: python -m tests.toy.make_wan",
-)
-
-
-def test_without_the_teacher_no_arguments_end_with_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "TOY", tmp_path)
-    with pytest.raises(SystemExit, match="^no --pretrained_teacher_model, and no toy one yet: python -m tests.toy"):
-        script.parse_args([])
-
-
-@pytest.fixture
-def toy(tmp_path, monkeypatch):
-    """All of the toy but its teacher, which is not read while arguments are."""
-    for name in ("wan_recipe.json", "wan_prompts.txt"):
-        shutil.copy(TOY / name, tmp_path)
-    (tmp_path / "wan").mkdir()
-    (tmp_path / "wan" / "model_index.json").touch()
-    monkeypatch.setattr(script, "TOY", tmp_path)
-    return tmp_path
-
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_no_arguments_are_the_recipe(kind, toy):
+def test_no_arguments_are_the_recipe(kind):
     args = script.parse_args(["--model_type", kind])
     assert args.toy and args.notes[0].endswith(f"distilling the toy teacher by its recipe ({kind}).")
-    assert args.pretrained_teacher_model == str(toy / "wan") and args.num_frames == video.FRAMES
+    assert args.pretrained_teacher_model == str(TOY / "wan") and args.num_frames == video.FRAMES
     assert args.datasets[0].sizes == ((video.SIDE, video.SIDE),)
     assert script.blocks_of(args, 9) == [9] and args.steps == [1000.0, 757.0, 522.0]
     causal = script.parse_args(["--num_frame_per_block", "3", "--learning_rate", "0.5"])
     assert script.blocks_of(causal, 9) == [3, 3, 3] and causal.learning_rate == 0.5
 
 
-def test_clips_of_one_s_own_take_the_place_of_the_toy_s_prompts(toy, tmp_path):
+def test_clips_of_one_s_own_take_the_place_of_the_toy_s_prompts(tmp_path):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.mp4").write_bytes(b"not read yet")
     args = script.parse_args(["--train_data_dir", str(tmp_path / "clips")])
@@ -100,8 +76,8 @@ def test_the_untrained_transformer_s_heads_look_at_their_neighbours(monkeypatch)
     assert seen[0][:4, token].tolist() == [token - 4, token + 4, token + 2, token + 1]
 
 
-@needs_teacher
 def test_the_teacher_follows_prompts_and_needs_its_steps():
     pipeline, prompts = load(TOY / "wan"), toy_prompts(32)
-    many, few = (video.adherence(sample(pipeline, prompts, steps, 3.0, 0), prompts) for steps in (50, 3))
+    scale = script.parse_args([]).real_score_guidance_scale
+    many, few = (video.adherence(sample(pipeline, prompts, steps, scale, 0), prompts) for steps in (50, 3))
     assert many >= 0.85 and few < many - 0.2  # of 32; the README's table is exact
