@@ -78,6 +78,6 @@ def test_the_untrained_transformer_s_heads_look_at_their_neighbours(monkeypatch)
 
 def test_the_teacher_follows_prompts_and_needs_its_steps():
     pipeline, prompts = load(TOY / "wan"), toy_prompts(32)
-    scale = script.parse_args([]).real_score_guidance_scale
+    scale = script.parse_args([]).validation_guidance
     many, few = (video.adherence(sample(pipeline, prompts, steps, scale, 0), prompts) for steps in (50, 3))
     assert many >= 0.85 and few < many - 0.2  # of 32; the README's table is exact
