@@ -16,7 +16,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from tests.bench import TOY, Bench, measure
 from tests.toy import world_video as video
-from tests.toy.make_wan import make_tokenizer
+from tests.toy.make_wan import TEXT_TOKENS, make_tokenizer
 
 UMT5 = {"d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}  # its embeddings are cached: its size is no matter
 
@@ -41,7 +41,8 @@ def wan_flags(options, folder: Path) -> list:
         teacher = random_wan(options.work or folder / "teacher")
         size = ["--resolution_type", "pixel_area", "--resolution", 632, "--validation_resolution", "832x480"]
         return [*flags, *size, "--pretrained_teacher_model", teacher, "--gradient_checkpointing"]
-    flags += ["--num_frames", video.FRAMES, "--resolution", video.SIDE, "--pretrained_teacher_model", TOY / "wan"]
+    flags += ["--num_frames", video.FRAMES, "--resolution", video.SIDE, "--max_sequence_length", TEXT_TOKENS]
+    flags += ["--pretrained_teacher_model", TOY / "wan"]
     return flags + ["--lora_rank", 32] * (options.scenario == "lora")
 
 
