@@ -474,10 +474,11 @@ def train_transformer(work: Path, transformer, begun: bool, latents, captions, e
         rng = torch.Generator().manual_seed(step)
         pick = torch.randint(len(latents), (batch_size,), generator=rng)
         x0, eps = latents[pick], torch.randn((batch_size, *latents.shape[1:]), generator=rng)
-        # One of each part, and not by the sampler's density: of that, one in seven is below a third. Where shapes form,
-        # there are three times as many as elsewhere.
+        # One of each part, and not by the sampler's density: of that, one in seven is below a third. A half is where
+        # shapes form, a quarter where backgrounds are chosen.
         sigma = (torch.arange(batch_size) + torch.rand(batch_size, generator=rng)) / batch_size
         sigma[::2] = 0.1 + 0.5 * sigma[::2]
+        sigma[1::4] = 0.7 + 0.3 * sigma[1::4]
         sigma = sigma[torch.randperm(batch_size, generator=rng)]
         s = sigma.view(-1, 1, 1, 1, 1)
         x_t, v = (1 - s) * x0 + s * eps, eps - x0
