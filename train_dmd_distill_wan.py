@@ -94,6 +94,7 @@ from common.webhook import errors_to_webhook
 
 LORA_TARGETS = "to_q,to_k,to_v,to_out.0,ffn.net.0.proj,ffn.net.2"
 TOY = Path(__file__).parent / "tests" / "toy"
+FLOW_STEPS = 16  # of the teacher's trajectories, and those of the student among them
 LOG_EVERY = 10  # optimizer steps; the only place where the loop waits for the device
 MEANS = [
     "dmd_loss",
@@ -159,7 +160,8 @@ def parse_args(argv=None):
     add("--same_step_across_blocks", action=argparse.BooleanOptionalAction, default=False, help="one exit step for all blocks of a rollout; default: one each")
     add("--num_training_frames", type=int, default=21, help="longer rollouts train on their last ones; a bidirectional student rolls out no more")
     add("--context_noise", type=float, default=0.0, help="timestep at which clean blocks become the context of later ones")
-    add("--causal_init_steps", type=int, default=0, help="the first of --max_train_steps regress the causal student to the teacher's own trajectories")
+    add("--causal_init_steps", type=int, default=0, help="the first of --max_train_steps regress the student to the teacher's own trajectories")
+    add("--causal_init_lr", type=float, help="their rate, by a schedule of their own; default: --learning_rate")
 
     add = parser.add_argument_group("validation of clips").add_argument
     add("--validation_num_video_frames", type=int, help="default: --num_frames")
@@ -453,7 +455,7 @@ def main(args):
 
     # ---- Networks ----
     scheduler = load_scheduler(args)
-    grid = flow_grid(args.steps, FULL_STEPS, schedule_shift(scheduler))
+    grid = flow_grid(args.steps, FLOW_STEPS, schedule_shift(scheduler))
     networks, causal = load_networks(args, accelerator, weight_dtype)
     lora, layers = args.model_type == "lora", adapter_layers(networks["student"])
     parts = {
@@ -469,7 +471,8 @@ def main(args):
         "student": make_optimizer(args, trained["student"], rate, device),
         "fake_score": make_fake_score_optimizer(args, trained["fake_score"], device),
     }
-    lr_schedule = make_schedule(args, optimizers["student"])
+    init_rate = args.causal_init_lr / args.learning_rate
+    lr_schedule = make_schedule(args, optimizers["student"], args.causal_init_steps, init_rate)
     ema = weights_copy(parts["student"], "cpu" if args.ema_device == "cpu" else device) if args.use_ema else None
     saved = parts | ({"ema": ema} if args.use_ema else {})
 
@@ -527,25 +530,28 @@ def main(args):
         return fake_score_loss(velocity("fake_score", renoise(x_g, t / TIMESTEPS, eps), t, cond), x_g, eps)
 
     def ode_losses(noise, cond, blocks: list[int]):
-        """Of each step and block: the student's clean frames against those where the teacher's flow ends, each after
-        the flow's own earlier blocks (CausVid, section 4.3); and the loss's share in the whole."""
+        """Of each step and block: the student's velocity against the straight one to where the teacher's flow ends, after
+        the flow's own earlier blocks (CausVid, section 4.3, but for clean frames); and the loss's share in the whole.
+        """
         v = functools.partial(velocity, "student", cond=cond)
+        at = causal.at if causal else lambda *block: contextlib.nullcontext()
         with torch.no_grad():
             flow = functools.partial(guided, "teacher", cond=cond, scale=args.real_score_guidance_scale)
             starts, x0 = flow_trajectory(flow, noise(0), grid, args.steps)
             context, kept, tokens = x0, [], tokens_of_frame(networks["student"], *x0.shape[3:])
             if args.context_noise:
                 context = renoise(x0, args.context_noise / TIMESTEPS, noise(None))
-            with causal.at(0, None, block_ends(blocks, tokens), kept):
-                v(context, args.context_noise)
+            if len(blocks) > 1:
+                with at(0, None, block_ends(blocks, tokens), kept):
+                    v(context, args.context_noise)
         for x_t, t in zip(starts, args.steps, strict=True):
             start = 0
             for length in blocks:
                 frames = slice(start, start + length)
-                with causal.at(start, first_tokens(kept, start * tokens)):
-                    x0_student = x_t[:, :, frames] - t / TIMESTEPS * v(x_t[:, :, frames], t)
+                with at(start, first_tokens(kept, start * tokens)):
+                    v_student = v(x_t[:, :, frames], t)
                 share = length / sum(blocks) / len(args.steps)
-                yield torch.nn.functional.mse_loss(x0_student, x0[:, :, frames]), share
+                yield torch.nn.functional.mse_loss(v_student, (x_t - x0)[:, :, frames] * TIMESTEPS / t), share
                 start += length
 
     # ---- Checkpoints and clips ----

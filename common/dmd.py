@@ -7,6 +7,8 @@ Symbols: `sigma = t / 1000`, `x_t = (1 - sigma) * x0 + sigma * eps`; a network's
 places in them.
 """
 
+from itertools import pairwise
+
 import torch
 from diffusers import FlowMatchLCMScheduler
 
@@ -106,11 +108,16 @@ def flow_grid(steps: list[float], count: int, shift: float) -> list[float]:
 
 
 def flow_trajectory(velocity, noise, grid: list[float], kept: list[float]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Euler's method along the flow: what x was at each of the kept timesteps, and where it ends at t = 0."""
-    x, at = noise, {}
-    for t, t_next in zip(grid, grid[1:], strict=False):
+    """Along the flow: what x was at each of the kept timesteps, and where it ends at t = 0.
+
+    By Adams and Bashforth's method: a velocity a step, as Euler's, and with a third of the steps it ends nearer.
+    """
+    x, at, before = noise, {}, None
+    for t, t_next in pairwise(grid):
         at[t] = x
-        x = x + (t_next - t) / TIMESTEPS * velocity(x, t)
+        v = velocity(x, t)
+        mean = v if before is None else v + (t_next - t) / (2 * (t - before[0])) * (v - before[1])
+        x, before = x + (t_next - t) / TIMESTEPS * mean, (t, v)
     return [at[t] for t in kept], x
 
 

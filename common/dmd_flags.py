@@ -45,10 +45,16 @@ def check_dmd_flags(parser, args, lora_targets: str):
     not_negative = ("num_frame_per_block", "fake_score_guidance_scale", "fake_score_weight_decay", "causal_init_steps")
     not_negative += ("plan",)
     positive = ("fake_score_lr", "fake_score_eps", "fake_score_grad_clip", "timestep_shift", "flow_schedule_shift")
+    positive += ("causal_init_lr",)
     check_ranges(
         parser, args, at_least_one=at_least_one, not_negative=not_negative, positive=positive,
         below_one=("lora_dropout", "ema_decay"), share=("min_timestep_ratio", "max_timestep_ratio"),
     )  # fmt: skip
+    if args.causal_init_lr and not args.causal_init_steps:
+        parser.error(
+            f"--causal_init_lr {args.causal_init_lr:g}: is the rate of --causal_init_steps, and there are none"
+        )
+    args.causal_init_lr = args.causal_init_lr or args.learning_rate
     if not 1.0 <= args.real_score_guidance_scale < math.inf:
         parser.error(f"--real_score_guidance_scale {args.real_score_guidance_scale:g}: must be at least 1, no guidance")
     if not args.min_timestep_ratio < args.max_timestep_ratio:
@@ -93,8 +99,6 @@ def batch_warning(batch: int) -> str | None:
 
 def check_rollouts(parser, args):
     """Blocks of each dataset's rollouts, and which of their frames are trained; after check_clip_flags."""
-    if args.causal_init_steps and not args.num_frame_per_block:
-        parser.error("--causal_init_steps: a bidirectional student starts as its teacher, it needs none")
     for dataset in args.datasets:
         blocks = blocks_of(args, latent_frames(dataset.num_frames))
         trained, ends = trained_from(args, sum(blocks)), [0]

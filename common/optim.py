@@ -58,16 +58,22 @@ DECAYS = {
 }
 
 
-def make_schedule(args, optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    """A linear warm-up from 0, then one decay to --lr_end at --max_train_steps. Counts optimizer steps."""
+def make_schedule(args, optimizer, init_steps: int = 0, init_rate: float = 1.0) -> torch.optim.lr_scheduler.LambdaLR:
+    """A linear warm-up from 0, then one decay to --lr_end at --max_train_steps. Counts optimizer steps.
+
+    The first `init_steps` of them have a warm-up and a decay of their own, of `init_rate` times as much.
+    """
     warmup = 0 if args.lr_scheduler == "constant" else args.lr_warmup_steps
     end = args.lr_end / optimizer.param_groups[0]["lr"]
 
     def factor(step: int) -> float:
+        init = step < init_steps
+        first, last, rate = (0, init_steps, init_rate) if init else (init_steps, args.max_train_steps, 1.0)
+        step, steps = step - first, last - first
         if step < warmup:
-            return step / warmup
-        done = min(1.0, (step - warmup) / max(1, args.max_train_steps - warmup))
-        return end + (1.0 - end) * DECAYS[args.lr_scheduler](done)
+            return rate * step / warmup
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return rate * (end + (1.0 - end) * DECAYS[args.lr_scheduler](done))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

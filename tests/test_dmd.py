@@ -240,20 +240,28 @@ def test_the_stock_scheduler_takes_the_rollout_s_steps(text, stock, tmp_path):
     torch.testing.assert_close(ours, x, atol=1e-5, rtol=0)
 
 
-def test_the_flow_s_trajectory_is_the_stock_solver_s():
-    grid = flow_grid([1000.0, 757.0, 522.0], 40, 3.0)
-    assert {1000.0, 757.0, 522.0, 0.0} < set(grid) and len(grid) == 43
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    scheduler.set_timesteps(sigmas=[t / 1000 for t in grid[:-1]])
+def test_the_flow_s_trajectory_is_nearer_to_the_flow_than_three_times_as_many_steps_of_euler():
+    steps = [1000.0, 757.0, 522.0]
     noise = torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    kept, end = flow_trajectory(bent, noise, grid, [1000.0, 757.0, 522.0])
-    x, seen = noise, {}
-    for t in scheduler.timesteps:
-        seen[round(t.item(), 2)] = x
-        x = scheduler.step(bent(x, t), t, x, return_dict=False)[0]
-    torch.testing.assert_close(end, x, atol=1e-4, rtol=0)
-    for t, ours in zip([1000.0, 757.0, 522.0], kept, strict=True):
-        torch.testing.assert_close(ours, seen[t], atol=1e-4, rtol=0)
+
+    def euler(count: int):
+        """What diffusers' solver passes at each of the steps, and where it ends."""
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        scheduler.set_timesteps(sigmas=[t / 1000 for t in flow_grid(steps, count, 3.0)[:-1]])
+        x, seen = noise, {}
+        for t in scheduler.timesteps:
+            seen[round(t.item(), 2)] = x
+            x = scheduler.step(bent(x, t), t, x, return_dict=False)[0]
+        return torch.stack([*(seen[t] for t in steps), x])
+
+    grid = flow_grid(steps, 16, 3.0)
+    assert {*steps, 0.0} < set(grid) and len(grid) == 19
+    kept, end = flow_trajectory(bent, noise, grid, steps)
+    flow = euler(2000)
+    ours, theirs = ((found - flow).abs().flatten(1).amax(1) for found in (torch.stack([*kept, end]), euler(50)))
+    print(f"errors {ours.tolist()}, of 50 steps of Euler {theirs.tolist()}")
+    assert ours[0] == theirs[0] == 0
+    assert (ours[1:] < theirs[1:]).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

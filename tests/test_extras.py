@@ -228,9 +228,9 @@ def test_without_torchao_there_is_one_sentence(parse, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def rates(args, lr=1e-3) -> list[float]:
+def rates(args, lr=1e-3, init=()) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr)
-    schedule = make_schedule(args, optimizer)
+    schedule = make_schedule(args, optimizer, *init)
     found = []
     for _ in range(args.max_train_steps + 1):
         found.append(schedule.get_last_lr()[0])
@@ -258,6 +258,12 @@ def test_a_schedule_warms_up_and_decays_once_to_its_end(name, parse):
     found = rates(args)
     assert found[:5] == pytest.approx([0.0, 0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
     assert all(a > b for a, b in itertools.pairwise(found[4:])) and found[-1] == pytest.approx(2e-4)
+    init = rates(
+        parse(f"--lr_scheduler {name} --lr_warmup_steps 4 --max_train_steps 30 --lr_end 2e-4 --learning_rate 1e-3"),
+        init=(10, 3.0),
+    )
+    assert init[10:] == pytest.approx(found) and init[:5] == pytest.approx([3 * rate for rate in found[:5]])
+    assert all(a > b > 6e-4 for a, b in itertools.pairwise(init[4:10]))
 
 
 def test_cosine_with_min_lr_ends_at_a_tenth(parse):

@@ -6,8 +6,8 @@ same attributes from frames, the motion from where the object is and how large. 
 show what their captions ask for. `features` feed `world.frechet_distance`.
 
 The caption names shape, colour and motion. Background, place, speed and size it leaves open, so that one caption has
-many clips, and a sampler that takes too few steps shows a mixture of them. Of the last three it leaves little open: with
-twice as much and more, a small teacher drew triangles and crosses away from the middle too roughly to be read.
+many clips, and a sampler that takes too few steps shows a mixture of them. Of the last three it leaves little open:
+with twice as much and more, a small teacher drew triangles and crosses away from the middle too roughly to be read.
 
 Videos are uint8 arrays [F, H, W, 3].
 """
