@@ -77,7 +77,14 @@ from common.dmd import (
     score_timesteps,
     stock_scheduler,
 )
-from common.dmd_flags import batch_warning, blocks_of, check_dmd_flags, check_rollouts, trained_from
+from common.dmd_flags import (
+    batch_warning,
+    blocks_of,
+    check_dmd_flags,
+    check_rollouts,
+    trained_from,
+    wanted_student,
+)
 from common.export import create_hub_repository, push_to_hub, write_model_card
 from common.optim import average_gradients, clip_gradients, gradient_norm, make_optimizer, make_schedule, update_ema
 from common.plan import plan_of
@@ -120,7 +127,7 @@ def parse_args(argv=None):
     add("--train_prompts", type=str, help="text file, a prompt a line: trains with no video at all, on clips of --num_frames in the shapes of --validation_resolution")
 
     add = parser.add_argument_group("student").add_argument
-    add("--model_type", type=str, default="lora", choices=["full", "lora"], help="lora: student and fake score are adapters on the teacher; full: copies of it, fp32")
+    add("--model_type", type=str, choices=["full", "lora"], help="lora: student and fake score are adapters on the teacher; full: copies of it, fp32; default: lora, but full for the toy teacher where no --lora_* flag is given")
     add("--lora_rank", type=int, help="of the student's and of the fake score's adapter; default 128")
     add("--lora_alpha", type=int, help="default 128; the adapters are scaled by alpha / rank")
     add("--lora_dropout", type=float, help="default 0")
@@ -162,6 +169,7 @@ def parse_args(argv=None):
     add("--context_noise", type=float, default=0.0, help="timestep at which clean blocks become the context of later ones")
     add("--causal_init_steps", type=int, default=0, help="the first of --max_train_steps regress the student to the teacher's own trajectories")
     add("--causal_init_lr", type=float, help="their rate, by a schedule of their own; default: --learning_rate")
+    add("--causal_init_guidance", type=float, metavar="S", help="of the teacher on these trajectories; default: --real_score_guidance_scale")
 
     add = parser.add_argument_group("validation of clips").add_argument
     add("--validation_num_video_frames", type=int, help="default: --num_frames")
@@ -199,7 +207,7 @@ def toy_recipe(args) -> dict:
     paths = {"pretrained_teacher_model": str(TOY / "wan")}
     if not any(getattr(args, name) for name in SOURCES):
         paths["train_prompts"] = str(TOY / "wan_prompts.txt")
-    return paths | recipe["shared"] | recipe[args.model_type]
+    return paths | recipe["shared"] | recipe[wanted_student(args)]
 
 
 # =====================================================================================================================
@@ -536,7 +544,7 @@ def main(args):
         v = functools.partial(velocity, "student", cond=cond)
         at = causal.at if causal else lambda *block: contextlib.nullcontext()
         with torch.no_grad():
-            flow = functools.partial(guided, "teacher", cond=cond, scale=args.real_score_guidance_scale)
+            flow = functools.partial(guided, "teacher", cond=cond, scale=args.causal_init_guidance)
             starts, x0 = flow_trajectory(flow, noise(0), grid, args.steps)
             context, kept, tokens = x0, [], tokens_of_frame(networks["student"], *x0.shape[3:])
             if args.context_noise:

@@ -16,8 +16,16 @@ NOT_HERE = {
 }  # fmt: skip
 
 
+def wanted_student(args) -> str:
+    """full or lora. The toy teacher is small: nothing speaks for adapters on it but that somebody asks for them."""
+    given = args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules, args.lora_type
+    as_adapters = not args.toy or any(value is not None for value in given)
+    return args.model_type or ("lora" if as_adapters else "full")
+
+
 def check_dmd_flags(parser, args, lora_targets: str):
     """Every rule of the student's and the method's flags; fills in the LoRA's defaults."""
+    args.model_type = wanted_student(args)
     if args.toy:
         toy = f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type})."
         args.notes.insert(0, toy)
@@ -50,13 +58,14 @@ def check_dmd_flags(parser, args, lora_targets: str):
         parser, args, at_least_one=at_least_one, not_negative=not_negative, positive=positive,
         below_one=("lora_dropout", "ema_decay"), share=("min_timestep_ratio", "max_timestep_ratio"),
     )  # fmt: skip
-    if args.causal_init_lr and not args.causal_init_steps:
-        parser.error(
-            f"--causal_init_lr {args.causal_init_lr:g}: is the rate of --causal_init_steps, and there are none"
-        )
-    args.causal_init_lr = args.causal_init_lr or args.learning_rate
-    if not 1.0 <= args.real_score_guidance_scale < math.inf:
-        parser.error(f"--real_score_guidance_scale {args.real_score_guidance_scale:g}: must be at least 1, no guidance")
+    for name, default in (("lr", args.learning_rate), ("guidance", args.real_score_guidance_scale)):
+        if getattr(args, f"causal_init_{name}") is None:
+            setattr(args, f"causal_init_{name}", default)
+        elif not args.causal_init_steps:
+            parser.error(f"--causal_init_{name}: belongs to --causal_init_steps, and there are none")
+    for name in ("real_score_guidance_scale", "causal_init_guidance"):
+        if not 1.0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name} {getattr(args, name):g}: must be at least 1, no guidance")
     if not args.min_timestep_ratio < args.max_timestep_ratio:
         parser.error(
             f"--min_timestep_ratio {args.min_timestep_ratio:g} and --max_timestep_ratio {args.max_timestep_ratio:g}: "

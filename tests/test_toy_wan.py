@@ -24,6 +24,7 @@ def test_no_arguments_are_the_recipe(kind):
     assert args.pretrained_teacher_model == str(TOY / "wan") and args.num_frames == video.FRAMES
     assert args.datasets[0].sizes == ((video.SIDE, video.SIDE),)
     assert script.blocks_of(args, 9) == [9] and args.steps == [1000.0, 757.0, 522.0]
+    assert script.parse_args([] if kind == "full" else ["--lora_rank", "8"]).model_type == kind
     causal = script.parse_args(["--num_frame_per_block", "3", "--learning_rate", "0.5"])
     assert script.blocks_of(causal, 9) == [3, 3, 3] and causal.learning_rate == 0.5
 
@@ -80,4 +81,4 @@ def test_the_teacher_follows_prompts_and_needs_its_steps():
     pipeline, prompts = load(TOY / "wan"), toy_prompts(32)
     scale = script.parse_args([]).validation_guidance
     many, few = (video.adherence(sample(pipeline, prompts, steps, scale, 0), prompts) for steps in (50, 3))
-    assert many >= 0.85 and few < many - 0.2  # of 32; the README's table is exact
+    assert many >= 0.9 and few < many - 0.2  # of 32; the README's table is exact
