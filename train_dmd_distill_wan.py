@@ -77,14 +77,7 @@ from common.dmd import (
     score_timesteps,
     stock_scheduler,
 )
-from common.dmd_flags import (
-    batch_warning,
-    blocks_of,
-    check_dmd_flags,
-    check_rollouts,
-    trained_from,
-    wanted_student,
-)
+from common.dmd_flags import batch_warning, blocks_of, check_dmd_flags, check_rollouts, trained_from, wanted_student
 from common.export import create_hub_repository, push_to_hub, write_model_card
 from common.optim import average_gradients, clip_gradients, gradient_norm, make_optimizer, make_schedule, update_ema
 from common.plan import plan_of
@@ -103,14 +96,8 @@ LORA_TARGETS = "to_q,to_k,to_v,to_out.0,ffn.net.0.proj,ffn.net.2"
 TOY = Path(__file__).parent / "tests" / "toy"
 FLOW_STEPS = 16  # of the teacher's trajectories, and those of the student among them
 LOG_EVERY = 10  # optimizer steps; the only place where the loop waits for the device
-MEANS = [
-    "dmd_loss",
-    "fake_score_loss",
-    "ode_loss",
-    "student_grad_norm",
-    "fake_score_grad_norm",
-    *map(gap_name, GAP_RANGES),
-]
+MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "student_grad_norm", "fake_score_grad_norm"]
+MEANS += map(gap_name, GAP_RANGES)
 
 
 def parse_args(argv=None):

@@ -61,7 +61,7 @@ def check_dmd_flags(parser, args, lora_targets: str):
     for name, default in (("lr", args.learning_rate), ("guidance", args.real_score_guidance_scale)):
         if getattr(args, f"causal_init_{name}") is None:
             setattr(args, f"causal_init_{name}", default)
-        elif not args.causal_init_steps:
+        elif not args.causal_init_steps and not args.toy:  # whose recipe has both
             parser.error(f"--causal_init_{name}: belongs to --causal_init_steps, and there are none")
     for name in ("real_score_guidance_scale", "causal_init_guidance"):
         if not 1.0 <= getattr(args, name) < math.inf:

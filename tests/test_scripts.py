@@ -125,7 +125,6 @@ DONE_IN_WAN = DONE_WHILE_PARSING | {
     "data_backend_config",  # these become args.datasets
     "train_prompts",
     "dmd_denoising_steps",  # becomes args.steps
-    "lora_type",  # has one choice
     *(NOT_HERE.keys() - {"use_fix_crop_and_size"}),  # shared flags that are refused
 }
 
