@@ -94,7 +94,7 @@ from common.webhook import errors_to_webhook
 
 LORA_TARGETS = "to_q,to_k,to_v,to_out.0,ffn.net.0.proj,ffn.net.2"
 TOY = Path(__file__).parent / "tests" / "toy"
-FLOW_STEPS = 16  # of the teacher's trajectories, and those of the student among them
+FLOW_STEPS = 20  # of the teacher's trajectories, and those of the student among them
 LOG_EVERY = 10  # optimizer steps; the only place where the loop waits for the device
 MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "student_grad_norm", "fake_score_grad_norm"]
 MEANS += map(gap_name, GAP_RANGES)
