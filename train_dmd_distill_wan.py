@@ -57,7 +57,7 @@ from tqdm import tqdm
 from common import wan
 from common.adapters import active_adapter, adapter_layers, adapter_weights, weights_copy, weights_exchanged
 from common.buckets import add_bucket_flags, check_bucket_flags, target_size
-from common.causal import BlockCausal, block_ends, block_lengths, first_tokens, roll_out
+from common.causal import BlockCausal, block_ends, block_lengths, first_tokens, roll_out, tied_noise
 from common.checkpoint import StopSignal, find_checkpoint, resume, save_checkpoint
 from common.comfy import save_comfy_lora
 from common.config import add_shared_flags, check_shared_flags, parse_with_config
@@ -526,23 +526,25 @@ def main(args):
 
     def ode_losses(noise, cond, blocks: list[int]):
         """Of each step and block: the student's velocity against the straight one to where the teacher's flow ends, after
-        the flow's own earlier blocks (CausVid, section 4.3, but for clean frames); and the loss's share in the whole.
-        """
+        the flow's own earlier blocks; and the loss's share in the whole (CausVid, section 4.3, but for the noise). Later
+        blocks come from noise of their own, as in a rollout, since that of the flow tells of the blocks before."""
         v = functools.partial(velocity, "student", cond=cond)
         at = causal.at if causal else lambda *block: contextlib.nullcontext()
         with torch.no_grad():
             flow = functools.partial(guided, "teacher", cond=cond, scale=args.causal_init_guidance)
-            starts, x0 = flow_trajectory(flow, noise(0), grid, args.steps)
+            starts, x0 = flow_trajectory(flow, tied_noise(noise(0), blocks[0]), grid, args.steps)
             context, kept, tokens = x0, [], tokens_of_frame(networks["student"], *x0.shape[3:])
             if args.context_noise:
                 context = renoise(x0, args.context_noise / TIMESTEPS, noise(None))
             if len(blocks) > 1:
                 with at(0, None, block_ends(blocks, tokens), kept):
                     v(context, args.context_noise)
-        for x_t, t in zip(starts, args.steps, strict=True):
+        for k, (x_t, t) in enumerate(zip(starts, args.steps, strict=True), 1):
             start = 0
             for length in blocks:
                 frames = slice(start, start + length)
+                if start == blocks[0]:
+                    x_t = renoise(x0, t / TIMESTEPS, noise(k))
                 with at(start, first_tokens(kept, start * tokens)):
                     v_student = v(x_t[:, :, frames], t)
                 share = length / sum(blocks) / len(args.steps)

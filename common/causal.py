@@ -200,5 +200,22 @@ def roll_out(predict, remember, noise, steps, blocks, exits, trained_from: int =
         start = frames.stop
 
 
+def tied_noise(noise, length: int):
+    """[B, C, F, h, w], of which all frames follow from the first `length`.
+
+    Where the teacher's flow ends depends on the noise of all frames. A causal student's first block sees its own alone:
+    asked for ends of independent noise it could only learn their mean, a picture between all pictures. Here each later
+    block is the first one with its channels turned by a fixed rotation. That is normal noise too, and what the teacher
+    hears in it is as good as independent of the first; but now the end is a function of what the student sees.
+    """
+    first, frames, channels = noise[:, :, :length], noise.shape[2], noise.shape[1]
+    rng = torch.Generator().manual_seed(0)  # always the same rotations, or there is nothing to learn
+    copies = [first]
+    for _ in range(length, frames, length):
+        rotation = torch.linalg.qr(torch.randn(channels, channels, generator=rng)).Q.to(noise)
+        copies.append(torch.einsum("dc,bcfhw->bdfhw", rotation, first))
+    return torch.cat(copies, 2)[:, :, :frames]
+
+
 def block_ends(blocks: list[int], tokens_per_frame: int) -> tuple[int, ...]:
     return tuple(tokens_per_frame * end for end in accumulate(blocks))

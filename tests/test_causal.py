@@ -1,11 +1,13 @@
 """Block-wise causal attention on the stock transformer: against one masked pass, with its cache, and its gradients."""
 
+import math
+
 import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from common.causal import BlockCausal, block_ends, block_lengths, extend, first_tokens, roll_out
+from common.causal import BlockCausal, block_ends, block_lengths, extend, first_tokens, roll_out, tied_noise
 from common.meter import Meter
 from tests.helpers import tiny_wan
 
@@ -311,6 +313,42 @@ def test_blocks_come_one_by_one():
     )  # fmt: skip
     next(rollout)
     assert seen == [0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The noise of trajectories
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frames, first, channels", [(9, 3, 27), (21, 3, 16), (8, 1, 16)])
+def test_what_follows_from_a_clip_s_noise_follows_from_its_first_block_s_if_tied(frames, first, channels):
+    """A clip's colour, say: a sum over all frames. It is as large as of independent noise, but for the chance of the
+    rotations: the trace of one is a normal number, and each pair of blocks adds twice that of theirs."""
+    rng = torch.Generator().manual_seed(1)
+    free = torch.randn(4096, channels, frames, 1, 1, generator=rng, dtype=torch.float64)
+    tied = tied_noise(free, first)
+    assert torch.equal(tied[:, :, :first], free[:, :, :first])
+    directions = torch.randn(64, channels, generator=rng, dtype=torch.float64)
+
+    def sums(noise):
+        return noise.sum((2, 3, 4)) @ directions.T
+
+    def unexplained(noise) -> float:
+        seen = noise[:, :, :first].flatten(1)
+        rest = sums(noise) - seen @ torch.linalg.lstsq(seen, sums(noise)).solution
+        return (rest.var() / sums(noise).var()).item()
+
+    assert unexplained(tied) < 1e-20
+    assert abs(unexplained(free) - (1 - first / frames)) < 0.05
+    copies = frames // first
+    chance = 2 * math.comb(copies, 2) ** 0.5 / (channels * copies)
+    assert abs(sums(tied).var() / sums(free).var() - 1) < 3 * chance < 0.5
+    assert (tied.square().mean((0, 1, 3, 4)) - 1).abs().max() < 0.02  # of each frame
+
+
+def test_the_noise_of_a_clip_of_one_block_stays_as_it_is():
+    noise = torch.randn(2, 4, 5, 2, 2)
+    assert torch.equal(tied_noise(noise, 5), noise)
 
 
 def test_every_attention_backend_is_asked(monkeypatch):

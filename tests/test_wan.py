@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import train_dmd_distill_wan as script
 from common import wan
 from common.adapters import active_adapter, adapter_layers
-from common.causal import roll_out
+from common.causal import block_ends, first_tokens, roll_out, tied_noise
 from common.stream import sample_generator
 from common.video import ClipReader, open_clip_readers
 from common.watch import save_clip
@@ -487,32 +487,54 @@ def test_the_average_counts_the_student_s_updates_alone(run):
 
 
 def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, parse, monkeypatch):
-    """The same prompt and noise again and again. The fake score is not trained meanwhile."""
+    """The same prompt and noise again and again. The fake score is not trained meanwhile. The first block is asked
+    along a flow from noise that is all tied to its own; later ones at noise that has nothing to do with it."""
     loaded, networks = script.load_networks, []
     monkeypatch.setattr(script, "load_networks", lambda *args: networks.append(loaded(*args)) or networks[-1])
     monkeypatch.setattr("common.stream.sample_generator", lambda seed, position: torch.Generator().manual_seed(0))
-    flows, seen = watch(monkeypatch, "flow_trajectory"), []
+    flows, asked = watch(monkeypatch, "flow_trajectory"), []
     original = script.predict
-    monkeypatch.setattr(script, "predict", lambda n, x, t, cond: seen.append(cond) or original(n, x, t, cond))
+
+    def predict(network, x, t, cond):
+        if torch.is_grad_enabled():
+            asked.append((x, t, cond))
+        return original(network, x, t, cond)
+
+    monkeypatch.setattr(script, "predict", predict)
     flags = "--causal_init_steps 40 --max_train_steps 40 --learning_rate 3e-3 --lora_alpha 16"
     weights = run(f"{CAUSAL} {flags}")
     assert not any(value.any() for key, value in weights["fake_score"].items() if "lora_B" in key)
-    (starts, ends), (nets, causal), cond = flows[0][1], networks[0], seen[0][:1]
+    (flow, (starts, ends)), (nets, causal) = flows[-1], networks[0]
+    blocks = ends.shape[2]  # of a frame each
+    asked = asked[-3 * blocks :]
+    torch.testing.assert_close(flow[1], tied_noise(flow[1], 1))
+    assert [t.item() for _, t, _ in asked[::blocks]] == [1000.0, 757.0, 522.0]
+    for i, (x, t, _) in enumerate(asked):
+        step, block = divmod(i, blocks)
+        if block == 0:
+            assert torch.equal(x, starts[step][:, :, :1])
+        else:  # its noise is not that of the flow, nor that of another step
+            sigma = t.item() / 1000
+            noise = (x - (1 - sigma) * ends[:, :, block : block + 1]) / sigma
+            others = [flow[1][:, :, block], *(asked[k][0] for k in (block, i - 1) if k != i)]
+            assert all((noise.flatten() - other.flatten()).abs().mean() > 0.3 for other in others)
+            assert abs(noise.std() - 1) < 0.3
 
     def error(name: str) -> float:
-        """Of the first two blocks, each denoised at once at t = 757, after the flow's own."""
+        """Of all that was asked, each block after the flow's own."""
         found, kept = [], []
         with torch.no_grad(), active_adapter(adapter_layers(nets["student"]), name):
-            with causal.at(0, kept=kept):
-                original(nets["student"], ends[:, :, :1], torch.tensor([0.0]), cond)
-            for start, past in ((0, None), (1, (kept,))):
-                x = starts[1][:, :, start : start + 1]
-                with causal.at(start, past):
-                    x0 = x - 0.757 * original(nets["student"], x, torch.tensor([757.0]), cond)
-                found.append((x0 - ends[:, :, start : start + 1]).square().mean())
+            with causal.at(0, None, block_ends([1] * blocks, ends.shape[3] * ends.shape[4] // 4), kept):
+                original(nets["student"], ends, torch.tensor([0.0]), asked[0][2])
+            for i, (x, t, cond) in enumerate(asked):
+                block = i % blocks
+                past = first_tokens(kept, block * ends.shape[3] * ends.shape[4] // 4)
+                with causal.at(block, past):
+                    x0 = x - t / 1000 * original(nets["student"], x, t, cond)
+                found.append((x0 - ends[:, :, block : block + 1]).square().mean())
         return sum(found).item()
 
-    before, after, far = error("none"), error("student"), 2 * ends.square().mean().item()
+    before, after, far = error("none"), error("student"), len(asked) * ends.square().mean().item()
     print(f"error {before:.3f} -> {after:.3f}; of nothing at all {far:.3f}")
     assert after < 0.5 * min(before, far)
 
