@@ -42,7 +42,7 @@ import math
 import tempfile
 import time
 from collections import Counter
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -194,7 +194,8 @@ def toy_recipe(args) -> dict:
     paths = {"pretrained_teacher_model": str(TOY / "wan")}
     if not any(getattr(args, name) for name in SOURCES):
         paths["train_prompts"] = str(TOY / "wan_prompts.txt")
-    return paths | recipe["shared"] | recipe[wanted_student(args)]
+    attention = "causal" if args.num_frame_per_block else "bidirectional"
+    return paths | recipe["shared"] | recipe[wanted_student(args)] | recipe[attention]
 
 
 # =====================================================================================================================
@@ -540,16 +541,14 @@ def main(args):
                 with at(0, None, block_ends(blocks, tokens), kept):
                     v(context, args.context_noise)
         for k, (x_t, t) in enumerate(zip(starts, args.steps, strict=True), 1):
-            start = 0
-            for length in blocks:
-                frames = slice(start, start + length)
+            for start, end in pairwise((0, *accumulate(blocks))):
                 if start == blocks[0]:
                     x_t = renoise(x0, t / TIMESTEPS, noise(k))
                 with at(start, first_tokens(kept, start * tokens)):
-                    v_student = v(x_t[:, :, frames], t)
-                share = length / sum(blocks) / len(args.steps)
-                yield torch.nn.functional.mse_loss(v_student, (x_t - x0)[:, :, frames] * TIMESTEPS / t), share
-                start += length
+                    v_student = v(x_t[:, :, start:end], t)
+                share = (end - start) / sum(blocks) / len(args.steps)
+                v_flow = (x_t - x0)[:, :, start:end] * TIMESTEPS / t
+                yield torch.nn.functional.mse_loss(v_student, v_flow), share
 
     # ---- Checkpoints and clips ----
     def check_losses(values: dict[str, float]):
