@@ -27,6 +27,7 @@ def test_no_arguments_are_the_recipe(kind):
     assert script.parse_args([] if kind == "full" else ["--lora_rank", "8"]).model_type == kind
     causal = script.parse_args(["--num_frame_per_block", "3", "--learning_rate", "0.5"])
     assert script.blocks_of(causal, 9) == [3, 3, 3] and causal.learning_rate == 0.5
+    assert causal.causal_init_steps > args.causal_init_steps > 0  # self-forcing has settings of its own
 
 
 def test_clips_of_one_s_own_take_the_place_of_the_toy_s_prompts(tmp_path):
