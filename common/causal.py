@@ -212,8 +212,9 @@ def tied_noise(noise, length: int):
     rng = torch.Generator().manual_seed(0)  # always the same rotations, or there is nothing to learn
     copies = [first]
     for _ in range(length, frames, length):
-        rotation = torch.linalg.qr(torch.randn(channels, channels, generator=rng)).Q.to(noise)
-        copies.append(torch.einsum("dc,bcfhw->bdfhw", rotation, first))
+        q, r = torch.linalg.qr(torch.randn(channels, channels, generator=rng))
+        rotation = q * r.diagonal().sign()  # else all of them lean towards -1, and copies take away from each other
+        copies.append(torch.einsum("dc,bcfhw->bdfhw", rotation.to(noise), first))
     return torch.cat(copies, 2)[:, :, :frames]
 
 

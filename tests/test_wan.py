@@ -501,7 +501,7 @@ def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, pars
         return original(network, x, t, cond)
 
     monkeypatch.setattr(script, "predict", predict)
-    flags = "--causal_init_steps 40 --max_train_steps 40 --learning_rate 3e-3 --lora_alpha 16"
+    flags = "--causal_init_steps 100 --max_train_steps 100 --learning_rate 3e-3 --lora_alpha 16"
     weights = run(f"{CAUSAL} {flags}")
     assert not any(value.any() for key, value in weights["fake_score"].items() if "lora_B" in key)
     (flow, (starts, ends)), (nets, causal) = flows[-1], networks[0]
@@ -509,6 +509,7 @@ def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, pars
     asked = asked[-3 * blocks :]
     torch.testing.assert_close(flow[1], tied_noise(flow[1], 1))
     assert [t.item() for _, t, _ in asked[::blocks]] == [1000.0, 757.0, 522.0]
+    drawn = []
     for i, (x, t, _) in enumerate(asked):
         step, block = divmod(i, blocks)
         if block == 0:
@@ -518,7 +519,8 @@ def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, pars
             noise = (x - (1 - sigma) * ends[:, :, block : block + 1]) / sigma
             others = [flow[1][:, :, block], *(asked[k][0] for k in (block, i - 1) if k != i)]
             assert all((noise.flatten() - other.flatten()).abs().mean() > 0.3 for other in others)
-            assert abs(noise.std() - 1) < 0.3
+            drawn.append(noise)
+    assert abs(torch.cat(drawn).std() - 1) < 0.15  # of 6 x 64 numbers
 
     def error(name: str) -> float:
         """Of all that was asked, each block after the flow's own."""
