@@ -204,18 +204,12 @@ def tied_noise(noise, length: int):
     """[B, C, F, h, w], of which all frames follow from the first `length`.
 
     Where the teacher's flow ends depends on the noise of all frames. A causal student's first block sees its own alone:
-    asked for ends of independent noise it could only learn their mean, a picture between all pictures. Here each later
-    block is the first one with its channels turned by a fixed rotation. That is normal noise too, and what the teacher
-    hears in it is as good as independent of the first; but now the end is a function of what the student sees.
+    asked for ends of independent noise it could only learn their mean, a picture between all pictures. Here each block is
+    the one before with its channels moved on by one, so that no channel ever sees its own noise again. To the teacher
+    that is as good as independent; but now the end is a function of what the student sees.
     """
-    first, frames, channels = noise[:, :, :length], noise.shape[2], noise.shape[1]
-    rng = torch.Generator().manual_seed(0)  # always the same rotations, or there is nothing to learn
-    copies = [first]
-    for _ in range(length, frames, length):
-        q, r = torch.linalg.qr(torch.randn(channels, channels, generator=rng))
-        rotation = q * r.diagonal().sign()  # else all of them lean towards -1, and copies take away from each other
-        copies.append(torch.einsum("dc,bcfhw->bdfhw", rotation.to(noise), first))
-    return torch.cat(copies, 2)[:, :, :frames]
+    first, frames = noise[:, :, :length], noise.shape[2]
+    return torch.cat([first.roll(k, 1) for k in range(-(-frames // length))], 2)[:, :, :frames]
 
 
 def block_ends(blocks: list[int], tokens_per_frame: int) -> tuple[int, ...]:

@@ -1,7 +1,5 @@
 """Block-wise causal attention on the stock transformer: against one masked pass, with its cache, and its gradients."""
 
-import math
-
 import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
@@ -322,8 +320,7 @@ def test_blocks_come_one_by_one():
 
 @pytest.mark.parametrize("frames, first, channels", [(9, 3, 27), (21, 3, 16), (8, 1, 16)])
 def test_what_follows_from_a_clip_s_noise_follows_from_its_first_block_s_if_tied(frames, first, channels):
-    """A clip's colour, say: a sum over all frames. It is as large as of independent noise, but for the chance of the
-    rotations: the trace of one is a normal number, and each pair of blocks adds twice that of theirs."""
+    """A clip's brightness in each channel, say: a sum over all frames. It is as large as of independent noise."""
     rng = torch.Generator().manual_seed(1)
     free = torch.randn(4096, channels, frames, 1, 1, generator=rng, dtype=torch.float64)
     tied = tied_noise(free, first)
@@ -339,9 +336,7 @@ def test_what_follows_from_a_clip_s_noise_follows_from_its_first_block_s_if_tied
 
     assert unexplained(tied) < 1e-20
     assert abs(unexplained(free) - (1 - first / frames)) < 0.05
-    copies = frames // first
-    chance = 2 * math.comb(copies, 2) ** 0.5 / (channels * copies)
-    assert abs(sums(tied).var() / sums(free).var() - 1) < 3 * chance < 0.5
+    assert abs(sums(tied).var() / frames - 1) < 0.03
     assert (tied.square().mean((0, 1, 3, 4)) - 1).abs().max() < 0.02  # of each frame
 
 
