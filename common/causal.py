@@ -204,12 +204,14 @@ def tied_noise(noise, length: int):
     """[B, C, F, h, w], of which all frames follow from the first `length`.
 
     Where the teacher's flow ends depends on the noise of all frames. A causal student's first block sees its own alone:
-    asked for ends of independent noise it could only learn their mean, a picture between all pictures. Here each block is
-    the one before with its channels moved on by one, so that no channel ever sees its own noise again. To the teacher
-    that is as good as independent; but now the end is a function of what the student sees.
+    asked for ends of independent noise it could only learn their mean, a picture between all pictures. Here each block
+    is the one before with its channels moved on by one, and once they have gone round, all of it a place to the right:
+    no channel of a place sees its own noise again. To the teacher that is as good as independent; but now the end is a
+    function of what the student sees.
     """
-    first, frames = noise[:, :, :length], noise.shape[2]
-    return torch.cat([first.roll(k, 1) for k in range(-(-frames // length))], 2)[:, :, :frames]
+    first, frames, channels = noise[:, :, :length], noise.shape[2], noise.shape[1]
+    copies = [first.roll((k, k // channels), (1, 4)) for k in range(-(-frames // length))]
+    return torch.cat(copies, 2)[:, :, :frames]
 
 
 def block_ends(blocks: list[int], tokens_per_frame: int) -> tuple[int, ...]:
