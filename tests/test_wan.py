@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -448,7 +449,7 @@ def test_validation_draws_whose_clips_were_asked_for(flags, drawn, run, parse):
 
 
 def latents_drawn(flags: str, run, monkeypatch) -> list[torch.Tensor]:
-    """Of one clip each, in order: those of the first prompt, and its second seed among them."""
+    """Of one clip each, in order: those that are shown, then the first prompt's seeds that are watched."""
     seen = []
     monkeypatch.setattr(
         script.wan, "decode_latents", lambda vae, x: seen.extend(x) or torch.zeros(len(x), 3, 5, 16, 16)
@@ -460,9 +461,11 @@ def latents_drawn(flags: str, run, monkeypatch) -> list[torch.Tensor]:
 def test_clips_follow_from_the_validation_seed(run, monkeypatch):
     first = latents_drawn("--validation_seed 5", run, monkeypatch)
     other = latents_drawn("--validation_seed 6", run, monkeypatch)
-    assert len(first) == 3  # the prompt's clip, and two seeds of it to watch
-    assert torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
-    torch.testing.assert_close(other[0], first[2])  # the next seed
+    shown, *watched = first
+    assert len(watched) == 4  # seeds of the same prompt
+    assert torch.equal(shown, watched[0])
+    assert not any(torch.equal(x, y) for x, y in combinations(watched, 2))
+    torch.testing.assert_close(other[0], watched[1])  # the next seed
 
 
 def test_the_shift_is_of_the_teacher_s_sampler(parse):
