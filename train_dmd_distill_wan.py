@@ -54,43 +54,52 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
 
-from common import wan
-from common.adapters import active_adapter, adapter_layers, adapter_weights, weights_copy, weights_exchanged
-from common.buckets import add_bucket_flags, check_bucket_flags, target_size
-from common.causal import BlockCausal, block_ends, block_lengths, first_tokens, roll_out, tied_noise
 from common.checkpoint import StopSignal, find_checkpoint, resume, save_checkpoint
-from common.comfy import save_comfy_lora
-from common.config import add_shared_flags, check_shared_flags, parse_with_config
-from common.data import NoGoodSamples
-from common.datasets import SOURCES, check_data_flags, plan_buckets
-from common.diffusion import expand_to
-from common.dmd import (
-    TIMESTEPS,
-    dmd_gradient,
-    dmd_loss,
-    draw_exits,
-    fake_score_loss,
-    flow_grid,
-    flow_trajectory,
-    renoise,
-    score_range,
-    score_timesteps,
-    stock_scheduler,
+from common.data.buckets import target_size
+from common.data.clips import latent_frames, open_clip_readers, save_clip
+from common.data.datasets import SOURCES, check_data_flags, plan_buckets
+from common.data.samples import NoGoodSamples
+from common.data.stream import gather_states, open_batches
+from common.dmd_flags import (
+    batch_warning,
+    blocks_of,
+    check_clip_flags,
+    check_dmd_flags,
+    check_rollouts,
+    trained_from,
+    wanted_student,
 )
-from common.dmd_flags import batch_warning, blocks_of, check_dmd_flags, check_rollouts, trained_from, wanted_student
-from common.export import create_hub_repository, push_to_hub, write_model_card
+from common.draws import Draws, draw_exits, score_range, score_timesteps, tied_noise
+from common.export import create_hub_repository, push_to_hub, save_comfy_lora, write_model_card
+from common.flags import (
+    add_bucket_flags,
+    add_shared_flags,
+    add_video_flags,
+    check_bucket_flags,
+    check_shared_flags,
+    parse_with_config,
+)
+from common.losses import dmd_gradient, dmd_loss, fake_score_loss
+from common.networks import (
+    active_adapter,
+    adapter_layers,
+    adapter_weights,
+    quantize,
+    speed_up,
+    weights_copy,
+    weights_exchanged,
+)
 from common.optim import average_gradients, clip_gradients, gradient_norm, make_optimizer, make_schedule, update_ema
-from common.plan import plan_of
-from common.progress import Progress
-from common.quantize import quantize
-from common.report import FULL_STEPS, clips_report
-from common.sharding import shard, share_tokens, wants_fsdp, whole
-from common.speed import set_up_device, speed_up
-from common.stream import Draws, gather_states, open_batches
-from common.validation import below_each_other, labelled_grid, validation_prompts
-from common.video import add_video_flags, check_clip_flags, latent_frames, open_clip_readers
-from common.watch import GAP_RANGES, Means, clip_statistics, frame_strip, gap_name, save_clip, signs_of_collapse
-from common.webhook import errors_to_webhook
+from common.pictures import below_each_other, frame_strip, labelled_grid, validation_prompts
+from common.plan.memory import plan_of
+from common.report import FULL_STEPS
+from common.run import set_up_device
+from common.solvers import TIMESTEPS, expand_to, flow_grid, flow_trajectory, renoise, stock_scheduler
+from common.tracking import GAP_RANGES, Means, Progress, errors_to_webhook, gap_name
+from common.wan import encoders as wan
+from common.wan.causal import BlockCausal, block_ends, block_lengths, first_tokens, roll_out
+from common.wan.parallel import shard, share_tokens, wants_fsdp, whole
+from common.wan.report import clip_statistics, clips_report, signs_of_collapse
 
 LORA_TARGETS = "to_q,to_k,to_v,to_out.0,ffn.net.0.proj,ffn.net.2"
 TOY = Path(__file__).parent / "tests" / "toy"

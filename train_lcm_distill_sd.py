@@ -49,29 +49,48 @@ from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModel
 
-from common.adapters import weights_copy, weights_exchanged
-from common.buckets import Rules, target_size
 from common.cache import identity, weights_identity
 from common.checkpoint import StopSignal, find_checkpoint, resume, save_checkpoint
-from common.config import add_shared_flags, check_schedule, check_shared_flags, parse_with_config
-from common.data import ImageReader, NoGoodSamples, open_readers
-from common.datasets import check_data_flags, plan_buckets
-from common.diffusion import DDIMSolver, boundary_scalings, consistency_loss, expand_to, guidance_embedding, to_x0_eps
-from common.encoding import SampleEncoder, open_stores
-from common.evaluation import hold_out, open_clip, stable_loss
-from common.export import create_hub_repository, push_to_hub, write_model_card
-from common.kohya import save_kohya_lora
-from common.lcm import check_lcm_flags, draw_for, middle_w, student_scheduler, wanted_student, with_uncond
+from common.data.buckets import Rules, target_size
+from common.data.datasets import check_data_flags, plan_buckets
+from common.data.encoder import SampleEncoder, open_stores
+from common.data.samples import ImageReader, NoGoodSamples, open_readers
+from common.data.stream import gather_states, open_batches
+from common.draws import draw_for, draw_rollout, stack
+from common.export import create_hub_repository, push_to_hub, save_kohya_lora, write_model_card
+from common.flags import (
+    add_shared_flags,
+    check_lcm_flags,
+    check_shared_flags,
+    middle_w,
+    parse_with_config,
+    wanted_student,
+)
+from common.losses import consistency_loss
+from common.networks import (
+    adapters_off,
+    dropout_off,
+    guidance_embedding,
+    quantize,
+    speed_up,
+    weights_copy,
+    weights_exchanged,
+    with_uncond,
+)
 from common.optim import clip_gradients, make_optimizer, make_schedule, update_ema
-from common.preview import open_preview
-from common.progress import Progress
-from common.quantize import quantize
-from common.report import steps_report
-from common.rollout import draw_rollout, roll_out
-from common.speed import adapters_off, dropout_off, set_up_device, speed_up
-from common.stream import gather_states, open_batches, stack
-from common.validation import comparison, validation_prompts
-from common.webhook import errors_to_webhook
+from common.pictures import comparison, open_preview, validation_prompts
+from common.report import hold_out, open_clip, stable_loss, steps_report
+from common.run import set_up_device
+from common.solvers import (
+    DDIMSolver,
+    boundary_scalings,
+    check_schedule,
+    expand_to,
+    roll_out,
+    student_scheduler,
+    to_x0_eps,
+)
+from common.tracking import Progress, errors_to_webhook
 
 LORA_TARGETS = (
     "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,"

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load, save, save_file
 
 FORMAT = "1"
+
+
 RECORDS_PER_FILE = 1024
 
 

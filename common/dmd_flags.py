@@ -1,13 +1,17 @@
 """What every DMD script does alike: rules of its flags, the student's steps, and the blocks of its rollouts."""
 
+import argparse
+import itertools
 import math
 
-from common.causal import block_lengths
-from common.config import check_ranges
-from common.dmd import TIMESTEPS, denoising_steps
-from common.video import latent_frames
+from common.data.clips import check_frame_count, latent_frames, pixel_frames
+from common.flags import check_ranges
+from common.solvers import TIMESTEPS, denoising_steps
+from common.wan.causal import block_lengths
 
 RECIPE_BATCH = 64  # samples of an optimizer step in the papers' recipes
+
+
 # Of the flags that scripts share, those that have no job here, and what they are if nobody gives them
 NOT_HERE = {
     "eval_steps": 0, "eval_samples": 8, "evaluation_type": "none", "evaluation_clip_model": None,
@@ -129,3 +133,43 @@ def blocks_of(args, frames: int) -> list[int]:
 def trained_from(args, frames: int) -> int:
     """First latent frame that is trained, of so many."""
     return max(0, frames - args.num_training_frames)
+
+
+def splits(latents: int, args) -> bool:
+    """Whether so many latent frames are whole blocks."""
+    try:
+        return bool(block_lengths(latents, args.num_frame_per_block, args.independent_first_frame))
+    except ValueError:
+        return False
+
+
+def fit_to_blocks(name: str, frames: int, args) -> int:
+    """Frames of a clip as they are where blocks divide them, else cut to --num_training_frames."""
+    latents, trained = latent_frames(frames), args.num_training_frames
+    if splits(latents, args):
+        return frames
+    if trained < latents and splits(trained, args):
+        args.notes.append(
+            f"{name} {frames}: {latents} latent frames are no whole blocks of {args.num_frame_per_block}; "
+            f"cut to --num_training_frames {trained}, {pixel_frames(trained)} frames"
+        )
+        return pixel_frames(trained)
+    fewer = [count for count in range(latents, 0, -1) if splits(count, args)][:1]
+    more = next(count for count in itertools.count(latents) if splits(count, args))
+    near = " or ".join(str(pixel_frames(count)) for count in (*fewer, more))
+    raise ValueError(
+        f"{name} {frames}: {latents} latent frames are no whole blocks of --num_frame_per_block "
+        f"{args.num_frame_per_block}{' after the first frame' * args.independent_first_frame}; {near} frames are"
+    )
+
+
+def check_clip_flags(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Frames of the datasets' clips and of validation's, as the blocks divide them; after check_data_flags."""
+    try:
+        for dataset in args.datasets:
+            dataset.num_frames = fit_to_blocks(f"{dataset.id}: num_frames", dataset.num_frames, args)
+        name, frames = "--validation_num_video_frames", args.validation_num_video_frames
+        check_frame_count(name, frames)
+        args.validation_num_video_frames = fit_to_blocks(name, frames, args)
+    except ValueError as error:
+        parser.error(str(error))

@@ -3,20 +3,24 @@
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common.validation import labelled_grid, pixels_of, validation_prompts
-from common.watch import frame_strip, save_frames, to_bytes
+from common.data.samples import BadSample, Sample
+from common.data.stream import ShardPass
+from common.draws import sample_generator
+from common.pictures import pixels_of, validation_prompts
 
 FULL_STEPS = 50  # of the teacher's own sampler
+
+
 SIDE = 128  # pictures are compared at this size
+
+
 FILTERS, LEVELS = 64, 3
-SHOWN = 4  # prompts, side by side
-SIDE_BY_SIDE = "![frames, teacher and student](side_by_side.png)\n\nThe same as a video: side_by_side.mp4.\n\n"
 
 
 def features(pictures: list[Image.Image]) -> torch.Tensor:
@@ -39,12 +43,6 @@ def features(pictures: list[Image.Image]) -> torch.Tensor:
             parts.append(cells / math.sqrt(cells.shape[1]))
         x = torch.nn.functional.avg_pool2d(x, 2)
     return torch.cat(parts, 1)
-
-
-def clip_features(clips: list[np.ndarray]) -> torch.Tensor:
-    """Of the first, the middle and the last frame of clips [F, H, W, 3], in bytes: [N, 3 D]."""
-    frames = [Image.fromarray(clip[i]) for clip in clips for i in (0, len(clip) // 2, -1)]
-    return features(frames).reshape(len(clips), -1) / math.sqrt(3)
 
 
 def measure(pictures, prompts: list[str], samplers: list[tuple], features=features) -> list[dict]:
@@ -82,35 +80,6 @@ def steps_report(args, pictures, clip, folder: Path) -> str:
     return write_report(folder, rows, f"on {len(prompts)} prompts", columns | {"s per picture": ("seconds", ".3f")})
 
 
-def clips_report(args, clips, evaluations, folder: Path) -> str:
-    """The same of clips, and side_by_side.mp4 and .png. The student's steps are its own.
-
-    `clips(which, prompts, steps, seed)` draws, and `evaluations(which, steps)` are those of the network that it takes.
-    Distribution matching does not promise the teacher's own clip from the same noise: how far two of the teacher's
-    from different noise are apart says what a distance means.
-    """
-    if not args.report_steps:
-        return ""
-    prompts, seed = validation_prompts(args), args.validation_seed
-    samplers = [("teacher", "teacher", FULL_STEPS, seed), ("teacher, other noise", "teacher", FULL_STEPS, seed + 10**6)]
-    samplers += [("teacher", "teacher", steps, seed) for steps in args.report_steps]
-    samplers += [("student", "student", len(args.steps), seed)]
-    rows = measure(in_bytes(clips), prompts, samplers, clip_features)
-    shown = {}
-    for row, (name, which, steps, _) in zip(rows, samplers, strict=True):
-        shown[f"{name}, {steps} steps"] = row.pop("drawn")
-        row["evaluations"] = evaluations(which, steps)
-    del shown[f"teacher, other noise, {FULL_STEPS} steps"]
-    side_by_side(folder, shown, prompts)
-    columns = {"evaluations": ("evaluations", ""), "s per clip": ("seconds", ".3f")}
-    return write_report(folder, rows, f"on {len(prompts)} prompts, clips", columns) + SIDE_BY_SIDE
-
-
-def in_bytes(clips):
-    """What draws the same clips a quarter as large: all of them are held together."""
-    return lambda *wanted: [to_bytes(clip) for clip in clips(*wanted)]
-
-
 def write_report(folder: Path, rows: list[dict], title: str, columns: dict[str, tuple[str, str]]) -> str:
     """report.json, report.png, and the table; `columns` are a heading's key in the rows and its format."""
     (folder / "report.json").write_text(json.dumps(rows, indent=2))
@@ -127,24 +96,6 @@ def write_report(folder: Path, rows: list[dict], title: str, columns: dict[str, 
         cells = [format(row[key], how) for key, how in columns.values()]
         lines.append(f"| {row['sampler']} | {row['steps']} | {row['distance']:.4f} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n\n![steps against quality](report.png)\n\n"
-
-
-def side_by_side(folder: Path, clips: dict[str, list[np.ndarray]], prompts: list[str]):
-    """Clips of each sampler: side_by_side.mp4, a column for each; and side_by_side.png, frames of them, a row for each.
-
-    Clips are [F, H, W, 3] in bytes, as many of each sampler as there are prompts. The first ones are shown.
-    """
-    shown = prompts[:SHOWN]
-    rows = [[frame_strip(drawn[i], 5)] for i in range(len(shown)) for drawn in clips.values()]
-    labelled_grid(rows, [f"{prompt[:40]}: {name}" for prompt in shown for name in clips], ["frames"]).save(
-        folder / "side_by_side.png"
-    )
-
-    def frame(k: int) -> np.ndarray:
-        rows = [[Image.fromarray(drawn[i][k]) for drawn in clips.values()] for i in range(len(shown))]
-        return np.asarray(labelled_grid(rows, [prompt[:40] for prompt in shown], list(clips)))
-
-    save_frames((frame(k) for k in range(len(next(iter(clips.values()))[0]))), folder / "side_by_side.mp4")
 
 
 def plot(rows: list[dict], width: int = 560, height: int = 360) -> Image.Image:
@@ -176,3 +127,98 @@ def plot(rows: list[dict], width: int = 560, height: int = 360) -> Image.Image:
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
         draw.text((right - 80, top + 18 * i), sampler, colour, font)
     return sheet
+
+
+PLACES = 4  # in the solver's grid, evenly spread, at which the loss is taken
+
+
+def hold_out(args, readers: list) -> tuple[list[Sample], list]:
+    """The first --eval_samples different pictures of the data, and readers that skip them."""
+    if not args.eval_steps:
+        return [], readers
+    found, parts = {}, [(i, part) for i, dataset in enumerate(args.datasets) for part in dataset.parts]
+    for sample in ShardPass(parts, readers, process=0, processes=1):
+        if isinstance(sample, Sample):
+            found.setdefault(image_of(sample), sample)
+        if len(found) == args.eval_samples:
+            break
+    return list(found.values()), [WithoutHeldOut(reader, set(found)) for reader in readers]
+
+
+def image_of(sample: Sample) -> str:
+    """The hash alone: a record that is not in its image's own bucket has the bucket in its key."""
+    return sample.key.partition("-")[0]
+
+
+@dataclass
+class WithoutHeldOut:
+    """A reader that skips what is held out."""
+
+    reader: object
+    held_out: set[str]
+
+    def __call__(self, members, visit, name=""):
+        sample = self.reader(members, visit, name)
+        if image_of(sample) in self.held_out:
+            raise BadSample("held out for --eval_steps")
+        return sample
+
+
+@torch.no_grad()
+def stable_loss(args, loss_of, network, samples: list[Sample], encoder) -> dict[str, float]:
+    """Mean loss at fixed places in the grid, noise and w: the same numbers for the same weights, whatever --seed is.
+
+    `loss_of(images, text, index, w, latent_noise, eps)` is the method's. One sample at a time: shapes may differ.
+    """
+    n = args.num_ddim_timesteps
+    places = sorted({n * (2 * k + 1) // (2 * PLACES) for k in range(PLACES)})
+    sums = dict.fromkeys(places, 0.0)
+    training = network.training
+    network.eval()
+    for i, sample in enumerate(samples):
+        images, text = encoder.encode_images([sample]), encoder.encode_text([sample.caption])
+        for place in places:
+            rng = sample_generator(0, i * n + place)
+            w = args.w_min + (args.w_max - args.w_min) * torch.rand(1, generator=rng)
+            noises = [torch.randn(images["mean"].shape, generator=rng) for _ in range(2)]
+            draws = [value.to(encoder.device) for value in (torch.tensor([place]), w, *noises)]
+            sums[place] += loss_of(images, text, *draws).item() / len(samples)
+    network.train(training)
+    return {"eval_loss": sum(sums.values()) / len(places)} | {f"eval_loss/{p}": value for p, value in sums.items()}
+
+
+class ClipScore:
+    """100 * cosine of picture and prompt in CLIP's space, at least 0 (Hessel et al. 2021), by a CLIP of the user's."""
+
+    def __init__(self, name: str, device, cache_dir: str | None = None):
+        from transformers import AutoTokenizer, CLIPModel
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # asks for no torchvision
+
+        self.device = device
+        try:
+            self.model = CLIPModel.from_pretrained(name, cache_dir=cache_dir, dtype=torch.float32).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+            self.processor = CLIPImageProcessorPil.from_pretrained(name, cache_dir=cache_dir)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--evaluation_clip_model {name}: cannot be loaded ({error})") from None
+
+    @torch.no_grad()
+    def __call__(self, pictures: list, prompts: list[str]) -> torch.Tensor:
+        """[B]; the model is on the device only meanwhile."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        self.model.to(self.device)
+        with torch.autocast(torch.device(self.device).type, enabled=False):
+            out = self.model(
+                input_ids=tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device),
+                pixel_values=pixels.to(self.device),
+            )  # fmt: skip
+        self.model.to("cpu")
+        return (100.0 * (out.image_embeds * out.text_embeds).sum(1)).clamp(min=0.0).float().cpu()
+
+
+def open_clip(args, accelerator) -> ClipScore | None:
+    if args.evaluation_type != "clip" or not accelerator.is_main_process:
+        return None
+    return ClipScore(args.evaluation_clip_model, accelerator.device, args.cache_dir)

@@ -5,8 +5,9 @@ import copy
 import torch
 from diffusers import DDIMScheduler
 
-from common.diffusion import DDIMSolver, boundary_scalings, consistency_loss, to_x0_eps
+from common.losses import consistency_loss
 from common.optim import update_ema
+from common.solvers import DDIMSolver, boundary_scalings, to_x0_eps
 
 MEANS, DEVIATION = torch.tensor([-1.5, 0.0, 1.2]), 0.3  # of three equal modes
 

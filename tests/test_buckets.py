@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.buckets import Rules, add_bucket_flags, check_bucket_flags, place, target_size
-from common.config import add_shared_flags, parse_with_config
-from common.data import BadSample, open_readers
-from common.datasets import count_epoch, open_datasets, plan_buckets
-from common.sources import part_fingerprint, read_part
-from common.stream import PATIENCE, Batches, ShardStream, open_batches, plan_lanes
+from common.data.buckets import Rules, place, target_size
+from common.data.datasets import count_epoch, open_datasets, plan_buckets
+from common.data.samples import BadSample, open_readers
+from common.data.sources import part_fingerprint, read_part
+from common.data.stream import PATIENCE, Batches, ShardStream, open_batches, plan_lanes
+from common.flags import add_bucket_flags, add_shared_flags, check_bucket_flags, parse_with_config
 from tests.helpers import encoded, write_shard
 
 # ---------------------------------------------------------------------------------------------------------------------

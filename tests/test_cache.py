@@ -19,9 +19,9 @@ from safetensors import safe_open
 import train_lcm_distill_sd as script
 from common import cache
 from common.cache import TensorStore, identity, text_key, weights_identity
-from common.shards import expand_shards, read_shard
-from common.sources import Files
-from common.stream import ShardPass
+from common.data.shards import expand_shards, read_shard
+from common.data.sources import Files
+from common.data.stream import ShardPass
 from tests.helpers import encoded, launch, tiny_pipeline, toy_shards, write_shard
 
 

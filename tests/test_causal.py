@@ -5,8 +5,9 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from common.causal import BlockCausal, block_ends, block_lengths, extend, first_tokens, roll_out, tied_noise
-from common.meter import Meter
+from common.draws import tied_noise
+from common.plan.memory import Meter
+from common.wan.causal import BlockCausal, block_ends, block_lengths, extend, first_tokens, roll_out
 from tests.helpers import tiny_wan
 
 FRAMES, TOKENS = 6, 4  # latent frames, and tokens of each at 4x4

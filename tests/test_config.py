@@ -15,8 +15,8 @@ from PIL import Image
 import train_dmd_distill_wan as wan_script
 import train_lcm_distill_sd as script
 import train_lcm_distill_sdxl as sdxl_script
-from common.config import FLAG_OF_KEY
 from common.export import hide_secrets
+from common.flags import FLAG_OF_KEY
 from tests.helpers import ROOT, launch, tiny_pipeline, tiny_sdxl_pipeline, tiny_wan_pipeline, toy_shards
 from tests.test_buckets import table_module
 from tests.test_video import frame, video

@@ -24,12 +24,12 @@ import pytest
 import torch
 from PIL import Image
 
-from common.buckets import Rules
-from common.data import ImageReader, NoGoodSamples
-from common.datasets import Dataset
-from common.shards import expand_shards, read_shard
-from common.sources import count_samples
-from common.stream import Batches, ShardStream, open_batches, plan_lanes
+from common.data.buckets import Rules
+from common.data.datasets import Dataset
+from common.data.samples import ImageReader, NoGoodSamples
+from common.data.shards import expand_shards, read_shard
+from common.data.sources import count_samples
+from common.data.stream import Batches, ShardStream, open_batches, plan_lanes
 from tests.helpers import ROOT, add_member, encoded, launch, tiny_pipeline, toy_shards, write_shard
 
 

@@ -5,8 +5,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 
-from common.diffusion import DDIMSolver, boundary_scalings, consistency_loss, expand_to, guidance_embedding, to_x0_eps
+from common.losses import consistency_loss
+from common.networks import guidance_embedding
 from common.optim import Lion
+from common.solvers import DDIMSolver, boundary_scalings, expand_to, to_x0_eps
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 

@@ -5,22 +5,18 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 
-from common.causal import roll_out
-from common.dmd import (
+from common.draws import draw_exits, score_range, score_timesteps
+from common.losses import dmd_gradient, dmd_loss, fake_score_loss
+from common.solvers import (
     denoising_steps,
-    dmd_gradient,
-    dmd_loss,
-    draw_exits,
-    fake_score_loss,
     flow_grid,
     flow_trajectory,
     renoise,
-    score_range,
-    score_timesteps,
     shift_time,
     stock_scheduler,
     unshift_time,
 )
+from common.wan.causal import roll_out
 
 MEANS, DEVIATIONS = torch.tensor([-1.5, 0.2, 1.4]).double(), torch.tensor([0.3, 0.2, 0.4]).double()
 WEIGHTS = torch.tensor([0.5, 0.2, 0.3]).double()

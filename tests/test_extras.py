@@ -19,13 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_lcm_distill_sd as script
-from common import speed
-from common.diffusion import DDIMSolver
-from common.evaluation import ClipScore, stable_loss
+from common import networks as speed
+from common.draws import draw_rollout
 from common.optim import DECAYS, make_schedule
-from common.report import features
-from common.rollout import draw_rollout, roll_out
-from common.validation import spread
+from common.pictures import spread
+from common.report import ClipScore, features, stable_loss
+from common.solvers import DDIMSolver, roll_out
 from tests.helpers import launch, tiny_autoencoder, tiny_pipeline, toy_shards
 from tests.test_webhook import serve as hook_server
 

@@ -11,7 +11,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from common.kohya import save_kohya_lora, sgm_name
+from common.export import save_kohya_lora, sgm_name
 
 SD = {
     "down_block_types": ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),

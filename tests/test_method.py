@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_lcm_distill_sd as script
-from common.data import ImageReader
+from common.data.samples import ImageReader
 from common.export import hide_secrets
 from common.optim import update_ema
-from common.validation import show_picture
+from common.tracking import show_picture
 from tests.helpers import tiny_pipeline, toy_shards
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]

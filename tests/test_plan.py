@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import train_dmd_distill_wan as script
-from common.meter import Meter, give_shapes
 from common.optim import Lion
-from common.plan import (
+from common.plan.memory import (
     GB,
     RESERVE,
+    Meter,
     Setup,
     account,
     activations,
@@ -26,6 +26,7 @@ from common.plan import (
     can_share,
     counted,
     frozen_bytes,
+    give_shapes,
     most,
     plan_of,
     remedies,
@@ -92,7 +93,7 @@ def stored_bytes(p) -> int:
 @pytest.mark.parametrize("precision", ["no_change", "int8-torchao"])
 def test_frozen_bytes_are_those_of_a_loaded_network(tmp_path, precision):
     """What diffusers loads in bf16, with some of it kept in fp32, and what torchao makes of that."""
-    from common.quantize import quantize
+    from common.networks import quantize
 
     WanTransformer3DModel.from_config(TINY).save_pretrained(tmp_path)
     network = WanTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)

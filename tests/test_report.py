@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.report import clip_features, clips_report
+from common.wan.report import clip_features, clips_report
 from tests.toy import world_video as video
 from tests.toy.report import report_clips
 

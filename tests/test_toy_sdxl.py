@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.evaluation import ClipScore
+from common.report import ClipScore
 from tests.toy import make_clip, world
 from tests.toy.make import BUCKETS, draw_originals, draw_views
 from tests.toy.teacher import TOY, load, sample, sharpness, toy_prompts

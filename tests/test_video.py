@@ -20,23 +20,23 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load
 
-from common import wan
-from common.buckets import Rules, add_bucket_flags, check_bucket_flags
 from common.cache import text_key
-from common.config import add_shared_flags, check_shared_flags, parse_with_config
-from common.data import BadSample
-from common.datasets import check_data_flags, plan_buckets
-from common.sources import part_fingerprint, read_part, split_folder, split_prompts
-from common.stream import open_batches
-from common.video import (
-    ClipReader,
+from common.data.buckets import Rules
+from common.data.clips import ClipReader, latent_frames, open_clip_readers, pixel_frames
+from common.data.datasets import check_data_flags, plan_buckets
+from common.data.samples import BadSample
+from common.data.sources import part_fingerprint, read_part, split_folder, split_prompts
+from common.data.stream import open_batches
+from common.dmd_flags import check_clip_flags, fit_to_blocks
+from common.flags import (
+    add_bucket_flags,
+    add_shared_flags,
     add_video_flags,
-    check_clip_flags,
-    fit_to_blocks,
-    latent_frames,
-    open_clip_readers,
-    pixel_frames,
+    check_bucket_flags,
+    check_shared_flags,
+    parse_with_config,
 )
+from common.wan import encoders as wan
 from tests.helpers import encoded, tiny_wan_pipeline, write_shard
 
 # ---------------------------------------------------------------------------------------------------------------------

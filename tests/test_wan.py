@@ -13,12 +13,11 @@ from diffusers import FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
 import train_dmd_distill_wan as script
-from common import wan
-from common.adapters import active_adapter, adapter_layers
-from common.causal import block_ends, first_tokens, roll_out, tied_noise
-from common.stream import sample_generator
-from common.video import ClipReader, open_clip_readers
-from common.watch import save_clip
+from common.data.clips import ClipReader, open_clip_readers, save_clip
+from common.draws import sample_generator, tied_noise
+from common.networks import active_adapter, adapter_layers
+from common.wan import encoders as wan
+from common.wan.causal import block_ends, first_tokens, roll_out
 from tests.helpers import ROOT, launch, tiny_wan_pipeline
 from tests.test_method import one_process  # noqa: F401
 

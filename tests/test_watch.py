@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.watch import Means, clip_statistics, frame_strip, save_clip, signs_of_collapse
+from common.data.clips import save_clip
+from common.pictures import frame_strip
+from common.tracking import Means
+from common.wan.report import clip_statistics, signs_of_collapse
 
 
 class OneProcess:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import webhook
-from common.webhook import Webhook, errors_to_webhook
+from common import tracking as webhook
+from common.tracking import Webhook, errors_to_webhook
 
 
 class Hook(http.server.BaseHTTPRequestHandler):

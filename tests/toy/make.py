@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from common.diffusion import expand_to
+from common.solvers import expand_to
 from tests.toy import world
 
 TOY = Path(__file__).parent

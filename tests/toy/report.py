@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.report import FULL_STEPS, SIDE_BY_SIDE, in_bytes, plot, side_by_side
-from common.validation import labelled_grid
+from common.pictures import labelled_grid
+from common.report import FULL_STEPS, plot
+from common.wan.report import SIDE_BY_SIDE, in_bytes, side_by_side
 from tests.toy import world, world_video
 
 SAMPLES = 256

@@ -4,16 +4,25 @@ A bucket is a target height and width, both multiples of the alignment. An image
 target, and cropped once. Sizes are (height, width) everywhere.
 """
 
-import argparse
 import math
 import random
 from dataclasses import dataclass, replace
 
 RESOLUTION_TYPES = ("pixel", "area", "pixel_area")
+
+
 CROP_ASPECTS = ("square", "preserve")
+
+
 CROP_STYLES = ("center", "random", "corner")
+
+
 MEGAPIXEL = 1e6
+
+
 MOST_DECIMALS = 9
+
+
 MOST_RATIO = 8.0  # of a bucket's longer side to the shorter one
 
 
@@ -120,63 +129,6 @@ def merge_small(buckets: list[tuple[int, int]], counts: dict[tuple[int, int], in
     """Those of a dataset's buckets that have fewer samples than `least`, and into which other of its each goes."""
     large = [bucket for bucket in buckets if counts[bucket] >= least]
     return {bucket: nearest_bucket(bucket, large) for bucket in buckets if large and bucket not in large}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings, of the command line or of one dataset
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# fmt: off
-def add_bucket_flags(parser: argparse.ArgumentParser):
-    """Flags of scripts that train on several sizes and take images from more than shards."""
-    add = parser.add_argument_group("sizes; in a dataset file a dataset's own entry wins").add_argument
-    add("--resolution_type", type=str, default="pixel", choices=RESOLUTION_TYPES, help="what --resolution and the sizes below are: pixels of the shorter side; megapixels; or pixels of a square's side, whose area counts")
-    add("--bucket_alignment", type=int, default=64, help="a bucket's sides are multiples of this many pixels")
-    add("--aspect_bucket_rounding", type=int, default=2, help="decimals, 1 to 9, of the ratio width / height that names a bucket; more than 9 is taken for --bucket_alignment")
-    add("--minimum_image_size", type=float, default=0.0, help="smaller images are skipped and counted; in the unit of --resolution_type, but 10 or less is megapixels also under pixel; 0 for none")
-    add("--maximum_image_size", type=float, help="larger images are first shrunk to --target_downsample_size, then cropped; unit as above")
-    add("--target_downsample_size", type=float, help="see --maximum_image_size; unit as above")
-    add("--crop_aspect", type=str, default="square", choices=CROP_ASPECTS, help="square: all images are cropped to one square; preserve: each goes to the bucket nearest to its own ratio")
-    add("--crop_style", type=str, choices=CROP_STYLES, help="where the crop is taken, corner: top left; default: random, or center with --center_crop")
-    add("--use_fix_crop_and_size", action="store_true", help="tell the network that every original has the resolution's size and is not cropped; default: its true size and crop")
-    add("--disable_bucket_pruning", action="store_true", help="keep buckets of fewer samples than a batch, their batches are filled by repeating what is there; default: their images go to the bucket of the nearest ratio that has enough")
-
-    add = parser.add_argument_group("datasets, one of these or --train_shards_path_or_url or --data_backend_config").add_argument
-    add("--train_data_dir", type=str, help="folder of images, with captions in metadata.jsonl or in a .txt beside each; or of parquet files")
-    add("--dataset_name", type=str, help="dataset on the hub, read by the package `datasets`; or a local folder or parquet file")
-    add("--dataset_config_name", type=str, help="which of that dataset's configurations")
-    add("--image_column", type=str, default="image", help="of a parquet file or dataset")
-    add("--caption_column", type=str, default="text", help="of a parquet file, a dataset or metadata.jsonl; text, or a list of alternatives")
-# fmt: on
-
-
-def check_bucket_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Rules:
-    """Every rule between these flags, and the sizes that follow from them."""
-    if args.dataset_config_name and not args.dataset_name:
-        parser.error(f"--dataset_config_name {args.dataset_config_name}: needs --dataset_name")
-    if args.bucket_alignment < 1:
-        parser.error(f"--bucket_alignment {args.bucket_alignment}: must be at least 1")
-    if not 0.0 < args.resolution < math.inf:
-        parser.error(f"--resolution {args.resolution:g}: must be positive")
-    base = Rules(
-        args.resolution,
-        resolution_type=args.resolution_type,
-        alignment=args.bucket_alignment,
-        crop_aspect=args.crop_aspect,
-        crop_style=args.crop_style or ("center" if args.center_crop else "random"),
-        fixed_size_ids=args.use_fix_crop_and_size,
-    )
-    settings = {
-        "aspect_bucket_rounding": args.aspect_bucket_rounding,
-        "minimum_image_size": args.minimum_image_size,
-        "maximum_image_size": args.maximum_image_size,
-        "target_downsample_size": args.target_downsample_size,
-    }
-    try:
-        return with_settings(base, settings, "--", args.notes)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def with_settings(rules: Rules, settings: dict, where: str, notes: list[str]) -> Rules:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.shards import (
+from common.data.shards import (
     IMAGE_MEMBERS,
     MOST_MEMBER_BYTES,
     VIDEO_MEMBERS,
@@ -26,6 +26,8 @@ from common.shards import (
 )
 
 EXIF_ORIENTATION = 0x0112
+
+
 PARTS, MOST_FILES = 64, 1024  # a folder's parts, and the files in one, of which the cache makes one file
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from common.buckets import (
+from common.data.buckets import (
     CROP_ASPECTS,
     CROP_STYLES,
     RESOLUTION_TYPES,
@@ -22,8 +22,9 @@ from common.buckets import (
     too_small,
     with_settings,
 )
-from common.shards import IMAGE_MEMBERS, VIDEO_MEMBERS, expand_shards, is_local
-from common.sources import (
+from common.data.clips import check_frame_count, clip_size
+from common.data.shards import IMAGE_MEMBERS, VIDEO_MEMBERS, expand_shards, is_local
+from common.data.sources import (
     count_samples,
     image_size,
     picture_sizes,
@@ -33,11 +34,16 @@ from common.sources import (
     split_prompts,
     split_table,
 )
-from common.video import check_frame_count, clip_size
 
 SOURCES = ("train_shards_path_or_url", "data_backend_config", "train_data_dir", "dataset_name", "train_prompts")
+
+
 MOST_COUNTED = 100_000  # images whose headers are read for the table of buckets
+
+
 SKIPS = ("vae", "text", "aspect", "metadata")
+
+
 NOTHING = {
     "image": f"no images ({', '.join(IMAGE_MEMBERS)})",
     "video": f"no clips ({', '.join(VIDEO_MEMBERS)}, or folders of frames)",

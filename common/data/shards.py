@@ -9,8 +9,14 @@ import zlib
 from braceexpand import braceexpand
 
 SHARD_ERRORS = (OSError, EOFError, http.client.HTTPException, tarfile.TarError, zlib.error)
+
+
 IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp")
+
+
 VIDEO_MEMBERS = ("mp4", "webm", "mkv", "mov", "m4v", "avi", "gif", "webp")  # webp: an animated one
+
+
 MOST_MEMBER_BYTES = 1 << 28
 
 

@@ -3,13 +3,11 @@
 Wan's VAE keeps the first frame and makes one latent frame of each four that follow: a clip has 4k + 1 frames.
 """
 
-import argparse
 import io
-import itertools
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,23 +18,25 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.cache import text_key
-from common.causal import block_lengths
-from common.data import BadSample, ImageReader, Sample, member_bytes, open_image, open_readers, read_captions, to_rgb
-from common.shards import VIDEO_MEMBERS, is_frame
-from common.sources import image_size
+from common.data.samples import (
+    BadSample,
+    ImageReader,
+    Sample,
+    member_bytes,
+    open_image,
+    open_readers,
+    read_captions,
+    to_rgb,
+)
+from common.data.shards import VIDEO_MEMBERS, is_frame
+from common.data.sources import image_size
+from common.pictures import to_bytes
 
 FRAMES_PER_LATENT = 4
+
+
 # Demuxers that read nothing but the bytes they are given: a playlist could name any file or address.
 CONTAINERS = {"format_whitelist": "mov,mp4,matroska,webm,avi", "protocol_whitelist": ""}
-
-
-# fmt: off
-def add_video_flags(parser: argparse.ArgumentParser):
-    """Flags of scripts that train on clips."""
-    add = parser.add_argument_group("clips; in a dataset file a dataset's own entry wins").add_argument
-    add("--num_frames", type=int, default=81, help="frames of a clip, 4k + 1; longer clips are cut as --crop_style says, shorter ones are skipped and counted")
-    add("--frame_interval", type=int, default=1, help="every how many frames of a file one is taken")
-# fmt: on
 
 
 def latent_frames(frames: int) -> int:
@@ -51,46 +51,6 @@ def check_frame_count(name: str, frames: int):
     if frames < 1 or frames != pixel_frames(latent_frames(frames)):
         below = pixel_frames(max(1, latent_frames(frames)))
         raise ValueError(f"{name} {frames}: must be 4k + 1, as {below} or {below + FRAMES_PER_LATENT}")
-
-
-def splits(latents: int, args) -> bool:
-    """Whether so many latent frames are whole blocks."""
-    try:
-        return bool(block_lengths(latents, args.num_frame_per_block, args.independent_first_frame))
-    except ValueError:
-        return False
-
-
-def fit_to_blocks(name: str, frames: int, args) -> int:
-    """Frames of a clip as they are where blocks divide them, else cut to --num_training_frames."""
-    latents, trained = latent_frames(frames), args.num_training_frames
-    if splits(latents, args):
-        return frames
-    if trained < latents and splits(trained, args):
-        args.notes.append(
-            f"{name} {frames}: {latents} latent frames are no whole blocks of {args.num_frame_per_block}; "
-            f"cut to --num_training_frames {trained}, {pixel_frames(trained)} frames"
-        )
-        return pixel_frames(trained)
-    fewer = [count for count in range(latents, 0, -1) if splits(count, args)][:1]
-    more = next(count for count in itertools.count(latents) if splits(count, args))
-    near = " or ".join(str(pixel_frames(count)) for count in (*fewer, more))
-    raise ValueError(
-        f"{name} {frames}: {latents} latent frames are no whole blocks of --num_frame_per_block "
-        f"{args.num_frame_per_block}{' after the first frame' * args.independent_first_frame}; {near} frames are"
-    )
-
-
-def check_clip_flags(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    """Frames of the datasets' clips and of validation's, as the blocks divide them; after check_data_flags."""
-    try:
-        for dataset in args.datasets:
-            dataset.num_frames = fit_to_blocks(f"{dataset.id}: num_frames", dataset.num_frames, args)
-        name, frames = "--validation_num_video_frames", args.validation_num_video_frames
-        check_frame_count(name, frames)
-        args.validation_num_video_frames = fit_to_blocks(name, frames, args)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,3 +240,25 @@ def open_clip_readers(args, captions_only: bool = False) -> list[ImageReader]:
             frames = {"num_frames": dataset.num_frames, "frame_interval": dataset.frame_interval}
             readers.append((CaptionReader if captions_only else ClipReader)(**vars(reader), **frames))
     return readers
+
+
+FRAMES_PER_SECOND = 16  # Wan's
+
+
+def save_clip(clip: np.ndarray, path: Path):
+    """[F, H, W, 3] in [0, 1], as an mp4."""
+    save_frames(to_bytes(clip), path)
+
+
+def save_frames(frames: Iterable[np.ndarray], path: Path):
+    """[H, W, 3] each, bytes, as an mp4. Its sides are even: an odd one loses its last line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            frame = np.ascontiguousarray(frame[: len(frame) // 2 * 2, : frame.shape[1] // 2 * 2])
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = frame.shape[:2]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))

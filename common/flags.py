@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from common.data.buckets import CROP_ASPECTS, CROP_STYLES, RESOLUTION_TYPES, Rules, with_settings
+from common.networks import ATTENTION, PRECISIONS, check_precision
 from common.optim import DECAYS
-from common.quantize import PRECISIONS, check_precision
-from common.speed import ATTENTION
-from common.webhook import check_webhook
+from common.tracking import check_webhook
 
 # Config keys whose flag has another name.
 FLAG_OF_KEY = {
@@ -26,9 +26,15 @@ FLAG_OF_KEY = {
     "validation_step_interval": "validation_steps",
     "checkpoint_step_interval": "checkpointing_steps",
 }
+
+
 # Flags that take several numbers with commas between, for which a config may have a number or a list.
 LISTS = ("validation_num_inference_steps", "validation_resolution", "report_steps", "dmd_denoising_steps")
+
+
 TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
 # What a config's model_flavour names, for each family of models.
 FLAVOURS = {
     "sdxl": {"base-1.0": "stabilityai/stable-diffusion-xl-base-1.0"},
@@ -133,6 +139,44 @@ def add_shared_flags(parser: argparse.ArgumentParser):
 # fmt: on
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings, of the command line or of one dataset
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+# fmt: off
+def add_bucket_flags(parser: argparse.ArgumentParser):
+    """Flags of scripts that train on several sizes and take images from more than shards."""
+    add = parser.add_argument_group("sizes; in a dataset file a dataset's own entry wins").add_argument
+    add("--resolution_type", type=str, default="pixel", choices=RESOLUTION_TYPES, help="what --resolution and the sizes below are: pixels of the shorter side; megapixels; or pixels of a square's side, whose area counts")
+    add("--bucket_alignment", type=int, default=64, help="a bucket's sides are multiples of this many pixels")
+    add("--aspect_bucket_rounding", type=int, default=2, help="decimals, 1 to 9, of the ratio width / height that names a bucket; more than 9 is taken for --bucket_alignment")
+    add("--minimum_image_size", type=float, default=0.0, help="smaller images are skipped and counted; in the unit of --resolution_type, but 10 or less is megapixels also under pixel; 0 for none")
+    add("--maximum_image_size", type=float, help="larger images are first shrunk to --target_downsample_size, then cropped; unit as above")
+    add("--target_downsample_size", type=float, help="see --maximum_image_size; unit as above")
+    add("--crop_aspect", type=str, default="square", choices=CROP_ASPECTS, help="square: all images are cropped to one square; preserve: each goes to the bucket nearest to its own ratio")
+    add("--crop_style", type=str, choices=CROP_STYLES, help="where the crop is taken, corner: top left; default: random, or center with --center_crop")
+    add("--use_fix_crop_and_size", action="store_true", help="tell the network that every original has the resolution's size and is not cropped; default: its true size and crop")
+    add("--disable_bucket_pruning", action="store_true", help="keep buckets of fewer samples than a batch, their batches are filled by repeating what is there; default: their images go to the bucket of the nearest ratio that has enough")
+
+    add = parser.add_argument_group("datasets, one of these or --train_shards_path_or_url or --data_backend_config").add_argument
+    add("--train_data_dir", type=str, help="folder of images, with captions in metadata.jsonl or in a .txt beside each; or of parquet files")
+    add("--dataset_name", type=str, help="dataset on the hub, read by the package `datasets`; or a local folder or parquet file")
+    add("--dataset_config_name", type=str, help="which of that dataset's configurations")
+    add("--image_column", type=str, default="image", help="of a parquet file or dataset")
+    add("--caption_column", type=str, default="text", help="of a parquet file, a dataset or metadata.jsonl; text, or a list of alternatives")
+# fmt: on
+
+
+# fmt: off
+def add_video_flags(parser: argparse.ArgumentParser):
+    """Flags of scripts that train on clips."""
+    add = parser.add_argument_group("clips; in a dataset file a dataset's own entry wins").add_argument
+    add("--num_frames", type=int, default=81, help="frames of a clip, 4k + 1; longer clips are cut as --crop_style says, shorter ones are skipped and counted")
+    add("--frame_interval", type=int, default=1, help="every how many frames of a file one is taken")
+# fmt: on
+
+
 def check_shared_flags(parser: argparse.ArgumentParser, args: argparse.Namespace):
     """Every rule between shared flags that can be known before anything loads. What is to be said goes to args.notes."""
     at_least_one = ("train_batch_size", "gradient_accumulation_steps", "vae_encode_batch_size", "max_train_steps")
@@ -220,14 +264,32 @@ def check_sizes(parser, given: str | None) -> list[tuple[int, int]] | None:
     return sizes
 
 
-def check_schedule(abar, prediction_type: str, num_ddim_timesteps: int):
-    """One sentence where the teacher's noise schedule does not go with the method."""
-    if prediction_type == "epsilon" and abar[-1] < 1e-6:
-        raise SystemExit(
-            "the teacher predicts noise at zero terminal SNR, where x0 cannot be told: a v_prediction one can"
-        )
-    if len(abar) % num_ddim_timesteps:
-        raise SystemExit(f"--num_ddim_timesteps {num_ddim_timesteps}: must divide the teacher's {len(abar)} timesteps")
+def check_bucket_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Rules:
+    """Every rule between these flags, and the sizes that follow from them."""
+    if args.dataset_config_name and not args.dataset_name:
+        parser.error(f"--dataset_config_name {args.dataset_config_name}: needs --dataset_name")
+    if args.bucket_alignment < 1:
+        parser.error(f"--bucket_alignment {args.bucket_alignment}: must be at least 1")
+    if not 0.0 < args.resolution < math.inf:
+        parser.error(f"--resolution {args.resolution:g}: must be positive")
+    base = Rules(
+        args.resolution,
+        resolution_type=args.resolution_type,
+        alignment=args.bucket_alignment,
+        crop_aspect=args.crop_aspect,
+        crop_style=args.crop_style or ("center" if args.center_crop else "random"),
+        fixed_size_ids=args.use_fix_crop_and_size,
+    )
+    settings = {
+        "aspect_bucket_rounding": args.aspect_bucket_rounding,
+        "minimum_image_size": args.minimum_image_size,
+        "maximum_image_size": args.maximum_image_size,
+        "target_downsample_size": args.target_downsample_size,
+    }
+    try:
+        return with_settings(base, settings, "--", args.notes)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def parse_with_config(parser: argparse.ArgumentParser, argv, *, family: str, method: str, recipe=None):
@@ -321,3 +383,49 @@ def read_json(parser, path: Path):
         parser.error(f"{path}: {error.strerror}")
     except ValueError as error:
         parser.error(f"{path} is not JSON: {error}")
+
+
+def wanted_student(args) -> str:
+    """full or lora, from the other flags."""
+    given = (args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules, args.lora_type)
+    return "lora" if args.use_dora or any(value is not None for value in given) else "full"
+
+
+def check_lcm_flags(parser, args, lora_targets: str):
+    """Every rule of the student's and the method's flags; fills in the LoRA's defaults."""
+    args.model_type = args.model_type or wanted_student(args)
+    if args.model_type == "full" and wanted_student(args) == "lora":
+        parser.error("--model_type full: takes no --lora_* flag and no --use_dora")
+    if args.model_type == "full" and "kohya" in args.export_formats:
+        parser.error("--export_formats kohya: is a layout of LoRA files")
+    if args.model_type == "lora" and args.export_pipeline:
+        parser.error("--export_pipeline: is for a full student; a LoRA loads into its teacher's pipeline")
+    if args.ema_decay is None:
+        args.ema_decay = 0.95 if args.model_type == "full" else 0.0
+    lora = {"lora_rank": 64, "lora_alpha": 64, "lora_dropout": 0.0, "lora_target_modules": lora_targets}
+    for name, default in lora.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if not 0.0 <= args.w_min <= args.w_max < math.inf:
+        parser.error(f"--w_min {args.w_min} and --w_max {args.w_max}: need 0 <= w_min <= w_max")
+    check_ranges(
+        parser, args, at_least_one=("num_ddim_timesteps", "unet_time_cond_proj_dim", "lora_rank", "lora_alpha"),
+        not_negative=("scheduled_sampling_max_step_offset",), positive=("huber_c", "timestep_scaling_factor"),
+        below_one=("ema_decay", "lora_dropout"), share=("scheduled_sampling_probability",),
+    )  # fmt: skip
+    if (args.scheduled_sampling_probability > 0.0) != (args.scheduled_sampling_max_step_offset > 0):
+        parser.error("--scheduled_sampling_probability and --scheduled_sampling_max_step_offset: one needs the other")
+    if args.toy:
+        toy = f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type})."
+        args.notes.insert(0, toy)
+    if args.validation_guidance is not None and middle_w(args) != args.validation_guidance - 1.0:
+        args.notes.append(
+            f"--validation_guidance {args.validation_guidance:g}: trained is {1 + args.w_min:g} to {1 + args.w_max:g},"
+            f" {1 + middle_w(args):g} is taken"
+        )
+
+
+def middle_w(args) -> float:
+    """The w of validation pictures, inside the trained range: a student that takes w knows no other."""
+    middle, wanted = (args.w_min + args.w_max) / 2.0, args.validation_guidance
+    return middle if wanted is None else min(max(wanted - 1.0, args.w_min), args.w_max)

@@ -10,7 +10,6 @@ them. Which samples make which batch thus follows from the sequence alone. A che
 before its first sample that was not used, and which later ones were: all that waited is read again.
 """
 
-import hashlib
 import itertools
 import math
 import os
@@ -24,10 +23,12 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, IterableDataset
 
-from common.data import BadSample, ImageReader, NoGoodSamples, Sample
-from common.sources import read_part
+from common.data.samples import BadSample, ImageReader, NoGoodSamples, Sample
+from common.data.sources import read_part
 
 LANES = 8  # streams open at a time, where processes x workers do not ask for more
+
+
 PATIENCE = 128  # reads for which a sample waits until its bucket has a batch
 
 
@@ -272,29 +273,3 @@ class ShardPass(IterableDataset):
                     except BadSample:
                         pass  # counted when training meets it
             yield number
-
-
-def sample_generator(seed: int, position: int | str) -> torch.Generator:
-    """Random numbers that follow from the seed and the sample's place in the global sequence alone."""
-    digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-class Draws:
-    """Random numbers of a batch, one after the other; those of a sample follow from the seed and its place alone."""
-
-    def __init__(self, seed: int, positions: list[int], device):
-        self.rngs, self.device = [sample_generator(seed, position) for position in positions], device
-
-    def uniform(self) -> torch.Tensor:
-        """[B] in [0, 1), on the CPU, where the loop can look at them without waiting."""
-        return torch.stack([torch.rand((), generator=rng) for rng in self.rngs])
-
-    def normal(self, *shape: int) -> torch.Tensor:
-        """[B, *shape]"""
-        return torch.stack([torch.randn(shape, generator=rng) for rng in self.rngs]).to(self.device)
-
-
-def stack(rows: list[tuple], device) -> tuple[torch.Tensor, ...]:
-    """Draws of samples, one tuple each, as batches on the device."""
-    return tuple(torch.stack(column).to(device) for column in zip(*rows, strict=True))

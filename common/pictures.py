@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image, ImageDraw, ImageFont
 
 PROMPTS = (
@@ -13,6 +14,8 @@ PROMPTS = (
     "a lighthouse on a cliff in a storm",
     "a bowl of oranges beside a blue vase, still life",
 )
+
+
 MARGIN, LABEL_HEIGHT = 6, 18
 
 
@@ -106,37 +109,50 @@ def spread(name: str, scores: torch.Tensor) -> dict[str, float]:
     return {f"{name}/{statistic}": value.item() for statistic, value in values.items()}
 
 
-def show_picture(accelerator, picture: Image.Image, folder: Path, name: str, step: int):
-    """Saves FOLDER/NAME-STEP.png and logs it to every tracker."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{step:06d}.png"
-    picture.save(path)
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            tracker.log({name: wandb.Image(picture)}, step=step)
-        elif tracker.name == "trackio":
-            import trackio
-
-            tracker.log({name: trackio.Image(picture)}, step=step)
-    return path
-
-
 def validation_prompts(args) -> list[str]:
     library = args.validation_prompt_library
     prompts = list(json.loads(Path(library).read_text()).values()) if library else []
     return prompts + ([args.validation_prompt] if args.validation_prompt else []) or list(PROMPTS)
 
 
-def init_trackers(args, accelerator):
-    """Their settings must be scalars or text, and the hub's token is nobody's business."""
-    settings = {
-        name: value if isinstance(value, int | float | str) else str(value) for name, value in vars(args).items()
-    }
-    settings.pop("hub_token")
-    settings.pop("webhook")  # its URL may be a secret
-    named = {"name": args.tracker_run_name}
-    accelerator.init_trackers(args.tracker_project_name, settings, {"wandb": named, "trackio": named})
+def frame_strip(clip: np.ndarray, count: int = 4) -> Image.Image:
+    """So many frames of a clip side by side, from its first to its last."""
+    frames = [clip[i] for i in np.linspace(0, len(clip) - 1, min(count, len(clip))).round().astype(int)]
+    return Image.fromarray(to_bytes(np.concatenate(frames, 1)))
+
+
+def to_bytes(pixels: np.ndarray) -> np.ndarray:
+    """Of pixels in [0, 1]; bytes stay what they are."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    return (pixels * 255.0).round().clip(0, 255).astype(np.uint8)
+
+
+def open_preview(args, name: str, accelerator, show):
+    """`preview(label)` is a callback for pipelines: it calls `show(picture, label-stepNN)` after step 1, N, 2N, ...
+
+    `name` is the autoencoder's, where --validation_preview_model is not given. Pictures of a batch lie side by side.
+    """
+    if not args.validation_preview or not accelerator.is_main_process:
+        return lambda label: None
+    device = accelerator.device
+    source = args.validation_preview_model or name
+    try:
+        tiny = AutoencoderTiny.from_pretrained(source, cache_dir=args.cache_dir).eval().to(device)
+    except Exception as error:  # from_pretrained's are of many kinds
+        raise SystemExit(f"--validation_preview_model {source}: cannot be loaded ({error})") from None
+
+    def preview(label: str):
+        @torch.no_grad()
+        def on_step_end(pipeline, i: int, t, tensors: dict) -> dict:
+            if i == 0 or (i + 1) % args.validation_preview_steps == 0:
+                latents = tensors["latents"].to(device, next(tiny.parameters()).dtype)
+                with torch.autocast(torch.device(device).type, enabled=False):
+                    pixels = tiny.decode(latents / tiny.config.scaling_factor).sample  # [B, 3, H, W] in [-1, 1]
+                row = (pixels.float() * 127.5 + 127.5).clamp(0, 255).byte().permute(2, 0, 3, 1).flatten(1, 2)
+                show(Image.fromarray(row.cpu().numpy()), f"{label}-step{i + 1:02d}")  # [H, B * W, 3]
+            return tensors
+
+        return on_step_end
+
+    return preview

@@ -18,10 +18,12 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from common.dmd import TIMESTEPS, renoise
-from common.sharding import heads_to_tokens, own_tokens, token_group, tokens_to_heads
+from common.solvers import TIMESTEPS, renoise
+from common.wan.parallel import heads_to_tokens, own_tokens, token_group, tokens_to_heads
 
 Piece = Sequence[tuple[torch.Tensor, torch.Tensor]]  # of each layer keys and values, [B, tokens, heads, D]
+
+
 Cache = tuple[Piece, ...]  # one after the other in time
 
 
@@ -198,20 +200,6 @@ def roll_out(predict, remember, noise, steps, blocks, exits, trained_from: int =
                 cache = remember(context, context_noise, start, cache)
         yield x0
         start = frames.stop
-
-
-def tied_noise(noise, length: int):
-    """[B, C, F, h, w], of which all frames follow from the first `length`.
-
-    Where the teacher's flow ends depends on the noise of all frames. A causal student's first block sees its own alone:
-    asked for ends of independent noise it could only learn their mean, a picture between all pictures. Here each block
-    is the one before with its channels moved on by one, and once they have gone round, all of it a place to the right:
-    no channel of a place sees its own noise again. To the teacher that is as good as independent; but now the end is a
-    function of what the student sees.
-    """
-    first, frames, channels = noise[:, :, :length], noise.shape[2], noise.shape[1]
-    copies = [first.roll((k, k // channels), (1, 4)) for k in range(-(-frames // length))]
-    return torch.cat(copies, 2)[:, :, :frames]
 
 
 def block_ends(blocks: list[int], tokens_per_frame: int) -> tuple[int, ...]:

@@ -9,9 +9,9 @@ from diffusers.utils import is_ftfy_available
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from common.cache import identity, weights_identity
-from common.data import ImageReader
-from common.encoding import SampleEncoder, open_stores
-from common.quantize import quantize
+from common.data.encoder import SampleEncoder, open_stores
+from common.data.samples import ImageReader
+from common.networks import quantize
 
 TEXT_FOLDERS = ("text_encoder", "tokenizer")
 

@@ -8,11 +8,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.cache import RECORDS_PER_FILE, TensorStore, identity, text_key
-from common.data import Sample
-from common.datasets import Dataset
-from common.shards import is_local
-from common.sources import part_fingerprint
-from common.stream import ShardPass
+from common.data.datasets import Dataset
+from common.data.samples import Sample
+from common.data.shards import is_local
+from common.data.sources import part_fingerprint
+from common.data.stream import ShardPass
 
 
 class SampleEncoder:

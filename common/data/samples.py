@@ -18,14 +18,20 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load, save
 
-from common.buckets import Placement, Rules, place, square_side, target_size, too_small
 from common.cache import TensorStore
-from common.shards import IMAGE_MEMBERS, MOST_MEMBER_BYTES
-from common.sources import true_size
+from common.data.buckets import Placement, Rules, place, square_side, target_size, too_small
+from common.data.shards import IMAGE_MEMBERS, MOST_MEMBER_BYTES
+from common.data.sources import true_size
 
 CAPTION_MEMBERS = ("text", "txt", "caption")
+
+
 JSON_CAPTION_KEYS = ("caption", "text", "txt", "prompt")
+
+
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
+
+
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,

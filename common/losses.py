@@ -1,0 +1,36 @@
+"""Latent consistency models' mathematics (Luo et al. 2023, arXiv 2310.04378), in fp32.
+
+Symbols: `abar` is the cumulative product of 1 - beta, `alphas = sqrt(abar)`, `sigmas = sqrt(1 - abar)`,
+`x_t = alphas[t] * latents + sigmas[t] * eps`; `t` is an integer training timestep, `index` a place in the grid.
+"""
+
+import torch
+
+from common.solvers import expand_to
+
+
+def consistency_loss(prediction, target, loss_type: str, huber_c: float) -> torch.Tensor:
+    """l2: mean of d^2. huber: mean of sqrt(d^2 + c^2) - c, elementwise (Song & Dhariwal 2023)."""
+    squared = (prediction.float() - target.float()).square()
+    return squared.mean() if loss_type == "l2" else ((squared + huber_c**2).sqrt() - huber_c).mean()
+
+
+def dmd_gradient(v_real, v_fake, x_g, eps):
+    """The gradient at the student's sample x_g, and the gap mean|v_real - v_star| of each sample that it is divided by.
+
+    DMD's own form is (x0_fake - x0_real) / mean|x_g - x0_real|. All three are x_t - sigma * v, so sigma cancels; what
+    is left does not lose its digits where sigma is small.
+    """
+    v_star = eps - x_g
+    gap = (v_real - v_star).abs().flatten(1).mean(1)
+    return (v_real - v_fake) / expand_to(gap, x_g), gap
+
+
+def dmd_loss(x_g, gradient):
+    """Half the mean square distance to where the gradient leads: its own gradient is gradient / x_g.numel()."""
+    return 0.5 * torch.nn.functional.mse_loss(x_g, (x_g - gradient).detach())
+
+
+def fake_score_loss(v_fake, x_g, eps):
+    """Flow matching on the student's samples."""
+    return torch.nn.functional.mse_loss(v_fake, eps - x_g)

@@ -1,0 +1,174 @@
+"""Latent consistency models' mathematics (Luo et al. 2023, arXiv 2310.04378), in fp32.
+
+Symbols: `abar` is the cumulative product of 1 - beta, `alphas = sqrt(abar)`, `sigmas = sqrt(1 - abar)`,
+`x_t = alphas[t] * latents + sigmas[t] * eps`; `t` is an integer training timestep, `index` a place in the grid.
+"""
+
+from itertools import pairwise
+
+import torch
+from diffusers import FlowMatchLCMScheduler, LCMScheduler
+
+SIGMA_DATA = 0.5  # LCMScheduler's
+
+
+def expand_to(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[B] -> [B, 1, ...] with as many axes as x."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def to_x0_eps(out, x_t, alpha, sigma, prediction_type: str):
+    """Clean sample and noise, fp32, that a network's output at x_t stands for. alpha and sigma are [B]."""
+    out, x_t = out.float(), x_t.float()
+    alpha, sigma = expand_to(alpha, x_t), expand_to(sigma, x_t)
+    if prediction_type == "epsilon":
+        return (x_t - sigma * out) / alpha, out
+    if prediction_type == "v_prediction":  # v = alpha * eps - sigma * x0 (Salimans & Ho 2022)
+        return alpha * x_t - sigma * out, sigma * x_t + alpha * out
+    if prediction_type == "sample":
+        return out, (x_t - alpha * out) / sigma
+    raise ValueError(f"prediction_type {prediction_type!r}: must be epsilon, v_prediction or sample")
+
+
+class DDIMSolver:
+    """One DDIM step from grid point t_i = k*i - 1 to the one before, k = T / N, i = 1..N (paper, section 4.3)."""
+
+    def __init__(self, abar: torch.Tensor, num_ddim_timesteps: int):
+        total = len(abar)
+        if num_ddim_timesteps < 1 or total % num_ddim_timesteps:
+            raise ValueError(f"{num_ddim_timesteps} solver steps do not divide the teacher's {total} timesteps")
+        self.stride = total // num_ddim_timesteps
+        self.timesteps = torch.arange(1, num_ddim_timesteps + 1) * self.stride - 1  # 19, 39, ... 999 for N = 50
+        self.timesteps_prev = (self.timesteps - self.stride).clamp(min=0)
+        abar_prev = abar[self.timesteps_prev].float()
+        self.alphas_prev, self.sigmas_prev = abar_prev.sqrt(), (1.0 - abar_prev).sqrt()
+
+    def to(self, device):
+        for name, table in vars(self).items():
+            if torch.is_tensor(table):
+                setattr(self, name, table.to(device))
+        return self
+
+    def step(self, x0, eps, index):
+        """x_prev at timesteps_prev[index]."""
+        return expand_to(self.alphas_prev[index], x0) * x0 + expand_to(self.sigmas_prev[index], x0) * eps
+
+
+def boundary_scalings(t: torch.Tensor, timestep_scaling_factor: float):
+    """c_skip and c_out of f(x, t) = c_skip * x + c_out * x0(x, t), such that f(x, 0) = x (paper, equation 9)."""
+    scaled = t.float() * timestep_scaling_factor
+    c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
+    c_out = scaled / (scaled**2 + SIGMA_DATA**2).sqrt()
+    return c_skip, c_out
+
+
+def check_schedule(abar, prediction_type: str, num_ddim_timesteps: int):
+    """One sentence where the teacher's noise schedule does not go with the method."""
+    if prediction_type == "epsilon" and abar[-1] < 1e-6:
+        raise SystemExit(
+            "the teacher predicts noise at zero terminal SNR, where x0 cannot be told: a v_prediction one can"
+        )
+    if len(abar) % num_ddim_timesteps:
+        raise SystemExit(f"--num_ddim_timesteps {num_ddim_timesteps}: must divide the teacher's {len(abar)} timesteps")
+
+
+def student_scheduler(args, scheduler) -> LCMScheduler:
+    return LCMScheduler.from_config(
+        scheduler.config,
+        original_inference_steps=args.num_ddim_timesteps,
+        timestep_scaling=args.timestep_scaling_factor,
+    )
+
+
+def roll_out(f, solver, alphas, sigmas, x_t, latents, eps, index, offset, noise):
+    """x_t as the student's own sampler makes it: from `offset` solver steps above t, by x0 = f(x, t), to t.
+
+    Where the offset is 0, or nothing lies above t, x_t stays. The whole batch goes through f, so that all processes
+    call it the same number of times.
+    """
+    above = (index + offset).clamp(max=len(solver.timesteps) - 1)
+    t, t_above = solver.timesteps[index], solver.timesteps[above]
+    x_above = expand_to(alphas[t_above], latents) * latents + expand_to(sigmas[t_above], latents) * eps
+    made = expand_to(alphas[t], x_t) * f(x_above, t_above) + expand_to(sigmas[t], x_t) * noise
+    return torch.where(expand_to(above > index, x_t), made, x_t)
+
+
+TIMESTEPS = 1000.0
+
+
+MOST_COUNTED = 50  # a lone number up to this is a number of steps, above it a timestep
+
+
+def shift_time(u, shift: float):
+    """Flow matching's shift of a time in [0, 1] towards noise: s * u / (1 + (s - 1) * u)."""
+    return shift * u / (1.0 + (shift - 1.0) * u)
+
+
+def unshift_time(sigma, shift: float):
+    """The u that shift_time takes to sigma."""
+    return sigma / (shift - (shift - 1.0) * sigma)
+
+
+def denoising_steps(text: str, shift: float) -> list[float]:
+    """The student's timesteps: listed, as in 1000,757,522, or so many evenly spaced ones of this shift.
+
+    4 with shift 5 is 1000, 937.5, 833.3, 625.
+    """
+    numbers = [float(word) for word in text.split(",")]
+    if len(numbers) == 1 and numbers[0] <= MOST_COUNTED:
+        count = int(numbers[0])
+        if count != numbers[0] or count < 1:
+            raise ValueError("a number of steps must be whole, and at least 1")
+        numbers = [TIMESTEPS * shift_time(i / count, shift) for i in range(count, 0, -1)]
+    if numbers[0] != TIMESTEPS:
+        raise ValueError("the first must be 1000, where a sample starts from pure noise")
+    if any(later >= earlier for earlier, later in zip(numbers, numbers[1:], strict=False)) or numbers[-1] <= 0.0:
+        raise ValueError("must fall from step to step, and stay above 0")
+    return numbers
+
+
+def renoise(x0, sigma, eps):
+    """x_t. sigma is a number, or [B]."""
+    sigma = expand_to(sigma, x0) if torch.is_tensor(sigma) else sigma
+    return (1.0 - sigma) * x0 + sigma * eps
+
+
+def flow_grid(steps: list[float], count: int, shift: float) -> list[float]:
+    """About `count` timesteps from 1000 to 0 of this shift, and all of `steps` among them."""
+    even = [TIMESTEPS * shift_time(i / count, shift) for i in range(count, -1, -1)]
+    return sorted({*even, *steps}, reverse=True)
+
+
+def flow_trajectory(velocity, noise, grid: list[float], kept: list[float]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Along the flow: what x was at each of the kept timesteps, and where it ends at t = 0.
+
+    By Adams and Bashforth's method: a velocity a step, as Euler's, and with a third of the steps it ends nearer.
+    """
+    x, at, before = noise, {}, None
+    for t, t_next in pairwise(grid):
+        at[t] = x
+        v = velocity(x, t)
+        mean = v if before is None else v + (t_next - t) / (2 * (t - before[0])) * (v - before[1])
+        x, before = x + (t_next - t) / TIMESTEPS * mean, (t, v)
+    return [at[t] for t in kept], x
+
+
+def stock_scheduler(steps: list[float]) -> FlowMatchLCMScheduler | None:
+    """A stock scheduler that takes exactly these steps when it is told their number; None where its rule has none.
+
+    Its grid is even, then shifted, then stretched to end at shift_terminal. Two steps need the last alone, three also
+    the shift; a longer list fits if it is an even one under some shift.
+    """
+    low, high = 1e-3, 30.0  # in between, a larger shift makes the second step larger
+    wanted = torch.tensor(steps)
+    for _ in range(200):
+        shift = (low * high) ** 0.5
+        terminal = steps[-1] / TIMESTEPS if len(steps) > 1 else None
+        scheduler = FlowMatchLCMScheduler(shift=shift, shift_terminal=terminal)
+        scheduler.set_timesteps(len(steps))
+        if (scheduler.timesteps - wanted).abs().max() < 2e-4:
+            return scheduler
+        if len(steps) < 3:
+            break
+        low, high = (shift, high) if scheduler.timesteps[1] < wanted[1] else (low, shift)
+    return None
