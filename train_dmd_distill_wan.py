@@ -9,13 +9,16 @@ Networks
     full: three transformers. lora: one, frozen; student and fake_score are two adapters on it, the teacher it without.
 
 Algorithm, for each batch of prompts; sigma = t / 1000, x_t = (1 - sigma) * x0 + sigma * eps, v = eps - x0
-    rollout    x = noise at the first of `steps`; until the exit step, which is drawn: x0 = x - sigma * v_student,
-               x = x0 with fresh noise of the next step; x_g = x0 of the exit step, the only one with a gradient
-    student    t, eps fresh                     every generator_update_interval steps
-               v_real = v_uncond + s * (v_cond - v_uncond),  v_star = eps - x_g
-               g      = (v_real - v_fake) / mean|v_real - v_star|
-               loss   = |x_g - stop(x_g - g)|^2 / 2
-    fake_score t, eps fresh;  loss = |v_fake - (eps - x_g)|^2
+    1. draws       noise of each of `steps`, the exit step, dropped prompts
+    2. rollout     x = noise at the first of `steps`; until the exit step: x0 = x - sigma * v_student, x = x0 with fresh
+                   noise of the next step; x_g = x0 of the exit step, the only one with a gradient
+    3. student     t, eps fresh                     every generator_update_interval steps
+                   v_real = v_uncond + s * (v_cond - v_uncond),  v_star = eps - x_g
+                   g      = (v_real - v_fake) / mean|v_real - v_star|
+                   loss   = |x_g - stop(x_g - g)|^2 / 2
+    4. fake_score  t, eps fresh;  loss = |v_fake - (eps - x_g)|^2
+    5. optimizers  6. moving average of the student
+    The first causal_init_steps regress the student to the teacher's own trajectories instead of 2. to 4.
 
 Blocks
     num_frame_per_block > 0 is self-forcing: the student makes the clip block by block, each seeing the clean blocks
@@ -30,53 +33,42 @@ Launch
         --train_prompts prompts.txt --validation_resolution 832x480 --resolution_type pixel_area --resolution 632 \\
         --lora_rank 128 --gradient_checkpointing --mixed_precision bf16
 
-To fork it for another model, edit "The model" and the flags above it; the rest asks nothing of the model.
+To fork it for another model, replace the block "The model": nothing else knows the model. tests/forks/ has an example.
 """
 
 import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import math
 import tempfile
 import time
-from collections import Counter
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from diffusers import FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel
-from diffusers.schedulers import SchedulerMixin
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
 
-from common.checkpoint import StopSignal, find_checkpoint, resume, save_checkpoint
-from common.data.buckets import target_size
-from common.data.clips import latent_frames, open_clip_readers, save_clip
-from common.data.datasets import SOURCES, check_data_flags, plan_buckets
-from common.data.samples import NoGoodSamples
-from common.data.stream import gather_states, open_batches
-from common.dmd_flags import (
-    batch_warning,
-    blocks_of,
-    check_clip_flags,
-    check_dmd_flags,
-    check_rollouts,
-    trained_from,
-    wanted_student,
-)
-from common.draws import Draws, draw_exits, score_range, score_timesteps, tied_noise
-from common.export import create_hub_repository, push_to_hub, save_comfy_lora, write_model_card
+from common.checkpoint import StopSignal, resume
+from common.data.buckets import check_frame_count, latent_frames, pixel_frames, target_size
+from common.data.clips import clip_size, open_caption_readers
+from common.data.datasets import SOURCES, Data, open_data, plan_buckets
+from common.data.encoder import Encoders, SampleEncoder, open_encoder
+from common.data.stream import open_batches
+from common.draws import Draws, draw_dropped, draw_exits, score_range, score_timesteps, tied_noise
+from common.export import push_to_hub, save_comfy_lora
 from common.flags import (
     add_bucket_flags,
+    add_clip_flags,
     add_shared_flags,
-    add_video_flags,
-    check_bucket_flags,
+    bucket_rules,
+    check_ranges,
     check_shared_flags,
+    filled,
+    frozen,
     parse_with_config,
 )
 from common.losses import dmd_gradient, dmd_loss, fake_score_loss
@@ -88,35 +80,56 @@ from common.networks import (
     speed_up,
     weights_copy,
     weights_exchanged,
+    with_uncond,
 )
-from common.optim import average_gradients, clip_gradients, gradient_norm, make_optimizer, make_schedule, update_ema
-from common.pictures import below_each_other, frame_strip, labelled_grid, validation_prompts
-from common.plan.memory import plan_of
-from common.report import FULL_STEPS
-from common.run import set_up_device
-from common.solvers import TIMESTEPS, expand_to, flow_grid, flow_trajectory, renoise, stock_scheduler
-from common.tracking import GAP_RANGES, Means, Progress, errors_to_webhook, gap_name
-from common.wan import encoders as wan
-from common.wan.causal import BlockCausal, block_ends, block_lengths, first_tokens, roll_out
-from common.wan.parallel import shard, share_tokens, wants_fsdp, whole
-from common.wan.report import clip_statistics, clips_report, signs_of_collapse
+from common.optim import (
+    average_gradients,
+    clip_gradients,
+    gradient_norm,
+    make_optimizer,
+    make_schedule,
+    optimizer_name,
+    update_ema,
+)
+from common.pictures import validation_prompts
+from common.run import Saver, check_finite, end_run, open_repository, start
+from common.solvers import (
+    TIMESTEPS,
+    block_lengths,
+    denoising_steps,
+    flow_grid,
+    flow_trajectory,
+    renoise,
+    roll_out,
+    stock_scheduler,
+)
+from common.tracking import GAP_RANGES, Means, Tracking, gap_name, webhook_errors
+from common.wan.parallel import check_processes, gathered, shard, wants_fsdp
+from common.wan.report import ClipComparison, write_clips_report
 
-LORA_TARGETS = "to_q,to_k,to_v,to_out.0,ffn.net.0.proj,ffn.net.2"
-TOY = Path(__file__).parent / "tests" / "toy"
 FLOW_STEPS = 20  # of the teacher's trajectories, and those of the student among them
+RECIPE_BATCH = 64  # samples of an optimizer step in the papers' recipes
 LOG_EVERY = 10  # optimizer steps; the only place where the loop waits for the device
 MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "student_grad_norm", "fake_score_grad_norm"]
 MEANS += map(gap_name, GAP_RANGES)
 
 
+@dataclass(frozen=True)
+class Method:
+    """What the flags of the method come to."""
+
+    steps: list[float]  # the student's timesteps, falling from 1000
+    teacher_guidance: float  # of validation's clips
+    validation_frames: int  # of a clip, as blocks divide them
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Flags, data, method, and what is to be said about them. Every rule is checked here, before any model loads."""
+    parser = flag_parser(__doc__)
     # fmt: off
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_teacher_model", type=str, help="folder or hub name of the pipeline; default: the toy teacher, by its own recipe")
     add("--teacher_revision", type=str, help="the teacher's branch, tag or commit on the hub")
-    add("--pretrained_t5_model_name_or_path", type=str, help="where text encoder and tokenizer are; default: the teacher's")
-    add("--max_sequence_length", type=int, default=512, metavar="N", help="rows of text that the transformer attends to, without a mask: what a prompt lacks is zeros; WanPipeline's argument")
     add("--resolution", type=float, default=480, help="of training, in the unit of --resolution_type")
     add("--plan", type=float, nargs="?", const=0.0, metavar="GB", help="load and train nothing, but print what the run takes on each GPU, and what would make it fit into so many GB; default: those of the GPU that is here")
     add("--context_parallel_degree", type=int, default=1, metavar="N", help="N processes share each clip's tokens; the number of processes must be a multiple of it")
@@ -157,7 +170,7 @@ def parse_args(argv=None):
     add("--min_score_timestep", type=float, default=0.0, help="the lower bound without --ts_schedule")
     add("--negative_prompt", type=str, help="what guidance leads away from; default: --validation_negative_prompt, or the empty prompt")
 
-    add = parser.add_argument_group("self-forcing; frames are latent ones, of 4 frames each but the first").add_argument
+    add = parser.add_argument_group("self-forcing", "Frames are latent ones: Wan has one for the first frame and for each four that follow.").add_argument
     add("--num_frame_per_block", type=int, default=0, help="frames that are made together; 0: all, a bidirectional student")
     add("--independent_first_frame", action=argparse.BooleanOptionalAction, default=False, help="the first block is one frame")
     add("--same_step_across_blocks", action=argparse.BooleanOptionalAction, default=False, help="one exit step for all blocks of a rollout; default: one each")
@@ -172,47 +185,228 @@ def parse_args(argv=None):
     # fmt: on
     add_shared_flags(parser)
     add_bucket_flags(parser)
-    add_video_flags(parser)
+    add_clip_flags(parser)
     parser.set_defaults(
         output_dir="dmd-wan-distilled", train_batch_size=1, learning_rate=2e-5, vae_encode_batch_size=1,
-        bucket_alignment=16, crop_aspect="preserve", validation_num_inference_steps=None,
-        report_steps=None, tracker_project_name="text2video-distill",
+        crop_aspect="preserve", validation_num_inference_steps=None, report_steps=None,
+        tracker_project_name="text2video-distill",
     )  # fmt: skip
+    add_model_flags(parser)
 
-    args = parse_with_config(parser, argv, family="wan", method="dmd", recipe=toy_recipe)
-    check_shared_flags(parser, args)
-    check_dmd_flags(parser, args, LORA_TARGETS)
-    rules = check_bucket_flags(parser, args)
-    check_data_flags(parser, args, rules)
-    args.validation_num_video_frames = args.validation_num_video_frames or args.num_frames
-    check_clip_flags(parser, args)
-    check_rollouts(parser, args)
-    args.validation_resolution = args.validation_resolution or [target_size(1, 1, rules)]
+    args = parse_with_config(parser, argv, family=FAMILY, method="dmd", recipe=toy_recipe)
+    notes = check_shared_flags(parser, args)
+    args, dmd_notes = check_dmd_flags(parser, args)
+    check_model_flags(parser, args)
+    rules, size_notes = bucket_rules(parser, args)
+    data, data_notes = open_data(parser, args, rules, FRAMES_PER_LATENT)
+    args = filled(args, validation_resolution=[target_size(1, 1, rules)])
     for height, width in args.validation_resolution:
-        if height % 16 or width % 16:
-            parser.error(f"--validation_resolution {width}x{height}: must be multiples of 16")
-        if height // 16 * (width // 16) % args.context_parallel_degree:
+        if height % SIDE_FACTOR or width % SIDE_FACTOR:
+            parser.error(f"--validation_resolution {width}x{height}: must be multiples of {SIDE_FACTOR}")
+        if height // SIDE_FACTOR * (width // SIDE_FACTOR) % args.context_parallel_degree:
             parser.error(
                 f"--validation_resolution {width}x{height}: --context_parallel_degree must divide a frame's tokens"
             )
-    return args
+    data, frames, block_notes = check_blocks(parser, args, data)
+    method, method_notes = method_of(parser, args, frames)
+    args = filled(args, report_steps=[len(method.steps)])
+    return frozen(args), data, method, [*dmd_notes, *method_notes, *notes, *size_notes, *data_notes, *block_notes]
+
+
+def wanted_student(args) -> str:
+    """full or lora. The toy teacher is small: nothing speaks for adapters on it but that somebody asks for them."""
+    given = args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules, args.lora_type
+    as_adapters = args.pretrained_teacher_model is not None or any(value is not None for value in given)
+    return args.model_type or ("lora" if as_adapters else "full")
+
+
+def check_dmd_flags(parser, args):
+    """Checks every rule of the student's and the method's flags. Returns args with their defaults, and notes."""
+    toy, notes = args.pretrained_teacher_model is None, []
+    args = filled(args, model_type=wanted_student(args))
+    if toy:
+        notes.append(f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type}).")
+    lora = {"lora_rank": 128, "lora_alpha": 128, "lora_dropout": 0.0, "lora_target_modules": LORA_TARGETS}
+    if args.model_type == "lora":
+        args = filled(args, **lora)
+    elif given := [name for name in lora if getattr(args, name) is not None]:
+        parser.error(f"--model_type full: takes no --{given[0]}")
+    if args.model_type == "lora" and args.export_pipeline:
+        parser.error("--export_pipeline: is for a full student; a LoRA loads into its teacher's pipeline")
+    if args.model_type == "full" and "comfyui" in args.export_formats:
+        parser.error("--export_formats comfyui: is a layout of LoRA files")
+    if args.context_parallel_degree > 1 and args.attention_mechanism != "diffusers":
+        parser.error(
+            f"--context_parallel_degree and --attention_mechanism {args.attention_mechanism}: one or the other"
+        )
+    check_ranges(
+        parser, args,
+        at_least_one=("lora_rank", "lora_alpha", "num_training_frames", "context_parallel_degree",
+                      "generator_update_interval", "ema_update_interval"),
+        not_negative=("num_frame_per_block", "fake_score_guidance_scale", "fake_score_weight_decay",
+                      "causal_init_steps", "plan"),
+        positive=("fake_score_lr", "fake_score_eps", "fake_score_grad_clip", "timestep_shift", "flow_schedule_shift",
+                  "causal_init_lr"),
+        below_one=("lora_dropout", "ema_decay"), share=("min_timestep_ratio", "max_timestep_ratio"),
+    )  # fmt: skip
+    for name in ("causal_init_lr", "causal_init_guidance"):
+        if getattr(args, name) is not None and not args.causal_init_steps and not toy:  # the toy's recipe has both
+            parser.error(f"--{name}: belongs to --causal_init_steps, and there are none")
+    args = filled(
+        args, causal_init_lr=args.learning_rate, causal_init_guidance=args.real_score_guidance_scale,
+        negative_prompt=args.validation_negative_prompt or "",
+    )  # fmt: skip
+    for name in ("real_score_guidance_scale", "causal_init_guidance"):
+        if not 1.0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name} {getattr(args, name):g}: must be at least 1, no guidance")
+    if not args.min_timestep_ratio < args.max_timestep_ratio:
+        parser.error(
+            f"--min_timestep_ratio {args.min_timestep_ratio:g} and --max_timestep_ratio {args.max_timestep_ratio:g}: "
+            f"need 0 <= min < max <= 1"
+        )
+    for name in ("min_score_timestep", "context_noise"):
+        if not 0.0 <= getattr(args, name) < TIMESTEPS:
+            parser.error(f"--{name} {getattr(args, name):g}: must be in [0, 1000)")
+    if not all(0.0 <= beta < 1.0 for beta in args.fake_score_betas):
+        parser.error(f"--fake_score_betas {args.fake_score_betas}: must be in [0, 1)")
+    return args, notes
+
+
+def method_of(parser, args, frames: int) -> tuple[Method, list[str]]:
+    """What the method's flags come to, and notes; `frames` are those of a validation clip."""
+    notes, given = [], args.dmd_denoising_steps
+    try:
+        steps = denoising_steps(given, args.flow_schedule_shift or 1.0)
+    except ValueError as error:
+        parser.error(f"--dmd_denoising_steps {given}: {error}")
+    if "," not in given and len(steps) > 1 and args.flow_schedule_shift is None:
+        parser.error(f"--dmd_denoising_steps {given}: a number of steps needs --flow_schedule_shift")
+    if args.validation_num_inference_steps not in (None, [len(steps)]):
+        wanted = ",".join(map(str, args.validation_num_inference_steps))
+        notes.append(f"--validation_num_inference_steps {wanted}: the student has {len(steps)}")
+    guidance = args.validation_guidance
+    if guidance in (None, 1.0):
+        guidance = args.real_score_guidance_scale
+    else:
+        notes.append(f"--validation_guidance {guidance:g}: of the teacher; a student takes none")
+    return Method(steps, guidance, frames), notes
+
+
+# ---- Blocks of a rollout ----
+
+
+def blocks_of(args, frames: int) -> list[int]:
+    """Lengths of the blocks of so many latent frames. One block is rolled out no longer than it is trained."""
+    frames = frames if args.num_frame_per_block else min(frames, args.num_training_frames)
+    return block_lengths(frames, args.num_frame_per_block, args.independent_first_frame)
+
+
+def trained_from(args, frames: int) -> int:
+    """First latent frame that is trained, of so many."""
+    return max(0, frames - args.num_training_frames)
+
+
+def fit_to_blocks(name: str, frames: int, args) -> tuple[int, list[str]]:
+    """Frames of a clip as they are where blocks divide them, else cut to --num_training_frames; and a note."""
+
+    def divisible(latents: int) -> bool:
+        try:
+            return bool(block_lengths(latents, args.num_frame_per_block, args.independent_first_frame))
+        except ValueError:
+            return False
+
+    check_frame_count(name, frames, FRAMES_PER_LATENT)
+    latents, trained = latent_frames(frames, FRAMES_PER_LATENT), args.num_training_frames
+    if divisible(latents):
+        return frames, []
+    if trained < latents and divisible(trained):
+        cut = pixel_frames(trained, FRAMES_PER_LATENT)
+        return cut, [
+            f"{name} {frames}: {latents} latent frames are no whole blocks of {args.num_frame_per_block}; "
+            f"cut to --num_training_frames {trained}, {cut} frames"
+        ]
+    fewer = [count for count in range(latents, 0, -1) if divisible(count)][:1]
+    more = next(count for count in itertools.count(latents) if divisible(count))
+    near = " or ".join(str(pixel_frames(count, FRAMES_PER_LATENT)) for count in (*fewer, more))
+    raise ValueError(
+        f"{name} {frames}: {latents} latent frames are no whole blocks of --num_frame_per_block "
+        f"{args.num_frame_per_block}{' after the first frame' * args.independent_first_frame}; {near} frames are"
+    )
+
+
+def check_blocks(parser, args, data: Data) -> tuple[Data, int, list[str]]:
+    """Data and validation with as many frames as blocks divide, and notes."""
+    notes, datasets = [], []
+    try:
+        for dataset in data.datasets:
+            frames, said = fit_to_blocks(f"{dataset.id}: num_frames", dataset.num_frames, args)
+            datasets.append(replace(dataset, num_frames=frames))
+            notes += said
+        shown = args.validation_num_video_frames or args.num_frames
+        shown, said = fit_to_blocks("--validation_num_video_frames", shown, args)
+    except ValueError as error:
+        parser.error(str(error))
+    for dataset in datasets:
+        blocks = blocks_of(args, latent_frames(dataset.num_frames, FRAMES_PER_LATENT))
+        if trained_from(args, sum(blocks)) not in accumulate(blocks, initial=0):
+            parser.error(
+                f"--num_training_frames {args.num_training_frames}: must be whole blocks of a rollout of {sum(blocks)} "
+                f"latent frames ({', '.join(map(str, blocks))})"
+            )
+    return replace(data, datasets=tuple(datasets)), shown, notes + said
+
+
+# =====================================================================================================================
+# The model: a fork for another one replaces this block, and nothing else
+# =====================================================================================================================
+
+from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.schedulers import SchedulerMixin
+from diffusers.utils import is_ftfy_available
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from common.cache import weights_identity
+from common.wan.causal import BlockCausal
+from common.wan.parallel import share_tokens
+
+FAMILY = "wan"  # model_family of config files
+PIPELINE = WanPipeline
+LORA_TARGETS = "to_q,to_k,to_v,to_out.0,ffn.net.0.proj,ffn.net.2"
+BLOCKS = ("WanTransformerBlock",)  # what is compiled, and gathered at a time where weights are split
+FRAMES_PER_LATENT = 4  # of a clip, for each latent frame after the first
+FRAMES_PER_SECOND = 16
+SIDE_FACTOR = 16  # of a clip's sides: the VAE's 8, and the transformer's patches of 2
+TOY = Path(__file__).parent / "tests" / "toy"
+
+
+def add_model_flags(parser):
+    # fmt: off
+    add = parser.add_argument_group("text and sizes of Wan").add_argument
+    add("--pretrained_t5_model_name_or_path", type=str, help="where text encoder and tokenizer are; default: the teacher's")
+    add("--max_sequence_length", type=int, default=512, metavar="N", help="rows of text that the transformer attends to, without a mask: what a prompt lacks is zeros; WanPipeline's argument")
+    # fmt: on
+    parser.set_defaults(bucket_alignment=SIDE_FACTOR)
+
+
+def check_model_flags(parser, args):
+    check_ranges(parser, args, at_least_one=("max_sequence_length",))
+    if args.mixed_precision == "fp16":
+        parser.error("--mixed_precision fp16: Wan's activations overflow it; bf16 or no")
 
 
 def toy_recipe(args) -> dict:
+    """The toy teacher's settings by flag, in place of the flags' defaults."""
     recipe = json.loads((TOY / "wan_recipe.json").read_text())
-    paths = {"pretrained_teacher_model": str(TOY / "wan")}
-    if not any(getattr(args, name) for name in SOURCES):
-        paths["train_prompts"] = str(TOY / "wan_prompts.txt")
+    data = {} if any(getattr(args, name) for name in SOURCES) else {"train_prompts": str(TOY / "wan_prompts.txt")}
     attention = "causal" if args.num_frame_per_block else "bidirectional"
-    return paths | recipe["shared"] | recipe[wanted_student(args)] | recipe[attention]
+    return data | recipe["shared"] | recipe[wanted_student(args)] | recipe[attention]
 
 
-# =====================================================================================================================
-# The model: what a fork for another one edits
-# =====================================================================================================================
-
-PIPELINE = WanPipeline
-COMPILED_BLOCKS = ("WanTransformerBlock",)
+def teacher_of(args) -> str:
+    return args.pretrained_teacher_model or str(TOY / "wan")
 
 
 def hub_options(args) -> dict:
@@ -220,15 +414,13 @@ def hub_options(args) -> dict:
 
 
 def load_scheduler(args) -> SchedulerMixin:
-    """The teacher's own, of whatever kind."""
-    loaded = PIPELINE.from_pretrained(
-        args.pretrained_teacher_model, transformer=None, vae=None, text_encoder=None, tokenizer=None,
-        **hub_options(args),
-    ).scheduler  # fmt: skip
+    """The teacher's own sampler, of whatever kind."""
+    parts = dict.fromkeys(("transformer", "vae", "text_encoder", "tokenizer"))
+    scheduler = PIPELINE.from_pretrained(teacher_of(args), **parts, **hub_options(args)).scheduler
     if args.flow_schedule_shift is not None:
-        name = "flow_shift" if "flow_shift" in loaded.config else "shift"
-        loaded = type(loaded).from_config(loaded.config, **{name: args.flow_schedule_shift})
-    return loaded
+        name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
+        scheduler = type(scheduler).from_config(scheduler.config, **{name: args.flow_schedule_shift})
+    return scheduler
 
 
 def schedule_shift(scheduler) -> float:
@@ -236,17 +428,18 @@ def schedule_shift(scheduler) -> float:
 
 
 def load_transformer(args, dtype: torch.dtype) -> WanTransformer3DModel:
+    if dtype == torch.float16:
+        raise SystemExit("mixed_precision fp16 of accelerate's config: Wan's activations overflow it; bf16 or no")
     transformer, loading = WanTransformer3DModel.from_pretrained(
-        args.pretrained_teacher_model, subfolder="transformer", dtype=dtype, output_loading_info=True,
-        **hub_options(args),
-    )  # fmt: skip
+        teacher_of(args), subfolder="transformer", dtype=dtype, output_loading_info=True, **hub_options(args)
+    )
     missing, unexpected = loading["missing_keys"], loading["unexpected_keys"]
     if missing or unexpected:  # diffusers only warns, and leaves what is missing at random
         raise SystemExit(f"the teacher's weights do not fit its config: {missing} missing, {unexpected} unexpected")
     return transformer.requires_grad_(False).eval()
 
 
-def add_adapters(transformer: WanTransformer3DModel, args) -> WanTransformer3DModel:
+def add_adapters(args, transformer: WanTransformer3DModel) -> WanTransformer3DModel:
     """The teacher itself, with two fp32 adapters that start at zero."""
     modules = [name.strip() for name in args.lora_target_modules.split(",")]
     for name in ("student", "fake_score"):
@@ -261,59 +454,140 @@ def add_adapters(transformer: WanTransformer3DModel, args) -> WanTransformer3DMo
     return transformer.eval()
 
 
-def predict(transformer, x, t, cond: torch.Tensor):
-    """The flow velocity eps - x0 at x_t. [B, C, F, h, w]; t is [B] and stays fp32, bf16 has no 757."""
-    return transformer(hidden_states=x.to(cond.dtype), timestep=t, encoder_hidden_states=cond).sample
+def make_causal(transformer: WanTransformer3DModel) -> BlockCausal:
+    """What calls the transformer block by block; with --num_frame_per_block alone."""
+    return BlockCausal(transformer)
 
 
-def latent_shape(transformer, vae_config: dict, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(C, F, h, w) of so many latent frames of a clip of this height and width."""
-    factor = vae_config["scale_factor_spatial"]
-    return transformer.config.in_channels, frames, size[0] // factor, size[1] // factor
+def text_source(args) -> dict:
+    """Where text encoder and tokenizer are, as from_pretrained takes it."""
+    if args.pretrained_t5_model_name_or_path:
+        return {"model": args.pretrained_t5_model_name_or_path, "revision": None}
+    return {"model": teacher_of(args), "revision": args.teacher_revision}
 
 
-def tokens_of_frame(transformer, height: int, width: int) -> int:
-    """Of a latent frame."""
-    _, rows, columns = transformer.config.patch_size
-    return (height // rows) * (width // columns)
+def load_vae(args, device, dtype: torch.dtype) -> AutoencoderKLWan:
+    vae = AutoencoderKLWan.from_pretrained(teacher_of(args), subfolder="vae", dtype=dtype, **hub_options(args))
+    return vae.requires_grad_(False).eval().to(device)
 
 
-@torch.no_grad()
-def draw_teacher(args, transformer, vae, scheduler, cond, negative, steps: int, rngs: list[torch.Generator], size):
-    """Latents of clips by the stock pipeline, one for each generator."""
-    pipeline = PIPELINE(None, None, vae, scheduler, transformer)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        prompt_embeds=cond, negative_prompt_embeds=negative, height=size[0], width=size[1],
-        num_frames=args.validation_num_video_frames, num_inference_steps=steps,
-        guidance_scale=args.validation_guidance, output_type="latent", generator=rngs,
-    ).frames  # fmt: skip
+def load_text_encoder(args, device, dtype: torch.dtype):
+    source = text_source(args)
+    name, options = source["model"], {"revision": source["revision"], "cache_dir": args.cache_dir}
+    tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", **options)
+    encoder = UMT5EncoderModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype, **options)
+    quantize(encoder, args.text_encoder_1_precision, "cpu" if args.quantize_via == "cpu" else device)
+    return tokenizer, encoder.requires_grad_(False).eval().to(device)
+
+
+def encoders(args, device, dtype: torch.dtype) -> Encoders:
+    """What turns clips and prompts into what the network is shown, and all that shapes their caches."""
+    source, vae_dtype = text_source(args), torch.float32
+    return Encoders(
+        load_vae=lambda: load_vae(args, device, vae_dtype),
+        encode_pixels=encode_pixels,
+        load_text=lambda: load_text_encoder(args, device, dtype),
+        encode_prompts=functools.partial(encode_prompts, length=args.max_sequence_length),
+        latents_identity=lambda: {
+            "vae": weights_identity(teacher_of(args), "vae", args.teacher_revision), "dtype": vae_dtype
+        },
+        text_identity=lambda: {
+            "text": [weights_identity(source["model"], f, source["revision"]) for f in ("text_encoder", "tokenizer")],
+            "dtype": dtype, "precision": args.text_encoder_1_precision, "length": args.max_sequence_length,
+            "ftfy": is_ftfy_available(),
+        },
+        text_length=args.max_sequence_length,
+    )  # fmt: skip
+
+
+def encode_prompts(text_encoder, prompts: list[str], length: int) -> dict[str, list[torch.Tensor]]:
+    """States of each prompt's own tokens, [L, C] with L up to `length`.
+
+    One at a time: nothing is padded, and a prompt's embedding is the same whatever is encoded beside it.
+    """
+    tokenizer, encoder = text_encoder
+    rows = []
+    for prompt in prompts:
+        tokens = tokenizer(prompt_clean(prompt), max_length=length, truncation=True, return_tensors="pt")
+        rows.append(encoder(tokens.input_ids.to(encoder.device)).last_hidden_state[0])
+    return {"prompt_embeds": rows}
+
+
+def latent_statistics(vae) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each channel of the VAE's latents, fp32, [1, C, 1, 1, 1]."""
+    mean, std = (torch.tensor(getattr(vae.config, name)) for name in ("latents_mean", "latents_std"))
+    return mean.view(1, -1, 1, 1, 1).to(vae.device), std.view(1, -1, 1, 1, 1).to(vae.device)
+
+
+def encode_pixels(vae, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Normalised latents, the posterior's mode as Wan itself takes. [B, 3, F, H, W] -> [B, C, (F - 1) / 4 + 1, h, w]"""
+    mean, std = latent_statistics(vae)
+    latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+    return {"latents": ((latents.float() - mean) / std).to(vae.dtype)}
 
 
 @torch.no_grad()
 def decode(vae, latents: torch.Tensor) -> list:
     """[B, C, f, h, w] -> B times [F, H, W, 3] in [0, 1]."""
-    pixels = wan.decode_latents(vae, latents).float()
+    mean, std = latent_statistics(vae)
+    pixels = vae.decode((latents.float() * std + mean).to(vae.dtype)).sample.float()  # [B, 3, F, H, W] in [-1, 1]
     return list((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).cpu().numpy())
 
 
-def student_scheduler(args) -> tuple[FlowMatchLCMScheduler, str]:
-    """What makes the stock pipeline take the student's steps, and the line of code that some lists of steps need."""
-    if scheduler := stock_scheduler(args.steps):
+def predict(transformer, x, t, cond: dict[str, torch.Tensor]):
+    """The flow velocity eps - x0 at x_t. [B, C, F, h, w]; t is [B] and stays fp32, bf16 has no 757."""
+    embeds = cond["prompt_embeds"]
+    return transformer(hidden_states=x.to(embeds.dtype), timestep=t, encoder_hidden_states=embeds).sample
+
+
+@functools.cache
+def vae_factor(name: str, revision: str | None, cache_dir: str | None) -> int:
+    """Pixels of a clip's side for each of its latents'."""
+    config = AutoencoderKLWan.load_config(name, subfolder="vae", revision=revision, cache_dir=cache_dir)
+    return config["scale_factor_spatial"]
+
+
+def latent_shape(args, transformer, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(C, F, h, w) of so many latent frames of a clip of this height and width."""
+    factor = vae_factor(teacher_of(args), args.teacher_revision, args.cache_dir)
+    return transformer.config.in_channels, frames, size[0] // factor, size[1] // factor
+
+
+def tokens_of_frame(transformer, height: int, width: int) -> int:
+    """Tokens of a latent frame of this height and width."""
+    _, rows, columns = transformer.config.patch_size
+    return (height // rows) * (width // columns)
+
+
+@torch.no_grad()
+def generate_by_teacher(args, method, transformer, vae, scheduler, cond, negative, steps: int, rngs: list, size):
+    """Latents of clips by the stock pipeline, one for each random generator."""
+    pipeline = PIPELINE(None, None, vae, scheduler, transformer)
+    pipeline.set_progress_bar_config(disable=True)
+    embeds = cond["prompt_embeds"]
+    return pipeline(
+        prompt_embeds=embeds, negative_prompt_embeds=negative["prompt_embeds"].expand_as(embeds),
+        height=size[0], width=size[1], num_frames=method.validation_frames, num_inference_steps=steps,
+        guidance_scale=method.teacher_guidance, output_type="latent", generator=rngs,
+    ).frames  # fmt: skip
+
+
+def student_scheduler(steps: list[float]) -> tuple[FlowMatchLCMScheduler, str]:
+    """A scheduler that makes the stock pipeline take these steps, and a line of code where some lists need one more."""
+    if scheduler := stock_scheduler(steps):
         return scheduler, ""
-    line = f"scheduler.set_timesteps = functools.partial(scheduler.set_timesteps, timesteps={args.steps})\n"
+    line = f"scheduler.set_timesteps = functools.partial(scheduler.set_timesteps, timesteps={steps})\n"
     return FlowMatchLCMScheduler(shift=1.0), line
 
 
-def causal_usage(args, transformer) -> str:
+def causal_usage(args, method, transformer) -> str:
     """Lines that make a clip block by block, with the common/ folder of this repository at hand."""
-    blocks = block_lengths(
-        latent_frames(args.validation_num_video_frames), args.num_frame_per_block, args.independent_first_frame
-    )
+    frames = latent_frames(method.validation_frames, FRAMES_PER_LATENT)
+    blocks = block_lengths(frames, args.num_frame_per_block, args.independent_first_frame)
     (height, width), channels = args.validation_resolution[0], transformer.config.in_channels
     return (
-        "from common.causal import BlockCausal, roll_out\n\n"
-        f"steps, blocks = {args.steps}, {blocks}\n"
+        "from common.solvers import roll_out\nfrom common.wan.causal import BlockCausal\n\n"
+        f"steps, blocks = {method.steps}, {blocks}\n"
         f'text, _ = pipeline.encode_prompt("your prompt", max_sequence_length={args.max_sequence_length})\n'
         "predict, remember = BlockCausal(pipeline.transformer).calls(\n"
         "    lambda x, t: pipeline.transformer(x.to(text), torch.tensor([t], device=x.device), text).sample.float()\n"
@@ -321,20 +595,20 @@ def causal_usage(args, transformer) -> str:
         f"shape = 1, {channels}, sum(blocks), {height} // pipeline.vae_scale_factor_spatial, "
         f"{width} // pipeline.vae_scale_factor_spatial\n"
         "noise = functools.cache(lambda k: torch.randn(shape, device=text.device))\n"
-        "exits, made = [len(steps) - 1] * len(blocks), []\n"
+        "exits, clip = [len(steps) - 1] * len(blocks), []\n"
         "with torch.no_grad():\n"
         "    for latents in roll_out(\n"
         f"        predict, remember, noise, steps, blocks, exits, context_noise={args.context_noise}\n"
         "    ):\n"
-        "        made.append(latents)  # this block's frames are there before the next one's are begun\n"
+        "        clip.append(latents)  # this block's frames are there before the next one's are begun\n"
     )
 
 
-def export(args, folder: Path, transformer) -> tuple[list[str], str]:
-    """Writes what stock diffusers loads. Returns the files' names and the lines of code that load them."""
-    scheduler, line = student_scheduler(args)
+def export(args, method, folder: Path, transformer) -> tuple[list[str], str]:
+    """Writes the files that stock diffusers loads. Returns their names and the lines of code that load them."""
+    scheduler, line = student_scheduler(method.steps)
     scheduler.save_pretrained(folder / "scheduler")
-    base, replaced = args.pretrained_teacher_model, "scheduler=scheduler"
+    base, replaced = teacher_of(args), "scheduler=scheduler"
     load = f'scheduler = FlowMatchLCMScheduler.from_pretrained("{folder}", subfolder="scheduler")\n{line}'
     if args.model_type == "lora":
         layers = get_peft_model_state_dict(transformer, adapter_name="student")
@@ -355,19 +629,19 @@ def export(args, folder: Path, transformer) -> tuple[list[str], str]:
         load += f'transformer = WanTransformer3DModel.from_pretrained("{folder}", subfolder="transformer")\n'
         replaced += ", transformer=transformer"
         if args.export_pipeline:
-            whole = PIPELINE.from_pretrained(base, transformer=transformer, scheduler=scheduler, **hub_options(args))
-            whole.save_pretrained(folder)
-            files += ["model_index.json", *(name for name, part in whole.components.items() if part is not None)]
+            pipeline = PIPELINE.from_pretrained(base, transformer=transformer, scheduler=scheduler, **hub_options(args))
+            pipeline.save_pretrained(folder)
+            files += ["model_index.json", *(name for name, part in pipeline.components.items() if part is not None)]
     usage = (
         "import functools\n\nimport torch\n"
         + f"from diffusers import FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel\n\n{load}"
         + f'pipeline = WanPipeline.from_pretrained("{base}", {replaced})\n{after}'
     )
     if args.num_frame_per_block:  # the pipeline would show it the whole clip at once
-        usage += causal_usage(args, transformer)
+        usage += causal_usage(args, method, transformer)
     else:
-        usage += f'video = pipeline("your prompt", num_frames={args.validation_num_video_frames}, '
-        usage += f"num_inference_steps={len(args.steps)}, guidance_scale=1.0, "
+        usage += f'video = pipeline("your prompt", num_frames={method.validation_frames}, '
+        usage += f"num_inference_steps={len(method.steps)}, guidance_scale=1.0, "
         usage += f"max_sequence_length={args.max_sequence_length}).frames[0]\n"
     return ["scheduler", *dict.fromkeys(files)], usage
 
@@ -377,367 +651,323 @@ def export(args, folder: Path, transformer) -> tuple[list[str], str]:
 # =====================================================================================================================
 
 
-def load_networks(args, accelerator, weight_dtype) -> tuple[dict[str, WanTransformer3DModel], BlockCausal | None]:
-    """Teacher, student and fake score, with LoRA all the same transformer; and what makes the student causal."""
+@dataclass(frozen=True)
+class Networks:
+    """Teacher, student and fake score. With LoRA they are one transformer, whose adapters take turns."""
+
+    by_role: dict[str, torch.nn.Module]
+    causal: object | None  # what calls the student block by block
+    accelerator: object
+
+    @functools.cached_property
+    def layers(self) -> list:
+        """Layers that have adapters."""
+        return adapter_layers(self.by_role["student"])
+
+    def acting(self, role: str):
+        """Inside, the transformer is that of the role; backward() belongs inside as well."""
+        return active_adapter(self.layers, role)
+
+    def velocity(self, role: str, x, t, cond):
+        """v of teacher, student or fake_score; t is a number or [B]."""
+        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+        with self.acting(role), self.accelerator.autocast():
+            return predict(self.by_role[role], x, t, cond).float()
+
+    def guided(self, role: str, x, t, cond, uncond, scale: float):
+        """uncond + scale * (cond - uncond), both in one forward; 0 and 1 are no guidance."""
+        if scale in (0.0, 1.0):
+            return self.velocity(role, x, t, cond)
+        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x)).repeat(2)
+        v_cond, v_uncond = self.velocity(role, torch.cat([x, x]), t, with_uncond(cond, uncond)).chunk(2)
+        return v_uncond + scale * (v_cond - v_uncond)
+
+    def student_calls(self, cond):
+        """predict(x, t, start, cache) -> v and remember(x, t, start, cache) -> longer cache, as roll_out takes them."""
+        v = functools.partial(self.velocity, "student", cond=cond)
+        return self.causal.calls(v) if self.causal else (lambda x, t, start, cache: v(x, t), None)
+
+
+# ---- The algorithm, numbered as it runs; 5. and 6. are in the loop ----
+
+
+def dmd_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, exits, student_turn: bool):
+    """Gradients of student and fake score from a batch of conditions; `shape` is that of one rollout's noise."""
+    # 2. Rollout of the student, with a gradient where it is used
+    noise = functools.cache(lambda k: draws.normal(*shape))
+    first_trained = trained_from(args, sum(blocks))
+    with torch.set_grad_enabled(student_turn):
+        calls = networks.student_calls(cond)
+        clip = list(roll_out(*calls, noise, method.steps, blocks, exits, first_trained, args.context_noise))
+    x_g = torch.cat(clip, 2)[:, :, first_trained:]  # [B, C, F, h, w]
+    judged = [at for at, end in zip(exits, accumulate(blocks), strict=True) if end > first_trained]
+    low, high = score_range(judged, method.steps, args.ts_schedule, args.ts_schedule_max, args.min_score_timestep)
+
+    def draw_score():
+        """Timesteps [B], on the CPU, at which rollouts are judged, the same on the device, and noise."""
+        ratios = args.min_timestep_ratio, args.max_timestep_ratio
+        t = score_timesteps(draws.uniform(), low, high, args.timestep_shift, *ratios)
+        return t, t.to(x_g.device), draws.normal(*x_g.shape[1:])
+
+    # 3. Student: the gradient leads from the fake score's velocity to the teacher's
+    if student_turn:
+        t_cpu, t, eps = draw_score()
+        with torch.no_grad():
+            x_t = renoise(x_g, t / TIMESTEPS, eps)
+            v_real = networks.guided("teacher", x_t, t, cond, uncond, args.real_score_guidance_scale)
+            v_fake = networks.guided("fake_score", x_t, t, cond, uncond, args.fake_score_guidance_scale)
+            g, gap = dmd_gradient(v_real, v_fake, x_g, eps)
+        loss = dmd_loss(x_g, g)
+        with networks.acting("student"):
+            (loss / args.gradient_accumulation_steps).backward()
+        means.add("dmd_loss", loss)
+        means.add_gaps(gap, t_cpu)
+
+    # 4. Fake score, on the same clips
+    _, t, eps = draw_score()
+    x_g = x_g.detach()
+    loss = fake_score_loss(networks.velocity("fake_score", renoise(x_g, t / TIMESTEPS, eps), t, cond), x_g, eps)
+    with networks.acting("fake_score"):
+        (loss / args.gradient_accumulation_steps).backward()
+    means.add("fake_score_loss", loss)
+
+
+def regression_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, grid):
+    """Gradients of the student towards the teacher's own trajectories (CausVid, section 4.3, but for the noise).
+
+    The loss of each step and block is that of the student's velocity against the straight one to where the teacher's
+    flow ends, after the flow's own earlier blocks. Later blocks come from noise of their own, as in a rollout, since
+    that of the flow tells of the blocks before.
+    """
+    noise = functools.cache(lambda k: draws.normal(*shape))
+    predicted, _ = networks.student_calls(cond)
+    with torch.no_grad():
+        flow = functools.partial(
+            networks.guided, "teacher", cond=cond, uncond=uncond, scale=args.causal_init_guidance
+        )  # fmt: skip
+        starts, x0 = flow_trajectory(flow, tied_noise(noise(0), blocks[0]), grid, method.steps)
+        context = renoise(x0, args.context_noise / TIMESTEPS, noise(None)) if args.context_noise else x0
+        caches = [None]  # of keys and values before each block
+        if len(blocks) > 1:
+            velocity = functools.partial(networks.velocity, "student", cond=cond)
+            caches = networks.causal.caches_before(velocity, context, args.context_noise, blocks)
+    for k, (x_t, t) in enumerate(zip(starts, method.steps, strict=True), 1):
+        for cache, (start, end) in zip(caches, pairwise((0, *accumulate(blocks))), strict=True):
+            if start == blocks[0]:
+                x_t = renoise(x0, t / TIMESTEPS, noise(k))
+            share = (end - start) / sum(blocks) / len(method.steps)
+            v_flow = (x_t - x0)[:, :, start:end] * TIMESTEPS / t
+            with networks.acting("student"):
+                loss = torch.nn.functional.mse_loss(predicted(x_t[:, :, start:end], t, start, cache), v_flow)
+                (share * loss / args.gradient_accumulation_steps).backward()
+            means.add("ode_loss", loss, share)
+
+
+def load_networks(args, accelerator, weight_dtype) -> Networks:
+    """All three networks on the device, split between processes and compiled as the flags say."""
     where = "cpu" if args.quantize_via == "cpu" else accelerator.device
     teacher = load_transformer(args, weight_dtype)
     if args.model_type == "lora":
         quantize(teacher, args.base_model_precision, where)
-        networks = dict.fromkeys(("teacher", "student", "fake_score"), add_adapters(teacher, args))
+        by_role = dict.fromkeys(("teacher", "student", "fake_score"), add_adapters(args, teacher))
     else:
         student = load_transformer(args, torch.float32).requires_grad_(True)
         quantize(teacher, args.base_model_precision, where)
-        networks = {"teacher": teacher, "student": student, "fake_score": copy.deepcopy(student)}
-    causal = BlockCausal(networks["student"]) if args.num_frame_per_block else None
-    for network in networks.values():
+        by_role = {"teacher": teacher, "student": student, "fake_score": copy.deepcopy(student)}
+    causal = make_causal(by_role["student"]) if args.num_frame_per_block else None
+    for network in by_role.values():
         if wants_fsdp(accelerator):
-            shard(network, network.blocks, accelerator)
+            shard(network, BLOCKS, accelerator)
         network.to(accelerator.device)
     if args.context_parallel_degree > 1:
-        for network in {id(network): network for network in networks.values()}.values():
-            share_tokens(
-                network, args.context_parallel_degree, accelerator, not causal or network != networks["student"]
-            )
-    speed_up(args, networks.values(), COMPILED_BLOCKS, accelerator.print)
+        for network in {id(network): network for network in by_role.values()}.values():
+            splits_angles = not causal or network is not by_role["student"]
+            share_tokens(network, args.context_parallel_degree, accelerator, splits_angles)
+    speed_up(args, by_role.values(), BLOCKS, accelerator.print)
     if args.gradient_checkpointing:
-        networks["student"].enable_gradient_checkpointing()
-        networks["fake_score"].enable_gradient_checkpointing()
-    return networks, causal
+        by_role["student"].enable_gradient_checkpointing()
+        by_role["fake_score"].enable_gradient_checkpointing()
+    return Networks(by_role, causal, accelerator)
 
 
-def open_encoder(args, accelerator, weight_dtype):
-    """What turns prompts into embeddings, and each dataset's reader: clips give their captions and sizes alone."""
-    plan_buckets(args, accelerator)
-    readers = open_clip_readers(args, captions_only=True)
-    encoder = wan.open_encoder(args, readers, accelerator.device, torch.float32, weight_dtype)
-    if args.caches == "fill":
-        prompts = ["", args.negative_prompt, args.validation_negative_prompt or "", *validation_prompts(args)]
-        encoder.fill(accelerator, args.datasets, readers, prompts, args.dataloader_num_workers)
-        encoder.release()
-    return encoder, readers
+class Clips:
+    """Clips by teacher, student or the student's average (ema), each with its own sampler."""
+
+    def __init__(self, args, method, networks: Networks, average, encoder: SampleEncoder, scheduler):
+        """`average(wanted)` is a context in which the student is its moving average."""
+        self.args, self.method, self.networks, self.average = args, method, networks, average
+        self.encoder, self.scheduler = encoder, scheduler
+        frames = latent_frames(method.validation_frames, FRAMES_PER_LATENT)
+        self.blocks = block_lengths(frames, args.num_frame_per_block, args.independent_first_frame)
+
+    def __call__(self, which: str, prompts: list[str], steps: int, seed: int, size=None) -> list:
+        """[F, H, W, 3] in [0, 1] each; `steps` are the teacher's."""
+        clips, size = [], size or self.args.validation_resolution[0]
+        fitting = self.args.train_batch_size  # what fits into memory in training fits here
+        for i in range(0, len(prompts), fitting):
+            cond = self.encoder.encode_text(prompts[i : i + fitting])
+            rngs = [torch.Generator().manual_seed(seed + i + k) for k in range(len(prompts[i : i + fitting]))]
+            generate = self.by_teacher if which == "teacher" else functools.partial(self.by_student, which)
+            clips += decode(self.encoder.vae, generate(cond, steps, rngs, size))
+        return clips
+
+    def by_teacher(self, cond, steps: int, rngs: list[torch.Generator], size):
+        args, networks = self.args, self.networks
+        negative = self.encoder.encode_text([args.validation_negative_prompt or args.negative_prompt])
+        with networks.acting("teacher"), networks.accelerator.autocast():
+            return generate_by_teacher(
+                args, self.method, networks.by_role["teacher"], self.encoder.vae, self.scheduler, cond, negative,
+                steps, rngs, size,
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def by_student(self, which: str, cond, steps: int, rngs: list[torch.Generator], size):
+        device, student = self.networks.accelerator.device, self.networks.by_role["student"]
+        shape = latent_shape(self.args, student, sum(self.blocks), size)
+        noise = functools.cache(lambda k: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device))
+        exits = [len(self.method.steps) - 1] * len(self.blocks)
+        with self.average(which == "ema"):
+            calls = self.networks.student_calls(cond)
+            rollout = roll_out(*calls, noise, self.method.steps, self.blocks, exits, 0, self.args.context_noise)
+            return torch.cat(list(rollout), 2)
+
+    def evaluations(self, which: str, steps: int) -> int:
+        """Evaluations of the transformer for a clip; a causal student's are of one block each, with its context's."""
+        if which == "teacher":
+            return steps * (1 if self.method.teacher_guidance == 1.0 else 2)
+        return len(self.method.steps) * len(self.blocks) + len(self.blocks) - 1
 
 
-def make_fake_score_optimizer(args, params, device):
-    settings = argparse.Namespace(
-        optimizer="adamw8bit" if args.optimizer == "adamw8bit" else "adamw", adam_epsilon=args.fake_score_eps,
-        adam_beta1=args.fake_score_betas[0], adam_beta2=args.fake_score_betas[1],
-        adam_weight_decay=args.fake_score_weight_decay,
-    )  # fmt: skip
-    return make_optimizer(settings, params, args.fake_score_lr, device)
-
-
-@errors_to_webhook
-def main(args):
+@webhook_errors
+def main(args, data, method, notes):
     # ---- Set-up ----
-    output_dir = Path(args.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to.split(","),
-        project_config=ProjectConfiguration(args.output_dir, str(output_dir / args.logging_dir)),
-    )
+    accelerator, weight_dtype = start(args, notes)
     say, device, processes = accelerator.print, accelerator.device, accelerator.num_processes
-    if accelerator.mixed_precision == "fp16":
-        raise SystemExit(
-            "accelerate's mixed_precision fp16: Wan's activations overflow it; --mixed_precision bf16 or no"
-        )
-    for line in args.notes:
-        say(line)
-    weight_dtype = set_up_device(args, accelerator)
     if args.plan is not None:
-        say(plan_of(args, accelerator, weight_dtype))
+        say(plan_of(args, data, method, accelerator, weight_dtype))
         return
-    sharded, together = wants_fsdp(accelerator), args.context_parallel_degree  # processes on the same samples
-    if sharded and (args.model_type == "lora" or args.ema_device == "cpu" or args.base_model_precision != "no_change"):
-        raise SystemExit("accelerate's --use_fsdp: goes with --model_type full, --ema_device accelerator and no 8 bits")
-    if processes % together or sharded and together > 1:
-        raise SystemExit(
-            f"--context_parallel_degree {together}: must divide {processes} processes, and goes without FSDP"
+    sharing = check_processes(args, accelerator)  # so many work on the same samples
+    batch = args.train_batch_size * args.gradient_accumulation_steps * processes // sharing  # of one optimizer step
+    if not RECIPE_BATCH / 4 <= batch <= RECIPE_BATCH * 4:
+        say(
+            f"warning: {batch} clips a step, and the papers' recipes have {RECIPE_BATCH}: "
+            f"{'raise' if batch < RECIPE_BATCH else 'lower'} --gradient_accumulation_steps, --train_batch_size or the "
+            "number of processes, or change --learning_rate and --fake_score_lr with it"
         )
-    batch = args.train_batch_size * args.gradient_accumulation_steps * processes // together  # of one optimizer step
-    if warning := batch_warning(batch):
-        say(warning)
-    repository = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
+    repository = open_repository(args, accelerator)
 
     # ---- Networks ----
     scheduler = load_scheduler(args)
-    grid = flow_grid(args.steps, FLOW_STEPS, schedule_shift(scheduler))
-    networks, causal = load_networks(args, accelerator, weight_dtype)
-    lora, layers = args.model_type == "lora", adapter_layers(networks["student"])
-    parts = {
-        name: adapter_weights(networks[name], name) if lora else networks[name] for name in ("student", "fake_score")
+    grid = flow_grid(method.steps, FLOW_STEPS, schedule_shift(scheduler))
+    networks = load_networks(args, accelerator, weight_dtype)
+    student, lora = networks.by_role["student"], args.model_type == "lora"
+    saved = {
+        name: adapter_weights(student, name) if lora else networks.by_role[name] for name in ("student", "fake_score")
     }
-    trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
+    trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in saved.items()}
 
     # ---- Optimizers and EMA ----
-    if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * max(1, args.num_samples // batch)
-    rate = args.learning_rate * (batch if args.scale_lr else 1)
+    last_step = args.max_train_steps or args.num_train_epochs * max(1, data.samples // batch)
     optimizers = {
-        "student": make_optimizer(args, trained["student"], rate, device),
-        "fake_score": make_fake_score_optimizer(args, trained["fake_score"], device),
-    }
+        "student": make_optimizer(
+            optimizer_name(args), trained["student"], args.learning_rate * (batch if args.scale_lr else 1),
+            (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon, device,
+        ),
+        "fake_score": make_optimizer(
+            "adamw8bit" if optimizer_name(args) == "adamw8bit" else "adamw", trained["fake_score"], args.fake_score_lr,
+            args.fake_score_betas, args.fake_score_weight_decay, args.fake_score_eps, device,
+        ),
+    }  # fmt: skip
     init_rate = args.causal_init_lr / args.learning_rate
-    lr_schedule = make_schedule(args, optimizers["student"], args.causal_init_steps, init_rate)
-    ema = weights_copy(parts["student"], "cpu" if args.ema_device == "cpu" else device) if args.use_ema else None
-    saved = parts | ({"ema": ema} if args.use_ema else {})
+    lr_schedule = make_schedule(args, optimizers["student"], last_step, args.causal_init_steps, init_rate)
+    ema = weights_copy(saved["student"], "cpu" if args.ema_device == "cpu" else device) if args.use_ema else None
+    saved |= {"ema": ema} if args.use_ema else {}
 
     # ---- Resume ----
     state = resume(args, accelerator, saved, optimizers, lr_schedule)
     first_step = step = state["step"]
     updates = state.get("student_updates", 0)
-    skipped = Counter(state["skipped"])
 
     # ---- Data: lists of samples, each with a caption and the size of its clip ----
-    encoder, readers = open_encoder(args, accelerator, weight_dtype)
-    negative = encoder.encode_text([args.negative_prompt])["prompt_embeds"]
-    empty = encoder.encode_text([""])["prompt_embeds"]
-    batches = open_batches(args, accelerator, readers, state["stream"], together)
-    vae_config = wan.AutoencoderKLWan.load_config(args.pretrained_teacher_model, subfolder="vae", **hub_options(args))
+    data = plan_buckets(args, data, accelerator, clip_size)
+    prompts = ["", args.negative_prompt, args.validation_negative_prompt or "", *validation_prompts(args)]
+    encoder, readers = open_encoder(
+        args, data, open_caption_readers(args, data), encoders(args, device, weight_dtype), accelerator, prompts
+    )
+    uncond, empty = encoder.encode_text([args.negative_prompt]), encoder.encode_text([""])
+    batches = open_batches(args, data, accelerator, readers, state["stream"], sharing)
+    saver = Saver(
+        args, accelerator, saved, optimizers, lr_schedule, encoder, batches, state["skipped"], sharing
+    )  # fmt: skip
 
-    # ---- The three networks ----
-    def velocity(which: str, x, t, cond):
-        """v of teacher, student or fake_score; t is a number or [B]."""
-        t = torch.as_tensor(t, dtype=torch.float32, device=device).expand(len(x))
-        with active_adapter(layers, which), accelerator.autocast():
-            return predict(networks[which], x, t, cond).float()
-
-    def guided(which: str, x, t, cond, scale: float):
-        """uncond + scale * (cond - uncond), both in one forward; 0 and 1 are no guidance."""
-        if scale in (0.0, 1.0):
-            return velocity(which, x, t, cond)
-        both = torch.cat([cond, negative.expand_as(cond)])
-        t = torch.as_tensor(t, dtype=torch.float32, device=device).expand(len(x)).repeat(2)
-        v_cond, v_uncond = velocity(which, x.repeat(2, 1, 1, 1, 1), t, both).chunk(2)
-        return v_uncond + scale * (v_cond - v_uncond)
-
-    def student_rollout(cond, noise, blocks: list[int], exits: list[int], first_trained: int = 0):
-        """Each block's clean frames, one after the other."""
-        v = functools.partial(velocity, "student", cond=cond)
-        predicted, remember = causal.calls(v) if causal else (lambda x, t, start, cache: v(x, t), None)
-        return roll_out(predicted, remember, noise, args.steps, blocks, exits, first_trained, args.context_noise)
-
-    # ---- Algorithm, from a batch and its draws to the losses ----
-    def generator_loss(x_g, t, eps, cond):
-        with torch.no_grad():
-            x_t = renoise(x_g, t / TIMESTEPS, eps)
-            v_real = guided("teacher", x_t, t, cond, args.real_score_guidance_scale)
-            v_fake = guided("fake_score", x_t, t, cond, args.fake_score_guidance_scale)
-            g, gap = dmd_gradient(v_real, v_fake, x_g, eps)
-        return dmd_loss(x_g, g), gap
-
-    def draw_score(draws: Draws, exits: list[int], shape):
-        """Timesteps [B], on the CPU, and noise at which rollouts are judged."""
-        bounds = score_range(exits, args.steps, args.ts_schedule, args.ts_schedule_max, args.min_score_timestep)
-        ratios = args.min_timestep_ratio, args.max_timestep_ratio
-        return score_timesteps(draws.uniform(), *bounds, args.timestep_shift, *ratios), draws.normal(*shape)
-
-    def critic_loss(x_g, t, eps, cond):
-        return fake_score_loss(velocity("fake_score", renoise(x_g, t / TIMESTEPS, eps), t, cond), x_g, eps)
-
-    def ode_losses(noise, cond, blocks: list[int]):
-        """Of each step and block: the student's velocity against the straight one to where the teacher's flow ends, after
-        the flow's own earlier blocks; and the loss's share in the whole (CausVid, section 4.3, but for the noise). Later
-        blocks come from noise of their own, as in a rollout, since that of the flow tells of the blocks before."""
-        v = functools.partial(velocity, "student", cond=cond)
-        at = causal.at if causal else lambda *block: contextlib.nullcontext()
-        with torch.no_grad():
-            flow = functools.partial(guided, "teacher", cond=cond, scale=args.causal_init_guidance)
-            starts, x0 = flow_trajectory(flow, tied_noise(noise(0), blocks[0]), grid, args.steps)
-            context, kept, tokens = x0, [], tokens_of_frame(networks["student"], *x0.shape[3:])
-            if args.context_noise:
-                context = renoise(x0, args.context_noise / TIMESTEPS, noise(None))
-            if len(blocks) > 1:
-                with at(0, None, block_ends(blocks, tokens), kept):
-                    v(context, args.context_noise)
-        for k, (x_t, t) in enumerate(zip(starts, args.steps, strict=True), 1):
-            for start, end in pairwise((0, *accumulate(blocks))):
-                if start == blocks[0]:
-                    x_t = renoise(x0, t / TIMESTEPS, noise(k))
-                with at(start, first_tokens(kept, start * tokens)):
-                    v_student = v(x_t[:, :, start:end], t)
-                share = (end - start) / sum(blocks) / len(args.steps)
-                v_flow = (x_t - x0)[:, :, start:end] * TIMESTEPS / t
-                yield torch.nn.functional.mse_loss(v_student, v_flow), share
-
-    # ---- Checkpoints and clips ----
-    def check_losses(values: dict[str, float]):
-        """Before anything is kept of a run that has gone wrong."""
-        if odd := [name for name, value in values.items() if not math.isfinite(value)]:
-            last = find_checkpoint(output_dir, "latest")
-            raise SystemExit(f"{odd[0]} is not finite at step {step}; the last good checkpoint is {last}")
-
-    def save():
-        """Every process takes part: each knows its own place in the data."""
-        encoder.flush()
-        stream, faults = gather_states(batches, accelerator, together)
-        state = {"stream": stream, "skipped": skipped + faults, "lr_schedule": lr_schedule.state_dict()}
-        state |= {"scaler": None, "student_updates": updates}
-        limit = args.checkpoints_total_limit
-        folder = save_checkpoint(output_dir, step, saved, optimizers, state, limit, accelerator.is_main_process)
-        accelerator.wait_for_everyone()
-        return folder
-
-    def averaged(wanted: bool):
+    # ---- Clips and export ----
+    def average(wanted: bool):
         """Inside, the student is its moving average, and the average the student: twice would undo it."""
         return weights_exchanged(trained["student"], list(ema.values())) if wanted else contextlib.nullcontext()
 
     def export_student():
         """Files and usage; every process takes part, and the main one writes."""
-        with averaged(args.use_ema):
-            network = whole(networks["student"], WanTransformer3DModel)
-            return export(args, output_dir, network) if accelerator.is_main_process else None
+        with average(args.use_ema):
+            network = gathered(student)
+            return export(args, method, Path(args.output_dir), network) if accelerator.is_main_process else None
 
-    drawn_blocks = block_lengths(
-        latent_frames(args.validation_num_video_frames), args.num_frame_per_block, args.independent_first_frame
-    )
+    def report() -> str:
+        """What is exported against the teacher. Of several processes that generate the same, the main one writes."""
+        with average(args.use_ema), tempfile.TemporaryDirectory() as nowhere:
+            folder = args.output_dir if accelerator.is_main_process else nowhere
+            return write_clips_report(args, clips, len(method.steps), Path(folder), FRAMES_PER_SECOND)
 
-    def draw(which: str, cond, steps: int, seeds: list[int], size):
-        """Latents [B, C, F, h, w] by teacher, student or its average (ema), each with its own sampler."""
-        rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
-        if which == "teacher":
-            against = encoder.encode_text([args.validation_negative_prompt or args.negative_prompt])["prompt_embeds"]
-            against = against.expand_as(cond)
-            with active_adapter(layers, which), accelerator.autocast():
-                return draw_teacher(args, networks[which], encoder.vae, scheduler, cond, against, steps, rngs, size)
-        shape = latent_shape(networks["student"], vae_config, sum(drawn_blocks), size)
-        noise = functools.cache(lambda k: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device))
-        with torch.no_grad(), averaged(which == "ema"):
-            exits = [len(args.steps) - 1] * len(drawn_blocks)
-            return torch.cat(list(student_rollout(cond, noise, drawn_blocks, exits)), 2)
-
-    def clips(which: str, prompts: list[str], steps: int, seed: int, size=None) -> list:
-        """[F, H, W, 3] in [0, 1] each; `steps` are the teacher's."""
-        made, size = [], size or args.validation_resolution[0]
-        for i in range(0, len(prompts), args.train_batch_size):  # what fits into memory in training fits here
-            cond = encoder.encode_text(prompts[i : i + args.train_batch_size])["prompt_embeds"]
-            seeds = [seed + i + k for k in range(len(cond))]
-            made += decode(encoder.vae, draw(which, cond, steps, seeds, size))
-        return made
-
-    def evaluations(which: str, steps: int) -> int:
-        """Of the transformer for a clip; a causal student's are of one block each, its context's among them."""
-        if which == "teacher":
-            return steps * (1 if args.validation_guidance == 1.0 else 2)
-        return len(args.steps) * len(drawn_blocks) + len(drawn_blocks) - 1
-
-    kept_clips = {}  # the teacher's, which do not change
-    draws_clips = accelerator.is_main_process or sharded or together > 1  # what is split takes all processes
+    all_processes = wants_fsdp(accelerator) or sharing > 1  # what is split takes all of them
+    tracking, means = Tracking(args, accelerator, last_step), Means(MEANS, device)
+    clips = Clips(args, method, networks, average, encoder, scheduler)
+    comparison = ClipComparison(args, clips, tracking, FRAMES_PER_SECOND)
 
     def validate():
-        """Clips of every prompt and size to disk, strips of their frames to the trackers, and signs of collapse."""
-        prompts, seed, sheets = validation_prompts(args), args.validation_seed, []
-        students = {"none": ["student"], "ema_only": ["ema"], "comparison": ["student", "ema"]}[args.ema_validation]
-        students = students if args.use_ema else ["student"]
-        for size in args.validation_resolution:
-            rows, labels = [], []
-            for which in students if args.disable_benchmark else [*students, "teacher"]:
-                drawn = kept_clips.get((which, size)) or clips(which, prompts, FULL_STEPS, seed, size)
-                if which == "teacher":
-                    kept_clips[which, size] = drawn
-                for i, (prompt, clip) in enumerate(zip(prompts, drawn, strict=True)):
-                    rows.append([frame_strip(clip)])
-                    labels.append(f"{which}: {prompt[:40]}")
-                    name = f"{which}-{i:02d}-{size[1]}x{size[0]}"
-                    if accelerator.is_main_process:
-                        save_clip(clip, output_dir / "validation" / f"step-{step:06d}" / f"{name}.mp4")
-            sheets.append(
-                labelled_grid(rows, labels, [f"{size[1]}x{size[0]}, {args.validation_num_video_frames} frames"])
-            )
-        sheet = below_each_other(sheets)
-        progress.picture(sheet, "clips", step)
-        watch_collapse(students[0], prompts[:1] * 4)  # two seeds may look alike by chance
-        if args.caches == "fill":
+        sheet = comparison.sheet(step)
+        if data.caches == "fill":
             encoder.release()
         return sheet
 
-    def watch_collapse(which: str, prompts: list[str]):
-        """One prompt with as many seeds, against the teacher's clips, or the student's at the first validation."""
-        found = clip_statistics(clips(which, prompts, FULL_STEPS, args.validation_seed))
-        if "reference" not in kept_clips:
-            seen = None if args.disable_benchmark else clips("teacher", prompts, FULL_STEPS, args.validation_seed)
-            kept_clips["reference"] = clip_statistics(seen) if seen else found
-        progress.values({f"watch/{name}": value for name, value in found.items()}, step)
-        for sign in signs_of_collapse(found, kept_clips["reference"]):
-            say(f"warning at step {step}: {sign}")
-
-    def report() -> str:
-        """Of what is exported. Its files are the main process's; what others make of the same clips goes nowhere."""
-        with averaged(args.use_ema), tempfile.TemporaryDirectory() as nowhere:
-            folder = output_dir if accelerator.is_main_process else Path(nowhere)
-            if args.toy and args.report_steps:  # its world can judge clips
-                from tests.toy.report import report_clips
-
-                return report_clips(args, clips, evaluations, folder)
-            return clips_report(args, clips, evaluations, folder)
-
     # ---- Training loop ----
-    progress, means = Progress(args, accelerator), Means(MEANS, device)
     count = sum(p.numel() for p in trained["student"])
-    say(f"training {count:,} parameters of the student for {args.max_train_steps} steps of {batch} clips")
-    bar = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
+    say(f"training {count:,} parameters of the student for {last_step} steps of {batch} clips")
+    bar = tqdm(total=last_step, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
     started, timed = time.time(), step
     stop, stopping = StopSignal(), False
-    while step < args.max_train_steps and not stopping:
-        ode_turn = step < args.causal_init_steps
-        student_turn = ode_turn or (step - args.causal_init_steps) % args.generator_update_interval == 0
+    while step < last_step and not stopping:
+        regression_turn = step < args.causal_init_steps
+        student_turn = regression_turn or (step - args.causal_init_steps) % args.generator_update_interval == 0
         for part in range(args.gradient_accumulation_steps):
             # 1. Prompts, and each sample's own draws: they follow from the seed and its place in the global sequence
-            try:
-                samples = next(batches)
-            except NoGoodSamples as error:
-                raise SystemExit(f"{args.data_source}: {error}") from None
+            samples = next(batches)
+            frames, *size = samples[0].bucket
+            blocks = blocks_of(args, latent_frames(frames, FRAMES_PER_LATENT))
+            shape = latent_shape(args, student, sum(blocks), size)
+            if tokens_of_frame(student, *shape[2:]) % sharing:
+                raise SystemExit(
+                    f"--context_parallel_degree {sharing}: must divide the tokens of a frame of {size[1]}x{size[0]}"
+                )
             draws = Draws(args.seed, [sample.position for sample in samples], device)
-            cond = encoder.encode_text([sample.caption for sample in samples])["prompt_embeds"]
-            dropped = (draws.uniform() < args.proportion_empty_prompts).to(device)
-            cond = torch.where(expand_to(dropped, cond), empty, cond)
-            blocks = blocks_of(args, latent_frames(samples[0].bucket[0]))
-            shape = latent_shape(networks["student"], vae_config, sum(blocks), samples[0].bucket[1:])
-            if tokens_of_frame(networks["student"], *shape[2:]) % together:
-                size = "x".join(map(str, samples[0].bucket[:0:-1]))
-                raise SystemExit(f"--context_parallel_degree {together}: must divide the tokens of a frame of {size}")
-            noise = functools.cache(lambda k, draws=draws, shape=shape: draws.normal(*shape))
+            text = encoder.encode_text([sample.caption for sample in samples])
+            cond = draw_dropped(draws, args.proportion_empty_prompts, text, empty)
             torch.manual_seed(args.seed + samples[0].position)  # of dropout: a resumed run draws the same
-
-            if ode_turn:
-                with active_adapter(layers, "student"):
-                    for loss, share in ode_losses(noise, cond, blocks):
-                        (share * loss / args.gradient_accumulation_steps).backward()
-                        means.add("ode_loss", loss, share)
+            if regression_turn:
+                regression_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, grid)
                 continue
-
-            # 2. Rollout of the student, with a gradient where it is used
-            turn = step * args.gradient_accumulation_steps + part
             exits = draw_exits(
-                args.seed, turn, len(args.steps), len(blocks), args.same_step_across_blocks, args.last_step_only
-            )
-            first_trained = trained_from(args, sum(blocks))
-            with torch.set_grad_enabled(student_turn):
-                made = list(student_rollout(cond, noise, blocks, exits, first_trained))
-            x_g = torch.cat(made, 2)[:, :, first_trained:]
-            judged = [at for at, end in zip(exits, accumulate(blocks), strict=True) if end > first_trained]
+                args.seed, step * args.gradient_accumulation_steps + part, len(method.steps), len(blocks),
+                args.same_step_across_blocks, args.last_step_only,
+            )  # fmt: skip
 
-            # 3. Student
-            if student_turn:
-                t, eps = draw_score(draws, judged, x_g.shape[1:])
-                loss, gap = generator_loss(x_g, t.to(device), eps, cond)
-                with active_adapter(layers, "student"):
-                    (loss / args.gradient_accumulation_steps).backward()
-                means.add("dmd_loss", loss)
-                means.add_gaps(gap, t)
-
-            # 4. Fake score, on the same clips
-            t, eps = draw_score(draws, judged, x_g.shape[1:])
-            loss = critic_loss(x_g.detach(), t.to(device), eps, cond)
-            with active_adapter(layers, "fake_score"):
-                (loss / args.gradient_accumulation_steps).backward()
-            means.add("fake_score_loss", loss)
+            # 2. to 4.
+            dmd_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, exits, student_turn)
 
         # 5. Optimizers
         turns = [("student", args.max_grad_norm)] if student_turn else []
-        turns += [] if ode_turn else [("fake_score", args.fake_score_grad_clip)]
+        turns += [] if regression_turn else [("fake_score", args.fake_score_grad_clip)]
         for name, most in turns:
-            if not sharded:  # where it is done in backward()
-                average_gradients(trained[name], processes, together)
+            if not wants_fsdp(accelerator):  # where it is done in backward()
+                average_gradients(trained[name], processes, sharing)
             means.add(f"{name}_grad_norm", gradient_norm(trained[name]))
             clip_gradients(accelerator, trained[name], args.grad_clip_method, most)
             optimizers[name].step()
@@ -747,28 +977,27 @@ def main(args):
         bar.update()
 
         # 6. EMA, of the student's updates alone; it starts where the causal student's regression ends
-        updates += student_turn and not ode_turn
-        if args.use_ema and (ode_turn or student_turn and updates % args.ema_update_interval == 0):
-            decay = 0.0 if ode_turn else args.ema_decay**args.ema_update_interval
-            update_ema(
-                list(ema.values()),
-                [p.detach().to(average.device) for p, average in zip(trained["student"], ema.values(), strict=True)],
-                decay,
-            )
+        updates += student_turn and not regression_turn
+        if args.use_ema and (regression_turn or student_turn and updates % args.ema_update_interval == 0):
+            decay = 0.0 if regression_turn else args.ema_decay**args.ema_update_interval
+            update_ema(list(ema.values()), trained["student"], decay)
 
-        checkpoint = args.checkpointing_steps and step % args.checkpointing_steps == 0 or step == args.max_train_steps
+        checkpoint = args.checkpointing_steps and step % args.checkpointing_steps == 0 or step == last_step
         if step % LOG_EVERY == 0 or checkpoint:
             values = means.read(accelerator)
-            check_losses(values)
+            check_finite(args, step, **values)
             rate, started, timed = (step - timed) * batch / (time.time() - started), time.time(), step
-            bar.set_postfix(
-                clips_per_s=f"{rate:.2f}", **{k: f"{v:.3g}" for k, v in values.items() if k.endswith("loss")}
-            )
-            progress.values(values | {"lr": lr_schedule.get_last_lr()[0], "clips_per_s": rate}, step)
-        if args.validation_steps and step % args.validation_steps == 0 and draws_clips:
+            losses = {name: f"{value:.3g}" for name, value in values.items() if name.endswith("loss")}
+            bar.set_postfix(clips_per_s=f"{rate:.2f}", **losses)
+            tracking.values(values | {"lr": lr_schedule.get_last_lr()[0], "clips_per_s": rate}, step)
+        if (
+            args.validation_steps
+            and step % args.validation_steps == 0
+            and (accelerator.is_main_process or all_processes)
+        ):
             validate()
-        if checkpoint and step < args.max_train_steps:
-            save()
+        if checkpoint and step < last_step:
+            saver.save(step, student_updates=updates)
             exported = export_student() if args.push_checkpoints_to_hub else None
             if repository and exported:
                 push_to_hub(args, repository, exported[0], f"Step {step}", fatal=False)
@@ -776,38 +1005,13 @@ def main(args):
             stopping = stop.agreed(accelerator)
     bar.close()
 
-    # ---- The end: a checkpoint always, the model where training is complete ----
-    if step == first_step and Path(output_dir, f"checkpoint-{step}", "state.json").exists():  # nothing was trained
-        say(f"checkpoint-{step} is already there")
-    else:
-        check_losses(means.read(accelerator))
-        say(f"saved {save()}")
-    stop.over()
-    _, faults = gather_states(batches, accelerator, together)
-    for cause, number in (skipped + faults).most_common():
-        say(f"skipped {number} x {cause}")
-    if stopping:
-        say("stopped by a signal; go on with --resume_from_checkpoint latest")
-    else:
-        sheet = validate() if draws_clips else None
-        exported = export_student()
-        results = report() if draws_clips else ""
-    if not stopping and accelerator.is_main_process:
-        say(results)
-        sheet.save(output_dir / "samples.png")
-        files, usage = exported
-        write_model_card(
-            output_dir, title=f"DMD of {Path(args.pretrained_teacher_model).name}", tags=["dmd", args.model_type],
-            usage=usage, settings=vars(args), results=results, picture="samples.png",
-        )  # fmt: skip
-        if repository:
-            push_to_hub(
-                args, repository, ["README.md", "samples.png", "report.*", "side_by_side.*", *files], "Distilled model"
-            )
-        say(f"\nThe model is in {output_dir}:\n\n{usage}")
-    accelerator.wait_for_everyone()
-    progress.end(step, stopping)
+    check_finite(args, step, **means.read(accelerator))  # of steps since the last reading
+    end_run(
+        args, saver, tracking, repository, step=step, trained=step > first_step, stop=stop, stopped=stopping,
+        student_updates=updates, validate=validate, export=export_student, report=report, method="dmd",
+        base=teacher_of(args), all_processes=all_processes,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(*parse_args())

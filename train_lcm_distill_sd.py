@@ -8,13 +8,14 @@ Networks
     target    moving average (EMA) of the student; where ema_decay is 0, the student without gradient
 
 Algorithm, for each batch of latents and prompts
-    index ~ U{0..N-1},  t = grid[index],  w ~ U[w_min, w_max],  eps ~ N(0, 1)
-    x_t       = alpha_t * latents + sigma_t * eps
-    out       = out_cond + w * (out_cond - out_uncond)                      teacher, at x_t
-    x_prev    = DDIM step from t to t_prev with the teacher's x0 and eps
-    f(x, t)   = c_skip(t) * x + c_out(t) * x0(x, t, prompt, w)              so that f(x, 0) = x
-    loss      = d(f_student(x_t, t), f_target(x_prev, t_prev))
-    target    = ema_decay * target + (1 - ema_decay) * student
+    1. draws      index ~ U{0..N-1},  t = grid[index],  w ~ U[w_min, w_max],  eps ~ N(0, 1)
+    2. noising    x_t = alpha_t * latents + sigma_t * eps
+    3. teacher    out = out_cond + w * (out_cond - out_uncond), at x_t
+    4. solver     x_prev = DDIM step from t to t_prev with the teacher's x0 and eps
+    5. target     f_target(x_prev, t_prev)
+    6. student    loss = d(f_student(x_t, t), f_target(x_prev, t_prev))
+    7. update     optimizer step, then target = ema_decay * target + (1 - ema_decay) * student
+    where f(x, t) = c_skip(t) * x + c_out(t) * x0(x, t, prompt, w), so that f(x, 0) = x
 
 Guidance
     w is the paper's: cond + w * (cond - uncond). The usual guidance_scale is 1 + w, also at inference: a full student
@@ -25,7 +26,7 @@ Launch
     accelerate launch train_lcm_distill_sd.py --pretrained_teacher_model runwayml/stable-diffusion-v1-5 \\
         --train_shards_path_or_url "data/{00000..00099}.tar" --resolution 512 --mixed_precision bf16
 
-To fork it for another model, edit "The model" and the flags above it; the rest asks nothing of the model.
+To fork it for another model, replace the block "The model": nothing else knows the model. tests/forks/ has an example.
 """
 
 import argparse
@@ -35,80 +36,43 @@ import functools
 import json
 import math
 import time
-from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
-from transformers import AutoTokenizer, CLIPTextModel
 
-from common.cache import identity, weights_identity
-from common.checkpoint import StopSignal, find_checkpoint, resume, save_checkpoint
+from common.checkpoint import StopSignal, resume
 from common.data.buckets import Rules, target_size
-from common.data.datasets import check_data_flags, plan_buckets
-from common.data.encoder import SampleEncoder, open_stores
-from common.data.samples import ImageReader, NoGoodSamples, open_readers
-from common.data.stream import gather_states, open_batches
-from common.draws import draw_for, draw_rollout, stack
-from common.export import create_hub_repository, push_to_hub, save_kohya_lora, write_model_card
-from common.flags import (
-    add_shared_flags,
-    check_lcm_flags,
-    check_shared_flags,
-    middle_w,
-    parse_with_config,
-    wanted_student,
-)
+from common.data.datasets import open_data, plan_buckets
+from common.data.encoder import Encoders, SampleEncoder, open_encoder
+from common.data.samples import open_readers
+from common.data.stream import open_batches
+from common.draws import Draws, draw_dropped, draw_rollout
+from common.export import push_to_hub, save_kohya_lora
+from common.flags import add_shared_flags, check_ranges, check_shared_flags, filled, frozen, parse_with_config
 from common.losses import consistency_loss
-from common.networks import (
-    adapters_off,
-    dropout_off,
-    guidance_embedding,
-    quantize,
-    speed_up,
-    weights_copy,
-    weights_exchanged,
-    with_uncond,
-)
-from common.optim import clip_gradients, make_optimizer, make_schedule, update_ema
-from common.pictures import comparison, open_preview, validation_prompts
-from common.report import hold_out, open_clip, stable_loss, steps_report
-from common.run import set_up_device
-from common.solvers import (
-    DDIMSolver,
-    boundary_scalings,
-    check_schedule,
-    expand_to,
-    roll_out,
-    student_scheduler,
-    to_x0_eps,
-)
-from common.tracking import Progress, errors_to_webhook
+from common.networks import adapters_off, dropout_off, quantize, speed_up, weights_copy, weights_exchanged, with_uncond
+from common.optim import clip_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
+from common.pictures import Comparison, open_preview, validation_prompts
+from common.report import hold_out, open_clip, write_report
+from common.run import Saver, check_finite, end_run, open_repository, start
+from common.solvers import DDIMSolver, boundary_scalings, expand_to, noised, sampled_x_t, student_scheduler, to_x0_eps
+from common.tracking import Tracking, webhook_errors
 
-LORA_TARGETS = (
-    "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,"
-    "downsamplers.0.conv,upsamplers.0.conv,time_emb_proj"
-)
-TOY = Path(__file__).parent / "tests" / "toy"
 LOG_EVERY = 10  # optimizer steps; the only place where the loop waits for the device
+HELD_OUT_PLACES = 4  # in the solver's grid, evenly spread, at which --eval_steps takes the loss
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Flags, data, and what is to be said about them. Every rule is checked here, before any model loads."""
+    parser = flag_parser(__doc__)
     # fmt: off
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_teacher_model", type=str, help="folder or hub name of the pipeline; default: the toy teacher, by its own recipe")
     add("--teacher_revision", type=str, help="the teacher's branch, tag or commit on the hub")
     add("--pretrained_vae_model_name_or_path", type=str, help="another VAE; default: the teacher's")
     add("--revision", type=str, help="that VAE's branch, tag or commit on the hub")
-    add("--resolution", type=int, default=512, help="training pixels, a multiple of 8")
 
     add = parser.add_argument_group("student").add_argument
     add("--model_type", type=str, choices=["full", "lora"], help="default: lora where a --lora_* flag or --use_dora is given, else full")
@@ -127,7 +91,7 @@ def parse_args(argv=None):
     add("--w_min", type=float, default=5.0, help="smallest guidance w; guidance_scale = 1 + w")
     add("--w_max", type=float, default=15.0, help="largest guidance w; guidance_scale = 1 + w")
     add("--num_ddim_timesteps", type=int, default=50, help="N, steps of the teacher's solver; must divide its timesteps")
-    add("--loss_type", type=str, default="l2", choices=["l2", "huber"])
+    add("--loss_type", type=str, default="l2", choices=["l2", "huber"], help="mean of d^2, or of sqrt(d^2 + c^2) - c")
     add("--huber_c", type=float, default=0.001, help="c of sqrt(d^2 + c^2) - c; smaller is nearer to |d|")
     add("--diff2flow_loss", action="store_true", help="distance of flow velocities eps - x0, which is that of x0 times (alpha + sigma) / sigma")
     add("--scheduled_sampling_max_step_offset", type=int, default=0, help="rollout: the student makes x_t itself, from up to so many solver steps above t; 0 for never")
@@ -137,37 +101,109 @@ def parse_args(argv=None):
     add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, default=True, help="keep the teacher in --mixed_precision; --no-cast_teacher_unet: in fp32, under autocast")
     # fmt: on
     add_shared_flags(parser)
+    add_model_flags(parser)
 
-    args = parse_with_config(parser, argv, family="sd", method="lcm", recipe=toy_recipe)
-    check_shared_flags(parser, args)
-    check_lcm_flags(parser, args, LORA_TARGETS)
+    args = parse_with_config(parser, argv, family=FAMILY, method="lcm", recipe=toy_recipe)
+    notes = check_shared_flags(parser, args)
+    args, lcm_notes = check_lcm_flags(parser, args)
+    rules, size_notes = check_model_flags(parser, args)
+    data, data_notes = open_data(parser, args, rules)
+    args = filled(args, validation_resolution=[target_size(1, 1, rules)])
+    return frozen(args), data, [*lcm_notes, *notes, *size_notes, *data_notes]
+
+
+def check_lcm_flags(parser, args):
+    """Checks every rule of the student's and the method's flags. Returns args with their defaults, and notes."""
+    lora = {"lora_rank": 64, "lora_alpha": 64, "lora_dropout": 0.0, "lora_target_modules": LORA_TARGETS}
+    args = filled(args, model_type=wanted_student(args))
+    if args.model_type == "full" and wanted_student(args) == "lora":
+        parser.error("--model_type full: takes no --lora_* flag and no --use_dora")
+    if args.model_type == "full" and "kohya" in args.export_formats:
+        parser.error("--export_formats kohya: is a layout of LoRA files")
+    if args.model_type == "lora" and args.export_pipeline:
+        parser.error("--export_pipeline: is for a full student; a LoRA loads into its teacher's pipeline")
+    args = filled(args, **({"ema_decay": 0.95} if args.model_type == "full" else {"ema_decay": 0.0} | lora))
+    if not 0.0 <= args.w_min <= args.w_max < math.inf:
+        parser.error(f"--w_min {args.w_min} and --w_max {args.w_max}: need 0 <= w_min <= w_max")
+    check_ranges(
+        parser, args, at_least_one=("num_ddim_timesteps", "unet_time_cond_proj_dim", "lora_rank", "lora_alpha"),
+        not_negative=("scheduled_sampling_max_step_offset",), positive=("huber_c", "timestep_scaling_factor"),
+        below_one=("ema_decay", "lora_dropout"), share=("scheduled_sampling_probability",),
+    )  # fmt: skip
+    if (args.scheduled_sampling_probability > 0.0) != (args.scheduled_sampling_max_step_offset > 0):
+        parser.error("--scheduled_sampling_probability and --scheduled_sampling_max_step_offset: one needs the other")
+    notes = []
+    if args.pretrained_teacher_model is None:
+        notes.append(f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type}).")
+    if args.validation_guidance is not None and middle_w(args) != args.validation_guidance - 1.0:
+        notes.append(
+            f"--validation_guidance {args.validation_guidance:g}: trained is {1 + args.w_min:g} to {1 + args.w_max:g},"
+            f" {1 + middle_w(args):g} is taken"
+        )
+    return args, notes
+
+
+def wanted_student(args) -> str:
+    """full or lora, by the other flags."""
+    given = (args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules, args.lora_type)
+    return "lora" if args.use_dora or any(value is not None for value in given) else "full"
+
+
+def middle_w(args) -> float:
+    """The w of validation pictures, inside the trained range: a student that takes w knows no other."""
+    middle, wanted = (args.w_min + args.w_max) / 2.0, args.validation_guidance
+    return middle if wanted is None else min(max(wanted - 1.0, args.w_min), args.w_max)
+
+
+# =====================================================================================================================
+# The model: a fork for another one replaces this block, and nothing else
+# =====================================================================================================================
+
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from transformers import AutoTokenizer, CLIPTextModel
+
+from common.cache import weights_identity
+from common.networks import guidance_embedding
+
+FAMILY = "sd"  # model_family of config files
+PIPELINE = StableDiffusionPipeline
+LORA_TARGETS = (
+    "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,conv1,conv2,conv_shortcut,"
+    "downsamplers.0.conv,upsamplers.0.conv,time_emb_proj"
+)
+COMPILED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+PREVIEW_MODEL = "madebyollin/taesd"  # a tiny autoencoder of the same latents
+TOY = Path(__file__).parent / "tests" / "toy"
+TOY_SIZES = ((64, 64),)  # height, width
+
+
+def add_model_flags(parser):
+    add = parser.add_argument_group("sizes").add_argument
+    add("--resolution", type=int, default=512, help="training pixels, a multiple of 8")
+
+
+def check_model_flags(parser, args) -> tuple[Rules, list[str]]:
+    """What size a training picture has, and notes."""
     if args.resolution < 8 or args.resolution % 8:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 8, the VAE's factor")
+    notes = []
     if args.text_encoder_2_precision != "no_change":
-        args.notes.append("--text_encoder_2_precision: no job, Stable Diffusion has one text encoder")
-    rules = Rules(args.resolution, alignment=8, crop_style="center" if args.center_crop else "random")
-    check_data_flags(parser, args, rules)
-    args.validation_resolution = args.validation_resolution or [target_size(1, 1, rules)]
-    return args
+        notes.append("--text_encoder_2_precision: no job, Stable Diffusion has one text encoder")
+    return Rules(args.resolution, alignment=8, crop_style="center" if args.center_crop else "random"), notes
 
 
 def toy_recipe(args) -> dict:
+    """The toy teacher's settings by flag, in place of the flags' defaults."""
     recipe = json.loads((TOY / "sd_recipe.json").read_text())
-    paths = {"pretrained_teacher_model": str(TOY / "sd")}
-    if args.data_backend_config is None:
-        paths["train_shards_path_or_url"] = str(TOY / "shards/{00000..00003}.tar")
-    return paths | recipe["shared"] | recipe[args.model_type or wanted_student(args)]
+    data = {} if args.data_backend_config else {"train_shards_path_or_url": str(TOY / "shards/{00000..00003}.tar")}
+    return data | recipe["shared"] | recipe[args.model_type or wanted_student(args)]
 
 
-# =====================================================================================================================
-# The model: what a fork for another one edits
-# =====================================================================================================================
-
-PIPELINE = StableDiffusionPipeline
-TEXT_FOLDERS = ("text_encoder", "tokenizer")
-COMPILED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
-TOY_SIZES = ((64, 64),)  # height, width
-PREVIEW_MODEL = "madebyollin/taesd"
+def teacher_of(args) -> str:
+    return args.pretrained_teacher_model or str(TOY / "sd")
 
 
 def hub_options(args) -> dict:
@@ -175,12 +211,18 @@ def hub_options(args) -> dict:
 
 
 def load_scheduler(args) -> DDIMScheduler:
-    return DDIMScheduler.from_pretrained(args.pretrained_teacher_model, subfolder="scheduler", **hub_options(args))
+    """The teacher's own sampler."""
+    return DDIMScheduler.from_pretrained(teacher_of(args), subfolder="scheduler", **hub_options(args))
 
 
-def load_unet(args, dtype: torch.dtype) -> UNet2DConditionModel:
+def noise_schedule(scheduler) -> tuple[torch.Tensor, str]:
+    """abar of each training timestep, and what the network predicts."""
+    return scheduler.alphas_cumprod, scheduler.config.prediction_type
+
+
+def load_teacher(args, dtype: torch.dtype) -> UNet2DConditionModel:
     unet, loading = UNet2DConditionModel.from_pretrained(
-        args.pretrained_teacher_model, subfolder="unet", dtype=dtype, output_loading_info=True, **hub_options(args)
+        teacher_of(args), subfolder="unet", dtype=dtype, output_loading_info=True, **hub_options(args)
     )
     missing, unexpected = loading["missing_keys"], loading["unexpected_keys"]
     if missing or unexpected:  # diffusers only warns, and leaves what is missing at random
@@ -188,14 +230,34 @@ def load_unet(args, dtype: torch.dtype) -> UNet2DConditionModel:
     return unet.requires_grad_(False).eval()
 
 
+def make_student(args, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
+    """An fp32 copy of the teacher that also takes w; its new projection is zero, so that it starts as the teacher."""
+    config = dict(teacher.config) | {"time_cond_proj_dim": args.unet_time_cond_proj_dim}
+    student = UNet2DConditionModel.from_config(config)
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    if unexpected or set(missing) - {"time_embedding.cond_proj.weight"}:
+        raise SystemExit(f"the student does not fit its teacher: {missing} missing, {unexpected} unexpected")
+    if missing:
+        torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    return student
+
+
+def add_lora(args, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The teacher itself, with fp32 adapters that start at zero."""
+    teacher.add_adapter(
+        LoraConfig(
+            r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora,
+            target_modules=[name.strip() for name in args.lora_target_modules.split(",")],
+        )
+    )  # fmt: skip
+    cast_training_params(teacher, dtype=torch.float32)
+    return teacher
+
+
 def vae_source(args) -> dict:
     if args.pretrained_vae_model_name_or_path:
         return {"model": args.pretrained_vae_model_name_or_path, "subfolder": None, "revision": args.revision}
-    return {"model": args.pretrained_teacher_model, "subfolder": "vae", "revision": args.teacher_revision}
-
-
-def vae_dtype(args, weight_dtype: torch.dtype) -> torch.dtype:
-    return weight_dtype
+    return {"model": teacher_of(args), "subfolder": "vae", "revision": args.teacher_revision}
 
 
 def load_vae(args, device, dtype: torch.dtype) -> AutoencoderKL:
@@ -208,11 +270,28 @@ def load_vae(args, device, dtype: torch.dtype) -> AutoencoderKL:
 
 
 def load_text_encoder(args, device, dtype: torch.dtype):
-    name = args.pretrained_teacher_model
+    name = teacher_of(args)
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", use_fast=False, **hub_options(args))
     encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype, **hub_options(args))
     quantize(encoder, args.text_encoder_1_precision, "cpu" if args.quantize_via == "cpu" else device)
     return tokenizer, encoder.requires_grad_(False).eval().to(device)
+
+
+def encoders(args, device, dtype: torch.dtype) -> Encoders:
+    """What turns pixels and prompts into what the network is shown, and all that shapes their caches."""
+    folders = ("text_encoder", "tokenizer")
+    return Encoders(
+        load_vae=lambda: load_vae(args, device, dtype),
+        encode_pixels=encode_pixels,
+        load_text=lambda: load_text_encoder(args, device, dtype),
+        encode_prompts=encode_prompts,
+        latents_identity=lambda: {"vae": weights_identity(**vae_source(args)), "dtype": dtype},
+        text_identity=lambda: {
+            "text": [weights_identity(teacher_of(args), folder, args.teacher_revision) for folder in folders],
+            "dtype": dtype,
+            "precisions": [args.text_encoder_1_precision, args.text_encoder_2_precision],
+        },
+    )
 
 
 def encode_prompts(text_encoder, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -225,7 +304,7 @@ def encode_prompts(text_encoder, prompts: list[str]) -> dict[str, torch.Tensor]:
 
 
 def encode_empty_prompt(args, encoder: SampleEncoder) -> dict[str, torch.Tensor]:
-    """What guidance leads away from."""
+    """The conditions that guidance leads away from."""
     return encoder.encode_text([""])
 
 
@@ -235,29 +314,9 @@ def encode_pixels(vae, pixels) -> dict[str, torch.Tensor]:
     return {name: getattr(posterior, name) * vae.config.scaling_factor for name in ("mean", "std")}
 
 
-def add_guidance_input(teacher: UNet2DConditionModel, time_cond_proj_dim: int) -> UNet2DConditionModel:
-    """An fp32 copy of the teacher that also takes w; its new projection is zero, so that it starts as the teacher."""
-    config = dict(teacher.config) | {"time_cond_proj_dim": time_cond_proj_dim}
-    student = UNet2DConditionModel.from_config(config)
-    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-    if unexpected or set(missing) - {"time_embedding.cond_proj.weight"}:
-        raise SystemExit(f"the student does not fit its teacher: {missing} missing, {unexpected} unexpected")
-    if missing:
-        torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
-    return student
-
-
-def add_lora(teacher: UNet2DConditionModel, args) -> UNet2DConditionModel:
-    """The teacher itself, with fp32 adapters that start at zero."""
-    modules = [name.strip() for name in args.lora_target_modules.split(",")]
-    teacher.add_adapter(
-        LoraConfig(
-            r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora,
-            target_modules=modules,
-        )
-    )  # fmt: skip
-    cast_training_params(teacher, dtype=torch.float32)
-    return teacher
+def sample_latents(images: dict[str, torch.Tensor], draws: Draws) -> torch.Tensor:
+    """Clean latents of this visit, fp32, [B, C, h, w]."""
+    return images["mean"].float() + images["std"].float() * draws.normal(*images["mean"].shape[1:])
 
 
 def conditions(text: dict[str, torch.Tensor], images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -265,14 +324,21 @@ def conditions(text: dict[str, torch.Tensor], images: dict[str, torch.Tensor]) -
     return text
 
 
-def predict(unet, x, t, cond: dict[str, torch.Tensor], w_embedding=None):
+def predict(unet, x, t, cond: dict[str, torch.Tensor], w=None):
     """The network's output at x_t: noise, velocity or clean sample, whichever the teacher was trained on."""
     embeds = cond["prompt_embeds"]
-    return unet(x.to(embeds.dtype), t, encoder_hidden_states=embeds, timestep_cond=w_embedding).sample
+    return unet(
+        x.to(embeds.dtype), t, encoder_hidden_states=embeds, timestep_cond=embed_guidance(unet, w)
+    ).sample  # fmt: skip
+
+
+def embed_guidance(unet, w: torch.Tensor | None) -> torch.Tensor | None:
+    """w as the U-Net takes it, [B, D]; None where it is told none."""
+    return None if w is None else guidance_embedding(w, getattr(unet, "module", unet).config.time_cond_proj_dim)
 
 
 @torch.no_grad()
-def draw(args, vae, unet, scheduler, text, negative, steps: int, guidance_scale: float, seed: int, size, callback):
+def generate(args, vae, unet, scheduler, text, negative, steps: int, guidance_scale: float, seed: int, size, callback):
     """Pictures [height, width] by the stock pipeline, one per row of text; picture i starts from noise of seed + i."""
     pipeline = PIPELINE(
         vae, None, None, unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
@@ -287,9 +353,9 @@ def draw(args, vae, unet, scheduler, text, negative, steps: int, guidance_scale:
 
 
 def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
-    """Writes what stock diffusers loads. Returns the files' names and the lines of code that load them."""
+    """Writes the files that stock diffusers loads. Returns their names and the lines of code that load them."""
     student_scheduler(args, scheduler).save_pretrained(folder / "scheduler")
-    base = args.pretrained_teacher_model
+    base = teacher_of(args)
     if args.model_type == "lora":
         layers = {name: value.contiguous() for name, value in get_peft_model_state_dict(unet).items()}
         adapter = unet.peft_config["default"].to_dict()
@@ -315,9 +381,9 @@ def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
             replaced = {"unet": unet, "scheduler": student_scheduler(args, scheduler)}
             if args.pretrained_vae_model_name_or_path:
                 replaced["vae"] = load_vae(args, unet.device, torch.float32)
-            whole = PIPELINE.from_pretrained(base, dtype=torch.float32, **replaced, **hub_options(args))
-            whole.save_pretrained(folder)
-            files += ["model_index.json", *whole.components]
+            pipeline = PIPELINE.from_pretrained(base, dtype=torch.float32, **replaced, **hub_options(args))
+            pipeline.save_pretrained(folder)
+            files += ["model_index.json", *pipeline.components]
             load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{folder}")\n'
     usage = (
         f"from diffusers import LCMScheduler, {PIPELINE.__name__}, UNet2DConditionModel\n\n{load}"
@@ -332,18 +398,121 @@ def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
 # =====================================================================================================================
 
 
-def load_networks(args, accelerator, weight_dtype):
-    """Teacher, student and target. With LoRA all three are one U-Net."""
-    lora = args.model_type == "lora"
+@dataclass(frozen=True)
+class Networks:
+    """Three roles. With LoRA one network has them all: as teacher without adapters, as target with their average."""
+
+    teacher: torch.nn.Module
+    network: torch.nn.Module  # the student's
+    student: torch.nn.Module  # the same, or what shares its gradients between processes
+    target: torch.nn.Module
+    trained: list[torch.nn.Parameter]
+    average: torch.nn.Module | None  # holds the moving average of what is trained
+    lora: bool
+
+    def as_teacher(self):
+        return adapters_off(self.teacher, self.lora)
+
+    def as_target(self):
+        if self.lora and self.average is not None:
+            return weights_exchanged(self.trained, list(self.average.parameters()))
+        return contextlib.nullcontext()
+
+
+# ---- Algorithm 1, numbered as it runs; 7. is in the loop ----
+
+
+def draw(args, positions: list[int], images, text, uncond, device):
+    """A sample's draws follow from the seed and its place in the global sequence."""
+    # 1. Draws: where in the solver's grid, guidance, dropped prompts, latents, noise, and rollouts
+    draws = Draws(args.seed, positions, device)
+    index = draws.integers(args.num_ddim_timesteps)
+    w = args.w_min + (args.w_max - args.w_min) * draws.uniform().to(device)
+    cond = conditions(draw_dropped(draws, args.proportion_empty_prompts, text, uncond), images)
+    latents = sample_latents(images, draws)
+    eps = draws.normal(*latents.shape[1:])
+    rollout = None
+    if args.scheduled_sampling_probability:
+        rollout = draw_rollout(args, positions, latents.shape[1:], device)
+    return cond, latents, index, w, eps, rollout
+
+
+def lcm_loss(args, accelerator, networks, solver, uncond, cond, latents, index, w, eps, rollout=None):
+    """The distance between student and target, from clean latents [B, ...] and the draws of each, [B] or [B, ...]."""
+    # 2. Noisy latents, fp32
+    t, t_prev = solver.timesteps[index], solver.timesteps_prev[index]
+    x_t = noised(latents, eps, t, solver)
+
+    def f(unet, x, t):
+        out = predict(unet, x, t, cond, None if networks.lora else w)
+        x0, _ = solver.x0_eps(out, x, t)
+        c_skip, c_out = (expand_to(c, x) for c in boundary_scalings(t, args.timestep_scaling_factor))
+        return c_skip * x + c_out * x0
+
+    with torch.no_grad(), accelerator.autocast():
+        if rollout:  # scheduled sampling: some of x_t are what the student itself makes of more noise
+            with dropout_off(networks.network, args.lora_dropout):
+                f_student = functools.partial(f, networks.student)
+                x_t = sampled_x_t(f_student, solver, x_t, latents, eps, index, *rollout)
+
+        # 3. Teacher with guidance: both halves in one forward, whose peak is below that of the student's backward
+        with networks.as_teacher():
+            both = predict(networks.teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), with_uncond(cond, uncond))
+        out_cond, out_uncond = both.float().chunk(2)
+        out = out_cond + expand_to(w, x_t) * (out_cond - out_uncond)
+        x0_teacher, eps_teacher = solver.x0_eps(out, x_t, t)
+
+        # 4. One solver step
+        x_prev = solver.step(x0_teacher, eps_teacher, index)
+
+        # 5. Target at x_prev
+        with dropout_off(networks.network, args.lora_dropout), networks.as_target():
+            f_target = f(networks.target, x_prev, t_prev)
+
+    # 6. Student at x_t, and its distance to the target
+    f_student = f(networks.student, x_t, t)
+    if args.diff2flow_loss:  # v = eps - x0, with the eps that x_t and x0 leave
+        both = [to_x0_eps(x0, x_t, solver.alphas[t], solver.sigmas[t], "sample") for x0 in (f_student, f_target)]
+        f_student, f_target = (eps - x0 for x0, eps in both)
+    return consistency_loss(f_student, f_target, args.loss_type, args.huber_c)
+
+
+@torch.no_grad()
+def held_out_loss(args, loss_of, network, samples, encoder) -> dict[str, float]:
+    """Mean loss at fixed places in the grid, noise and w: the same numbers for the same weights, whatever --seed is.
+
+    `loss_of(cond, latents, index, w, eps)` is the algorithm's. One sample at a time, as their shapes may differ.
+    """
+    n = args.num_ddim_timesteps
+    places = sorted({n * (2 * k + 1) // (2 * HELD_OUT_PLACES) for k in range(HELD_OUT_PLACES)})
+    sums = dict.fromkeys(places, 0.0)
+    training = network.training
+    network.eval()
+    for i, sample in enumerate(samples):
+        images, text = encoder.encode_images([sample]), encoder.encode_text([sample.caption])
+        for place in places:
+            draws = Draws(0, [i * n + place], encoder.device)
+            index = torch.tensor([place], device=encoder.device)
+            w = (args.w_min + (args.w_max - args.w_min) * draws.uniform()).to(encoder.device)
+            latents = sample_latents(images, draws)
+            eps = draws.normal(*latents.shape[1:])
+            sums[place] += loss_of(conditions(text, images), latents, index, w, eps).item() / len(samples)
+    network.train(training)
+    return {"eval_loss": sum(sums.values()) / len(places)} | {f"eval_loss/{p}": value for p, value in sums.items()}
+
+
+def load_networks(args, accelerator, weight_dtype) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
+    """Teacher, student and target. With LoRA all three are one network."""
+    lora, device = args.model_type == "lora", accelerator.device
     # channels_last is faster on CUDA and CPU, but DoRA's norms view convolutions as matrices
     layout = {"memory_format": torch.preserve_format if args.use_dora else torch.channels_last}
-    teacher = load_unet(args, weight_dtype if lora or args.cast_teacher_unet else torch.float32)
+    teacher = load_teacher(args, weight_dtype if lora or args.cast_teacher_unet else torch.float32)
     # The student starts from the weights as they are on disk, not from what the teacher's precision leaves of them
-    student = None if lora else add_guidance_input(load_unet(args, torch.float32), args.unet_time_cond_proj_dim)
-    quantize(teacher, args.base_model_precision, "cpu" if args.quantize_via == "cpu" else accelerator.device)
-    teacher.to(accelerator.device, **layout)
-    student = add_lora(teacher, args) if lora else student
-    student.to(accelerator.device, **({} if lora else layout))
+    student = None if lora else make_student(args, load_teacher(args, torch.float32))
+    quantize(teacher, args.base_model_precision, "cpu" if args.quantize_via == "cpu" else device)
+    teacher.to(device, **layout)
+    student = add_lora(args, teacher) if lora else student
+    student.to(device, **({} if lora else layout))
     target = student if lora else copy.deepcopy(student).requires_grad_(False).eval()
     speed_up(args, (teacher, student, target), COMPILED_BLOCKS, accelerator.print)
     if args.gradient_checkpointing:
@@ -351,201 +520,103 @@ def load_networks(args, accelerator, weight_dtype):
     return teacher, student.train(), target
 
 
-def open_encoder(args, accelerator, weight_dtype) -> tuple[SampleEncoder, list[ImageReader]]:
-    """What turns samples into latents and embeddings, and each dataset's reader; with full caches unless told otherwise."""
-    device = accelerator.device
-    plan_buckets(args, accelerator)
-    readers = open_readers(args)
-    latents, text = None, None
-    if args.caches != "off":
-        vae_weights = weights_identity(**vae_source(args))
-        text_weights = [weights_identity(args.pretrained_teacher_model, f, args.teacher_revision) for f in TEXT_FOLDERS]
-        dtype = vae_dtype(args, weight_dtype)
-        identities = [identity(vae=vae_weights, geometry=reader.geometry(), dtype=dtype) for reader in readers]
-        precisions = [args.text_encoder_1_precision, args.text_encoder_2_precision]
-        text_identity = identity(text=text_weights, dtype=weight_dtype, precisions=precisions)
-        latents, text = open_stores(args, identities, text_identity)
-        readers = [replace(reader, cache=store) for reader, store in zip(readers, latents, strict=True)]
-    encoder = SampleEncoder(
-        load_vae=lambda: load_vae(args, device, vae_dtype(args, weight_dtype)),
-        encode_pixels=encode_pixels,
-        load_text=lambda: load_text_encoder(args, device, weight_dtype),
-        encode_prompts=encode_prompts,
-        latents=latents,
-        text=text,
-        vae_batch_size=args.vae_encode_batch_size,
-        device=device,
-    )
-    if args.caches == "fill":
-        prompts = ["", args.validation_negative_prompt or "", *validation_prompts(args)]
-        filling = [replace(reader, filling=True) for reader in readers]
-        encoder.fill(accelerator, args.datasets, filling, prompts, args.dataloader_num_workers)
-    return encoder, readers
-
-
-@errors_to_webhook
-def main(args):
+@webhook_errors
+def main(args, data, notes):
     # ---- Set-up ----
-    output_dir = Path(args.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to.split(","),
-        project_config=ProjectConfiguration(args.output_dir, str(output_dir / args.logging_dir)),
-    )
-    say, device, processes = accelerator.print, accelerator.device, accelerator.num_processes
-    for line in args.notes:
-        say(line)
-    weight_dtype = set_up_device(args, accelerator)
-    repository = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
+    accelerator, weight_dtype = start(args, notes, gradient_accumulation_steps=args.gradient_accumulation_steps)
+    say, device, lora = accelerator.print, accelerator.device, args.model_type == "lora"
+    repository = open_repository(args, accelerator)
 
     # ---- Noise schedule, solver, networks ----
     scheduler = load_scheduler(args)
-    prediction_type = scheduler.config.prediction_type
-    abar = scheduler.alphas_cumprod.float()
-    check_schedule(abar, prediction_type, args.num_ddim_timesteps)
-    solver = DDIMSolver(abar, args.num_ddim_timesteps).to(device)
-    alphas, sigmas = abar.sqrt().to(device), (1.0 - abar).sqrt().to(device)
-    lora = args.model_type == "lora"
+    try:
+        abar, prediction_type = noise_schedule(scheduler)
+        solver = DDIMSolver(abar, args.num_ddim_timesteps, prediction_type).to(device)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     teacher, network, target = load_networks(args, accelerator, weight_dtype)
-
-    # ---- Optimizer ----
     trained = [p for p in network.parameters() if p.requires_grad]
     average = target if not lora else weights_copy(network, device) if args.ema_decay else None
-    averaged = [] if average is None else list(average.parameters())
-    batch = args.train_batch_size * args.gradient_accumulation_steps * processes  # of one optimizer step
-    if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * max(1, args.num_samples // batch)
-    optimizer = make_optimizer(args, trained, args.learning_rate * (batch if args.scale_lr else 1), device)
-    lr_schedule = make_schedule(args, optimizer)
-    student, optimizer = accelerator.prepare(network, optimizer)
-    saved = {"student": network} | ({"target": average} if averaged else {})
 
-    def as_target():
-        """Inside, a LoRA's weights are their moving average. Of a full student that is a network of its own."""
-        return weights_exchanged(trained, averaged) if lora and averaged else contextlib.nullcontext()
+    # ---- Optimizer ----
+    batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes  # of a step
+    last_step = args.max_train_steps or args.num_train_epochs * max(1, data.samples // batch)
+    rate = args.learning_rate * (batch if args.scale_lr else 1)
+    optimizer = make_optimizer(
+        optimizer_name(args), trained, rate, (args.adam_beta1, args.adam_beta2), args.adam_weight_decay,
+        args.adam_epsilon, device,
+    )  # fmt: skip
+    lr_schedule = make_schedule(args, optimizer, last_step)
+    student, optimizer = accelerator.prepare(network, optimizer)
+    networks = Networks(teacher, network, student, target, trained, average, lora)
+    saved, optimizers = {"student": network}, {"student": optimizer.optimizer}
+    saved |= {} if average is None else {"target": average}
 
     # ---- Resume ----
-    state = resume(args, accelerator, saved, {"student": optimizer.optimizer}, lr_schedule)
+    state = resume(args, accelerator, saved, optimizers, lr_schedule)
     first_step = step = state["step"]
-    skipped = Counter(state["skipped"])
 
     # ---- Data: lists of samples, each with latents from the cache or with pixels ----
-    encoder, readers = open_encoder(args, accelerator, weight_dtype)
+    data = plan_buckets(args, data, accelerator)
+    prompts = ["", args.validation_negative_prompt or "", *validation_prompts(args)]
+    encoder, readers = open_encoder(
+        args, data, open_readers(args, data), encoders(args, device, weight_dtype), accelerator, prompts
+    )
     uncond = encode_empty_prompt(args, encoder)
-    held_out, readers = hold_out(args, readers)
-    batches = open_batches(args, accelerator, readers, state["stream"])
+    held_out, readers = hold_out(args, data, readers)
+    batches = open_batches(args, data, accelerator, readers, state["stream"])
+    saver = Saver(args, accelerator, saved, optimizers, lr_schedule, encoder, batches, state["skipped"])
 
-    # ---- Checkpoints and pictures ----
-    def save():
-        """Every process takes part: states may be sharded, and each knows its own place in the data."""
-        encoder.flush()
-        stream, faults = gather_states(batches, accelerator)
-        state = {
-            "stream": stream,
-            "skipped": skipped + faults,
-            "lr_schedule": lr_schedule.state_dict(),
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        }
-        optimizers, limit = {"student": optimizer.optimizer}, args.checkpoints_total_limit
-        folder = save_checkpoint(output_dir, step, saved, optimizers, state, limit, accelerator.is_main_process)
-        accelerator.wait_for_everyone()
-        return folder
-
+    # ---- Pictures ----
     def pictures(which: str, prompts: list[str], steps: int, seed: int, guidance_scale=None, size=None, callback=None):
-        """By `teacher` or `student`, each with its own sampler."""
-        text, negative, with_teacher = encoder.encode_text(prompts), uncond, which == "teacher"
-        sampler = scheduler if with_teacher else student_scheduler(args, scheduler)
-        if with_teacher and args.validation_negative_prompt:
+        """Pictures by `teacher` or `student`, each with its own sampler."""
+        text, negative, by_teacher = encoder.encode_text(prompts), uncond, which == "teacher"
+        if by_teacher and args.validation_negative_prompt:
             negative = encoder.encode_text([args.validation_negative_prompt])
         if guidance_scale is None:
-            guidance_scale = 1.0 if lora and not with_teacher else 1.0 + middle_w(args)
-        unet, size = teacher if with_teacher else target, size or args.validation_resolution[0]
+            guidance_scale = 1.0 if lora and not by_teacher else 1.0 + middle_w(args)
+        unet, sampler = (teacher, scheduler) if by_teacher else (target, student_scheduler(args, scheduler))
+        size = size or args.validation_resolution[0]
         unet.eval()
-        whose = adapters_off(unet, lora) if with_teacher else as_target()
-        with accelerator.autocast(), whose:
-            drawn = draw(args, encoder.vae, unet, sampler, text, negative, steps, guidance_scale, seed, size, callback)
+        with accelerator.autocast(), networks.as_teacher() if by_teacher else networks.as_target():
+            found = generate(
+                args, encoder.vae, unet, sampler, text, negative, steps, guidance_scale, seed, size, callback
+            )
         network.train()
-        return drawn
-
-    teacher_rows = {}  # its pictures do not change
+        return found
 
     def validate():
-        sheet, scores = comparison(args, pictures, teacher_rows, preview, clip)
-        progress.picture(sheet, "grid", step)
+        sheet, scores = comparison.sheet()
+        tracking.picture(sheet, "grid", step)
         if scores:
-            progress.values(scores, step)
-        if args.caches == "fill":
+            tracking.values(scores, step)
+        if data.caches == "fill":
             encoder.release()
         return sheet
 
-    # ---- Algorithm 1, from a batch and its draws to the distance ----
-    def lcm_loss(images, text, index, w, latent_noise, eps, rollout=None):
-        # 2. Noisy latents, fp32
-        cond = conditions(text, images)
-        w_embedding = None if lora else guidance_embedding(w, args.unet_time_cond_proj_dim)
-        latents = images["mean"].float() + images["std"].float() * latent_noise
-        t, t_prev = solver.timesteps[index], solver.timesteps_prev[index]
-        x_t = expand_to(alphas[t], latents) * latents + expand_to(sigmas[t], latents) * eps
-
-        def f(unet, x, t):
-            out = predict(unet, x, t, cond, w_embedding)
-            x0, _ = to_x0_eps(out, x, alphas[t], sigmas[t], prediction_type)
-            c_skip, c_out = (expand_to(c, x) for c in boundary_scalings(t, args.timestep_scaling_factor))
-            return c_skip * x + c_out * x0
-
-        with torch.no_grad(), accelerator.autocast():
-            if rollout:  # scheduled sampling: some of x_t are what the student itself makes of more noise
-                with dropout_off(network, args.lora_dropout):
-                    f_student = functools.partial(f, student)
-                    x_t = roll_out(f_student, solver, alphas, sigmas, x_t, latents, eps, index, *rollout)
-
-            # 3. Teacher with guidance: both halves in one forward, whose peak is below that of the student's backward
-            with adapters_off(teacher, lora):
-                both = predict(teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), with_uncond(cond, uncond))
-            out_cond, out_uncond = both.float().chunk(2)
-            out = out_cond + expand_to(w, x_t) * (out_cond - out_uncond)
-            x0_teacher, eps_teacher = to_x0_eps(out, x_t, alphas[t], sigmas[t], prediction_type)
-
-            # 4. One solver step
-            x_prev = solver.step(x0_teacher, eps_teacher, index)
-
-            # 5. Target at x_prev
-            with dropout_off(network, args.lora_dropout), as_target():
-                f_target = f(target, x_prev, t_prev)
-
-        # 6. Student at x_t
-        f_student = f(student, x_t, t)
-        if args.diff2flow_loss:  # v = eps - x0, with the eps that x_t and x0 leave
-            both = [to_x0_eps(x0, x_t, alphas[t], sigmas[t], "sample") for x0 in (f_student, f_target)]
-            f_student, f_target = (eps - x0 for x0, eps in both)
-        return consistency_loss(f_student, f_target, args.loss_type, args.huber_c)
+    def export_target():
+        with networks.as_target():
+            return export(args, Path(args.output_dir), target, scheduler)
 
     # ---- Training loop ----
-    progress, clip = Progress(args, accelerator), open_clip(args, accelerator)
-    preview = open_preview(args, PREVIEW_MODEL, accelerator, lambda *shown: progress.picture(*shown, step, "debug"))
-    say(f"training {sum(p.numel() for p in trained):,} parameters for {args.max_train_steps} steps of {batch} samples")
-    bar = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
+    loss_of = functools.partial(lcm_loss, args, accelerator, networks, solver, uncond)
+    tracking, clip = Tracking(args, accelerator, last_step), open_clip(args, accelerator)
+    preview = open_preview(args, PREVIEW_MODEL, accelerator, lambda *shown: tracking.picture(*shown, step, "debug"))
+    comparison = Comparison(args, pictures, preview, clip)
+    say(f"training {sum(p.numel() for p in trained):,} parameters for {last_step} steps of {batch} samples")
+    bar = tqdm(total=last_step, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
     loss_sum, started = torch.zeros((), device=device), time.time()
     stop, stopping = StopSignal(), False
-    while step < args.max_train_steps and not stopping:
+    while step < last_step and not stopping:
         with accelerator.accumulate(student):
-            # 1. A batch, and each sample's own draws: they follow from the seed and its place in the global sequence
-            try:
-                samples = next(batches)
-            except NoGoodSamples as error:
-                raise SystemExit(f"{args.data_source}: {error}") from None
+            samples = next(batches)
+            positions = [sample.position for sample in samples]
             images, text = encoder.encode_images(samples), encoder.encode_text([sample.caption for sample in samples])
-            shape, positions = images["mean"][0].shape, [sample.position for sample in samples]
-            index, w, dropped, latent_noise, eps = stack([draw_for(args, p, shape) for p in positions], device)
-            text = {name: torch.where(expand_to(dropped, v), uncond[name], v) for name, v in text.items()}
-            rollout = None
-            if args.scheduled_sampling_probability:
-                rollout = stack([draw_rollout(args, p, shape) for p in positions], device)
 
-            # 2. to 6.
+            # 1. to 6.
+            draws = draw(args, positions, images, text, uncond, device)
             torch.manual_seed(args.seed + positions[0])  # of dropout: a resumed run draws the same
-            loss = lcm_loss(images, text, index, w, latent_noise, eps, rollout)
+            loss = loss_of(*draws)
 
             # 7. Optimizer and EMA
             accelerator.backward(loss)
@@ -558,66 +629,37 @@ def main(args):
             continue
         if not accelerator.optimizer_step_was_skipped:  # fp16's scaler found an overflow
             lr_schedule.step()
-            if averaged:
-                update_ema(averaged, trained, args.ema_decay)
+            if average is not None:
+                update_ema(list(average.parameters()), trained, args.ema_decay)
         step += 1
         bar.update()
 
-        if step % LOG_EVERY == 0 or step == args.max_train_steps:
+        if step % LOG_EVERY == 0 or step == last_step:
             steps = step % LOG_EVERY or LOG_EVERY
             mean = accelerator.reduce(loss_sum, "mean").item() / (steps * args.gradient_accumulation_steps)
-            if not math.isfinite(mean):
-                last = find_checkpoint(output_dir, "latest")
-                raise SystemExit(f"the loss is not finite at step {step}; the last good checkpoint is {last}")
+            check_finite(args, step, loss=mean)
             rate = steps * batch / (time.time() - started)
             bar.set_postfix(loss=f"{mean:.4g}", samples_per_s=f"{rate:.1f}")
-            progress.values({"loss": mean, "lr": lr_schedule.get_last_lr()[0], "samples_per_s": rate}, step)
+            tracking.values({"loss": mean, "lr": lr_schedule.get_last_lr()[0], "samples_per_s": rate}, step)
             loss_sum, started = torch.zeros((), device=device), time.time()
         if args.eval_steps and step % args.eval_steps == 0:
-            progress.values(stable_loss(args, lcm_loss, network, held_out, encoder), step)
+            tracking.values(held_out_loss(args, loss_of, network, held_out, encoder), step)
         if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
             validate()
-        if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step < args.max_train_steps:
-            save()
+        if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step < last_step:
+            saver.save(step)
             if args.push_checkpoints_to_hub and repository:
-                with as_target():
-                    files, _ = export(args, output_dir, target, scheduler)
-                push_to_hub(args, repository, files, f"Step {step}", fatal=False)
-        if processes == 1 or step % LOG_EVERY == 0:
+                push_to_hub(args, repository, export_target()[0], f"Step {step}", fatal=False)
+        if accelerator.num_processes == 1 or step % LOG_EVERY == 0:
             stopping = stop.agreed(accelerator)
     bar.close()
 
-    # ---- The end: a checkpoint always, the model where training is complete ----
-    if step == first_step and Path(output_dir, f"checkpoint-{step}", "state.json").exists():  # nothing was trained
-        say(f"checkpoint-{step} is already there")
-    else:
-        say(f"saved {save()}")
-    stop.over()
-    _, faults = gather_states(batches, accelerator)
-    for cause, count in (skipped + faults).most_common():
-        say(f"skipped {count} x {cause}")
-    if stopping:
-        say("stopped by a signal; go on with --resume_from_checkpoint latest")
-    elif accelerator.is_main_process:
-        validate().save(output_dir / "samples.png")
-        with as_target():
-            files, usage = export(args, output_dir, target, scheduler)
-        if args.toy and args.report_steps:  # its world can judge pictures
-            from tests.toy.report import report
-
-            results = report(pictures, clip, output_dir, args.report_steps, TOY_SIZES)
-        else:
-            results = steps_report(args, pictures, clip, output_dir)
-        write_model_card(
-            output_dir, title=f"LCM of {Path(args.pretrained_teacher_model).name}", tags=["lcm", args.model_type],
-            usage=usage, settings=vars(args), results=results, picture="samples.png",
-        )  # fmt: skip
-        if repository:
-            push_to_hub(args, repository, ["README.md", "samples.png", "report.*", *files], "Distilled model")
-        say(f"\nThe model is in {output_dir}:\n\n{usage}")
-    accelerator.wait_for_everyone()
-    progress.end(step, stopping)
+    end_run(
+        args, saver, tracking, repository, step=step, trained=step > first_step, stop=stop, stopped=stopping,
+        validate=validate, export=export_target,
+        report=lambda: write_report(args, pictures, clip, TOY_SIZES), method="lcm", base=teacher_of(args),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(*parse_args())

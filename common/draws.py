@@ -1,71 +1,61 @@
-"""Deterministic, resumable order of samples, and batches of one size each.
-
-The training set is one endless sequence of samples. `lanes` readers each go through their own share of the shards, in
-an order drawn anew each epoch and shuffled within blocks; sample q of the sequence comes from lane q mod lanes. Process
-p of P takes the samples q = p (mod P), and its workers split those again, so that the sequence is the same however many
-processes and workers read it. Every sample carries a cursor, the place in its lane where reading goes on after it.
-
-A process reads a batch's number of samples at a time, and each sample waits in its bucket until there is a batch of
-them. Which samples make which batch thus follows from the sequence alone. A checkpoint needs, of each lane, the cursor
-before its first sample that was not used, and which later ones were: all that waited is read again.
-"""
+"""Random numbers of the methods. Those of a sample follow from the seed and its place in the global sequence alone,
+whatever processes there are and wherever a run was resumed."""
 
 import hashlib
 
 import torch
 
-from common.solvers import TIMESTEPS, shift_time, unshift_time
+from common.solvers import TIMESTEPS, expand_to, shift_time, unshift_time
+
+# Exponents of a number in [0, 1): rollouts of all lengths alike, mostly short ones, mostly long ones
+ROLLOUT_LENGTHS = {"uniform": 1.0, "biased_early": 2.0, "biased_late": 0.5}
 
 
 def sample_generator(seed: int, position: int | str) -> torch.Generator:
-    """Random numbers that follow from the seed and the sample's place in the global sequence alone."""
+    """A generator that follows from the seed and the sample's place in the global sequence alone."""
     digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class Draws:
-    """Random numbers of a batch, one after the other; those of a sample follow from the seed and its place alone."""
+    """Random numbers of a batch, one after the other, each sample's by a generator of its own."""
 
     def __init__(self, seed: int, positions: list[int], device):
         self.rngs, self.device = [sample_generator(seed, position) for position in positions], device
+
+    def integers(self, count: int) -> torch.Tensor:
+        """[B] in 0..count-1, on the device."""
+        return torch.stack([torch.randint(count, (), generator=rng) for rng in self.rngs]).to(self.device)
 
     def uniform(self) -> torch.Tensor:
         """[B] in [0, 1), on the CPU, where the loop can look at them without waiting."""
         return torch.stack([torch.rand((), generator=rng) for rng in self.rngs])
 
     def normal(self, *shape: int) -> torch.Tensor:
-        """[B, *shape]"""
+        """[B, *shape], on the device."""
         return torch.stack([torch.randn(shape, generator=rng) for rng in self.rngs]).to(self.device)
 
 
-def stack(rows: list[tuple], device) -> tuple[torch.Tensor, ...]:
-    """Draws of samples, one tuple each, as batches on the device."""
-    return tuple(torch.stack(column).to(device) for column in zip(*rows, strict=True))
+def draw_dropped(draws: Draws, share: float, text: dict, empty: dict) -> dict[str, torch.Tensor]:
+    """The conditions of a batch, in which a share of the samples has those of the empty prompt."""
+    dropped = (draws.uniform() < share).to(draws.device)
+    return {name: torch.where(expand_to(dropped, rows), empty[name], rows) for name, rows in text.items()}
 
 
-POWERS = {"uniform": 1.0, "biased_early": 2.0, "biased_late": 0.5}  # of a number in [0, 1): short or long rollouts
+def draw_rollout(args, positions: list[int], shape, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many solver steps above t each sample starts, 0 for no rollout, and the noise of the student's sampler.
 
-
-def draw_rollout(args, position: int, shape):
-    """How many solver steps above t this sample starts, 0 for none, and the noise that the student's sampler adds."""
-    rng = sample_generator(args.seed, -1 - position)  # its own: other draws stay what they are without rollouts
-    rolled = torch.rand((), generator=rng) < args.scheduled_sampling_probability
-    share = torch.rand((), generator=rng) ** POWERS[args.scheduled_sampling_strategy]
-    offset = 1 + (args.scheduled_sampling_max_step_offset * share).long()
-    return rolled * offset, torch.randn(shape, generator=rng)
-
-
-def draw_for(args, position: int, shape):
-    """index, w, whether the prompt is dropped, and two noises, of the sample at this place in the global sequence."""
-    rng = sample_generator(args.seed, position)
-    index = torch.randint(args.num_ddim_timesteps, (), generator=rng)
-    w = args.w_min + (args.w_max - args.w_min) * torch.rand((), generator=rng)
-    dropped = torch.rand((), generator=rng) < args.proportion_empty_prompts
-    return index, w, dropped, torch.randn(shape, generator=rng), torch.randn(shape, generator=rng)
+    Generators of their own: the other draws stay what they are without rollouts.
+    """
+    draws = Draws(args.seed, [-1 - position for position in positions], device)
+    rolled_out = draws.uniform() < args.scheduled_sampling_probability
+    length = draws.uniform() ** ROLLOUT_LENGTHS[args.scheduled_sampling_strategy]
+    offset = 1 + (args.scheduled_sampling_max_step_offset * length).long()
+    return (rolled_out * offset).to(device), draws.normal(*shape)
 
 
 def draw_exits(seed: int, iteration: int, count: int, blocks: int, same_step: bool, last_only: bool) -> list[int]:
-    """The step at which each block's rollout ends, of `count`. All processes draw the same: they must stay in step."""
+    """The step at which each block's rollout ends, of `count`; the same in all processes, which must stay in step."""
     if last_only:
         return [count - 1] * blocks
     rng = sample_generator(seed, f"exits {iteration}")
@@ -77,7 +67,7 @@ def score_range(exits: list[int], steps: list[float], from_exit: bool, to_exit: 
     """(lowest, highest) timestep at which the rollout is judged.
 
     `from_exit` (--ts_schedule): not below the step that would have come next; else not below `lowest`.
-    `to_exit` (--ts_schedule_max): not above the exit step. Of several blocks' ranges it is the one around them all.
+    `to_exit` (--ts_schedule_max): not above the exit step. The range spans those of all blocks.
     """
     after = [*steps[1:], 0.0]
     low = min(after[i] for i in exits) if from_exit else lowest

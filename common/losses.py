@@ -1,7 +1,7 @@
-"""Latent consistency models' mathematics (Luo et al. 2023, arXiv 2310.04378), in fp32.
+"""Losses of both methods, in fp32.
 
-Symbols: `abar` is the cumulative product of 1 - beta, `alphas = sqrt(abar)`, `sigmas = sqrt(1 - abar)`,
-`x_t = alphas[t] * latents + sigmas[t] * eps`; `t` is an integer training timestep, `index` a place in the grid.
+LCM (Luo et al. 2023, arXiv 2310.04378), DMD (Yin et al. 2023, 2311.18828) and DMD2 (2405.14867). A velocity `v` is
+eps - x0; `x_g` are the student's clean samples.
 """
 
 import torch

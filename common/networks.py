@@ -1,8 +1,4 @@
-"""Latent consistency models' mathematics (Luo et al. 2023, arXiv 2310.04378), in fp32.
-
-Symbols: `abar` is the cumulative product of 1 - beta, `alphas = sqrt(abar)`, `sigmas = sqrt(1 - abar)`,
-`x_t = alphas[t] * latents + sigmas[t] * eps`; `t` is an integer training timestep, `index` a place in the grid.
-"""
+"""Networks: several in one by adapters, attention kernels, compilation, and frozen weights in 8 bits."""
 
 import contextlib
 import importlib.util
@@ -28,12 +24,13 @@ def guidance_embedding(w: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def with_uncond(cond, uncond) -> dict[str, torch.Tensor]:
-    """Batch of 2B: as conditioned, and with the empty prompt's embeddings."""
+    """Conditions of a batch of 2B: those given, then the same with the empty prompt's embeddings."""
     rows = {name: uncond[name].expand_as(v) if name in uncond else v for name, v in cond.items()}
     return {name: torch.cat([v, rows[name]]) for name, v in cond.items()}
 
 
 def adapter_layers(network: torch.nn.Module) -> list[BaseTunerLayer]:
+    """Layers of a network that an adapter has changed; none of a network without adapters."""
     return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
 
 
@@ -63,13 +60,13 @@ def set_layer(layer: BaseTunerLayer, disabled: bool, active: list[str], dropout:
 
 
 def adapter_weights(network: torch.nn.Module, name: str) -> torch.nn.ParameterDict:
-    """The weights of one adapter, as a module of their own: what a checkpoint holds of it."""
-    mine = [(key.replace(".", "/"), p) for key, p in network.named_parameters() if name in key.split(".")]
-    return torch.nn.ParameterDict(mine)  # of a list: it would sort a dict
+    """The weights of one adapter, as a module of their own, which is what a checkpoint holds of it."""
+    weights = [(key.replace(".", "/"), p) for key, p in network.named_parameters() if name in key.split(".")]
+    return torch.nn.ParameterDict(weights)  # of a list: it would sort a dict
 
 
 def weights_copy(part: torch.nn.Module, device) -> torch.nn.ParameterDict:
-    """Of what is trained in it: where a moving average starts."""
+    """A copy of the trained weights, from which a moving average starts."""
     trained = [(name.replace(".", "/"), p) for name, p in part.named_parameters() if p.requires_grad]
     copies = [(name, p.detach().to(device, copy=True)) for name, p in trained]
     return torch.nn.ParameterDict([(name, torch.nn.Parameter(p, requires_grad=False)) for name, p in copies])
@@ -77,7 +74,7 @@ def weights_copy(part: torch.nn.Module, device) -> torch.nn.ParameterDict:
 
 @contextlib.contextmanager
 def weights_exchanged(params: list[torch.nn.Parameter], others: list[torch.nn.Parameter]):
-    """Inside, the parameters have the values of the others, and these theirs. In place, where FSDP looks for them."""
+    """Inside, parameters and others have changed values, in place, where FSDP looks for them."""
     exchange(params, others)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Pictures of a run: labelled grids, on disk and in every tracker."""
+"""Pictures of a run: labelled grids, strips of frames, and previews of half-done samples."""
 
 import json
 from pathlib import Path
@@ -29,19 +29,20 @@ def labelled_grid(rows: list[list[Image.Image]], row_labels: list[str], column_l
     top = max(len(lines) for lines in columns) * LABEL_HEIGHT + MARGIN
     size = (left + len(columns) * (width + MARGIN), top + len(rows) * (height + MARGIN))
     sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
+    pen = ImageDraw.Draw(sheet)
     for column, lines in enumerate(columns):
-        draw.text((left + column * (width + MARGIN), MARGIN // 2), "\n".join(lines), "black", font)
+        pen.text((left + column * (width + MARGIN), MARGIN // 2), "\n".join(lines), "black", font)
     for row, (label, pictures) in enumerate(zip(row_labels, rows, strict=True)):
         y = top + row * (height + MARGIN)
-        draw.text((MARGIN, y + height // 2 - LABEL_HEIGHT // 2), label, "black", font)
+        pen.text((MARGIN, y + height // 2 - LABEL_HEIGHT // 2), label, "black", font)
         for column, picture in enumerate(pictures):
             enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (left + column * (width + MARGIN), y))
     return sheet
 
 
-def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+def picture_pair(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two pictures as one."""
     pair = Image.new("RGB", (left.width + right.width + 2, left.height), "white")
     pair.paste(left, (0, 0))
     pair.paste(right, (left.width + 2, 0))
@@ -62,12 +63,13 @@ def wrap(text: str, font, width: int, most_lines: int = 5) -> list[str]:
 
 
 def below_each_other(sheets: list[Image.Image]) -> Image.Image:
-    whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
-    y = 0
+    """One sheet of several."""
+    width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
+    joined, y = Image.new("RGB", (width, height), "white"), 0
     for sheet in sheets:
-        whole.paste(sheet, (0, y))
+        joined.paste(sheet, (0, y))
         y += sheet.height
-    return whole
+    return joined
 
 
 def pixels_of(picture: Image.Image) -> torch.Tensor:
@@ -75,32 +77,39 @@ def pixels_of(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255.0
 
 
-def comparison(args, pictures, teacher_rows: dict, preview, clip):
-    """A grid for each size, below each other: steps down, prompts across, the teacher's picture beside the student's.
+class Comparison:
+    """Pictures by student and teacher side by side, a grid for each size: steps down, prompts across.
 
-    `pictures(which, prompts, steps, seed, size=, callback=)` draws; `teacher_rows` keeps the teacher's, which do not
-    change. Returns the sheet, and the CLIP scores of the student's pictures where there is a CLIP.
+    `pictures(which, prompts, steps, seed, size=, callback=)` generates; the teacher's do not change and are kept.
     """
-    prompts, seed, sheets, scores = validation_prompts(args), args.validation_seed, [], {}
-    for size in args.validation_resolution:
-        rows, labels = [], []
-        for steps in args.validation_num_inference_steps:
-            label = f"{steps} step" + "s" * (steps > 1)
-            if len(args.validation_resolution) > 1:
-                label += f" {size[1]}x{size[0]}"
-            callback = preview(f"preview-{label.replace(' ', '-')}")
-            row = pictures("student", prompts, steps, seed, size=size, callback=callback)
-            if clip is not None:
-                scores |= spread(f"clip_score/{label}", clip(row, prompts))
-            if not args.disable_benchmark:
-                if label not in teacher_rows:
-                    teacher_rows[label] = pictures("teacher", prompts, steps, seed, size=size)
-                row = [side_by_side(*pair) for pair in zip(teacher_rows[label], row, strict=True)]
-            rows.append(row)
-            labels.append(label)
-        who = "student: " if args.disable_benchmark else "teacher | student: "
-        sheets.append(labelled_grid(rows, labels, [who + prompt for prompt in prompts]))
-    return below_each_other(sheets), scores
+
+    def __init__(self, args, pictures, preview, clip):
+        self.args, self.pictures, self.preview, self.clip = args, pictures, preview, clip
+        self.teacher_rows = {}
+
+    def sheet(self) -> tuple[Image.Image, dict[str, float]]:
+        """All grids on one sheet, and the CLIP scores of the student's pictures where there is a CLIP."""
+        args, sheets, scores = self.args, [], {}
+        prompts, seed = validation_prompts(args), args.validation_seed
+        for size in args.validation_resolution:
+            rows, labels = [], []
+            for steps in args.validation_num_inference_steps:
+                label = f"{steps} step" + "s" * (steps > 1)
+                if len(args.validation_resolution) > 1:
+                    label += f" {size[1]}x{size[0]}"
+                callback = self.preview(f"preview-{label.replace(' ', '-')}")
+                row = self.pictures("student", prompts, steps, seed, size=size, callback=callback)
+                if self.clip is not None:
+                    scores |= spread(f"clip_score/{label}", self.clip(row, prompts))
+                if not args.disable_benchmark:
+                    if label not in self.teacher_rows:
+                        self.teacher_rows[label] = self.pictures("teacher", prompts, steps, seed, size=size)
+                    row = [picture_pair(*pair) for pair in zip(self.teacher_rows[label], row, strict=True)]
+                rows.append(row)
+                labels.append(label)
+            who = "student: " if args.disable_benchmark else "teacher | student: "
+            sheets.append(labelled_grid(rows, labels, [who + prompt for prompt in prompts]))
+        return below_each_other(sheets), scores
 
 
 def spread(name: str, scores: torch.Tensor) -> dict[str, float]:
@@ -110,33 +119,37 @@ def spread(name: str, scores: torch.Tensor) -> dict[str, float]:
 
 
 def validation_prompts(args) -> list[str]:
+    """Prompts of validation pictures, by the flags, or four of ours."""
     library = args.validation_prompt_library
     prompts = list(json.loads(Path(library).read_text()).values()) if library else []
     return prompts + ([args.validation_prompt] if args.validation_prompt else []) or list(PROMPTS)
 
 
 def frame_strip(clip: np.ndarray, count: int = 4) -> Image.Image:
-    """So many frames of a clip side by side, from its first to its last."""
+    """Frames of a clip side by side, from its first to its last."""
     frames = [clip[i] for i in np.linspace(0, len(clip) - 1, min(count, len(clip))).round().astype(int)]
     return Image.fromarray(to_bytes(np.concatenate(frames, 1)))
 
 
 def to_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Of pixels in [0, 1]; bytes stay what they are."""
+    """Bytes of pixels in [0, 1]; bytes stay as they are."""
     if pixels.dtype == np.uint8:
         return pixels
     return (pixels * 255.0).round().clip(0, 255).astype(np.uint8)
 
 
 def open_preview(args, name: str, accelerator, show):
-    """`preview(label)` is a callback for pipelines: it calls `show(picture, label-stepNN)` after step 1, N, 2N, ...
+    """A function `preview(label)`, which gives pipelines a callback that calls `show(picture, label-stepNN)`, the
+    pictures of a batch side by side, after step 1, N, 2N, ...
 
-    `name` is the autoencoder's, where --validation_preview_model is not given. Pictures of a batch lie side by side.
+    `name` is the tiny autoencoder's, where --validation_preview_model is not given.
     """
     if not args.validation_preview or not accelerator.is_main_process:
         return lambda label: None
     device = accelerator.device
     source = args.validation_preview_model or name
+    if source is None:
+        raise SystemExit("--validation_preview: this model has no tiny autoencoder, give --validation_preview_model")
     try:
         tiny = AutoencoderTiny.from_pretrained(source, cache_dir=args.cache_dir).eval().to(device)
     except Exception as error:  # from_pretrained's are of many kinds

@@ -1,4 +1,4 @@
-"""Steps against quality: how far teacher and student are from the teacher's full-step samples."""
+"""Numbers for a student: distance to the teacher's full-step samples, CLIP score, and held-out samples."""
 
 import json
 import math
@@ -11,15 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.data.samples import BadSample, Sample
 from common.data.stream import ShardPass
-from common.draws import sample_generator
 from common.pictures import pixels_of, validation_prompts
 
 FULL_STEPS = 50  # of the teacher's own sampler
 
-
 SIDE = 128  # pictures are compared at this size
-
-
 FILTERS, LEVELS = 64, 3
 
 
@@ -46,7 +42,7 @@ def features(pictures: list[Image.Image]) -> torch.Tensor:
 
 
 def measure(pictures, prompts: list[str], samplers: list[tuple], features=features) -> list[dict]:
-    """A row for each sampler: seconds for one sample, distance to the first sampler's, and what was drawn.
+    """A row for each sampler: seconds for one sample, distance to the first sampler's, and the samples themselves.
 
     A sampler is its name, and what `pictures(which, prompts, steps, seed)` takes: which, steps and seed.
     """
@@ -54,33 +50,44 @@ def measure(pictures, prompts: list[str], samplers: list[tuple], features=featur
     rows, reference = [], None
     for name, which, steps, seed in samplers:
         start = time.time()
-        drawn = pictures(which, prompts, steps, seed)
-        seconds, seen = (time.time() - start) / len(prompts), features(drawn)
+        generated = pictures(which, prompts, steps, seed)
+        seconds, seen = (time.time() - start) / len(prompts), features(generated)
         reference = seen if reference is None else reference
         distance = (seen - reference).norm(dim=1).mean().item()
-        rows.append({"sampler": name, "steps": steps, "distance": distance, "seconds": seconds, "drawn": drawn})
+        rows.append({"sampler": name, "steps": steps, "distance": distance, "seconds": seconds, "generated": generated})
     return rows
 
 
-def steps_report(args, pictures, clip, folder: Path) -> str:
-    """Writes report.json and report.png, and returns the table as Markdown.
+def write_report(args, pictures, clip, sizes) -> str:
+    """Writes report.json and report.png, and returns a table as Markdown; of the toy what its own world can judge.
 
-    `pictures(which, prompts, steps, seed)` draws. All start from the same noise, so the distance is that of pairs.
+    `pictures(which, prompts, steps, seed)` generates. All start from the same noise, so the distance is that of pairs.
+    `sizes` are those that the toy's pictures have.
     """
     if not args.report_steps:
         return ""
+    folder = Path(args.output_dir)
+    if args.pretrained_teacher_model is None:
+        return toy_judge().report(pictures, clip, folder, args.report_steps, sizes)
     prompts, seed = validation_prompts(args), args.validation_seed
     samplers = [(which, which, steps, seed) for which in ("teacher", "student") for steps in args.report_steps]
     rows = measure(pictures, prompts, [("teacher", "teacher", FULL_STEPS, seed), *samplers])
     for row in rows:
-        drawn = row.pop("drawn")
+        generated = row.pop("generated")
         if clip is not None:
-            row["clip_score"] = clip(drawn, prompts).mean().item()
+            row["clip_score"] = clip(generated, prompts).mean().item()
     columns = {"CLIP score": ("clip_score", ".2f")} if clip is not None else {}
-    return write_report(folder, rows, f"on {len(prompts)} prompts", columns | {"s per picture": ("seconds", ".3f")})
+    return write_rows(folder, rows, f"on {len(prompts)} prompts", columns | {"s per picture": ("seconds", ".3f")})
 
 
-def write_report(folder: Path, rows: list[dict], title: str, columns: dict[str, tuple[str, str]]) -> str:
+def toy_judge():
+    """The module that judges pictures of the toy world: the one place where the program reaches for it."""
+    from tests.toy import report
+
+    return report
+
+
+def write_rows(folder: Path, rows: list[dict], title: str, columns: dict[str, tuple[str, str]]) -> str:
     """report.json, report.png, and the table; `columns` are a heading's key in the rows and its format."""
     (folder / "report.json").write_text(json.dumps(rows, indent=2))
     plot(rows).save(folder / "report.png")
@@ -101,7 +108,7 @@ def write_report(folder: Path, rows: list[dict], title: str, columns: dict[str, 
 def plot(rows: list[dict], width: int = 560, height: int = 360) -> Image.Image:
     """Distance over steps (logarithmic), a line for each sampler."""
     sheet = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     left, right, top, bottom = 60, width - 20, 30, height - 50
     most_steps = max(row["steps"] for row in rows)
     most = max(row["distance"] for row in rows) or 1.0
@@ -110,33 +117,30 @@ def plot(rows: list[dict], width: int = 560, height: int = 360) -> Image.Image:
         x = left + (right - left) * math.log2(row["steps"]) / max(math.log2(most_steps), 1e-9)
         return x, bottom - (bottom - top) * row["distance"] / most
 
-    draw.line([(left, top), (left, bottom), (right, bottom)], "black")
+    pen.line([(left, top), (left, bottom), (right, bottom)], "black")
     for value in (0.0, most / 2, most):
         y = bottom - (bottom - top) * value / most
-        draw.text((8, y - 8), f"{value:.3f}", "black", font)
-        draw.line([(left - 4, y), (left, y)], "black")
+        pen.text((8, y - 8), f"{value:.3f}", "black", font)
+        pen.line([(left - 4, y), (left, y)], "black")
     for steps in sorted({row["steps"] for row in rows}):
         x, _ = place({"steps": steps, "distance": 0.0})
-        draw.text((x - 4, bottom + 6), str(steps), "black", font)
-    draw.text((width // 2 - 20, height - 24), "steps", "black", font)
-    draw.text((8, 6), "distance to the teacher's full-step samples", "black", font)
+        pen.text((x - 4, bottom + 6), str(steps), "black", font)
+    pen.text((width // 2 - 20, height - 24), "steps", "black", font)
+    pen.text((8, 6), "distance to the teacher's full-step samples", "black", font)
     for i, (sampler, colour) in enumerate((("teacher", "#888888"), ("student", "#c03020"))):
         points = sorted(place(row) for row in rows if row["sampler"] == sampler)
-        draw.line(points, colour, 2)
+        pen.line(points, colour, 2)
         for x, y in points:
-            draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
-        draw.text((right - 80, top + 18 * i), sampler, colour, font)
+            pen.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
+        pen.text((right - 80, top + 18 * i), sampler, colour, font)
     return sheet
 
 
-PLACES = 4  # in the solver's grid, evenly spread, at which the loss is taken
-
-
-def hold_out(args, readers: list) -> tuple[list[Sample], list]:
+def hold_out(args, data, readers: list) -> tuple[list[Sample], list]:
     """The first --eval_samples different pictures of the data, and readers that skip them."""
     if not args.eval_steps:
         return [], readers
-    found, parts = {}, [(i, part) for i, dataset in enumerate(args.datasets) for part in dataset.parts]
+    found, parts = {}, [(i, part) for i, dataset in enumerate(data.datasets) for part in dataset.parts]
     for sample in ShardPass(parts, readers, process=0, processes=1):
         if isinstance(sample, Sample):
             found.setdefault(image_of(sample), sample)
@@ -162,29 +166,6 @@ class WithoutHeldOut:
         if image_of(sample) in self.held_out:
             raise BadSample("held out for --eval_steps")
         return sample
-
-
-@torch.no_grad()
-def stable_loss(args, loss_of, network, samples: list[Sample], encoder) -> dict[str, float]:
-    """Mean loss at fixed places in the grid, noise and w: the same numbers for the same weights, whatever --seed is.
-
-    `loss_of(images, text, index, w, latent_noise, eps)` is the method's. One sample at a time: shapes may differ.
-    """
-    n = args.num_ddim_timesteps
-    places = sorted({n * (2 * k + 1) // (2 * PLACES) for k in range(PLACES)})
-    sums = dict.fromkeys(places, 0.0)
-    training = network.training
-    network.eval()
-    for i, sample in enumerate(samples):
-        images, text = encoder.encode_images([sample]), encoder.encode_text([sample.caption])
-        for place in places:
-            rng = sample_generator(0, i * n + place)
-            w = args.w_min + (args.w_max - args.w_min) * torch.rand(1, generator=rng)
-            noises = [torch.randn(images["mean"].shape, generator=rng) for _ in range(2)]
-            draws = [value.to(encoder.device) for value in (torch.tensor([place]), w, *noises)]
-            sums[place] += loss_of(images, text, *draws).item() / len(samples)
-    network.train(training)
-    return {"eval_loss": sum(sums.values()) / len(places)} | {f"eval_loss/{p}": value for p, value in sums.items()}
 
 
 class ClipScore:

@@ -1,16 +1,113 @@
-"""Attention kernels, compilation and activation checkpointing of networks, and what holds their adapters back."""
+"""Beginning and end of a run, which all scripts have alike: processes, checkpoints, and what is left behind."""
 
+import math
 import os
+from collections import Counter
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from common.checkpoint import find_checkpoint, save_checkpoint
+from common.data.stream import gather_states
+from common.export import create_hub_repository, push_to_hub, write_model_card
 
 
-def set_up_device(args, accelerator) -> torch.dtype:
-    """Threads, seed and TF32. Returns the precision of frozen networks."""
+def start_run(args, notes: list[str], **options) -> tuple[Accelerator, torch.dtype]:
+    """The processes of a run, with threads, seed and TF32 set, and the precision of frozen networks.
+
+    `options` are more of the Accelerator's own. What is to be said about the flags is said here.
+    """
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to.split(","),
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+        **options,
+    )
+    for note in notes:
+        accelerator.print(note)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise SystemExit("--mixed_precision fp16: needs a GPU; a CPU takes no or bf16")
-    if args.toy and accelerator.device.type == "cpu":  # accelerate launch leaves a process one thread
+    if args.pretrained_teacher_model is None and accelerator.device.type == "cpu":
+        # accelerate launch leaves a process one thread; the toy's run has the machine to itself
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    return accelerator, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def open_repository(args, accelerator) -> str | None:
+    """The hub's repository that --push_to_hub means, in the main process, before hours of work."""
+    return create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
+
+
+class Saver:
+    """Writes checkpoints, and counts what was skipped. Every process calls it: each knows its own place in the data."""
+
+    def __init__(self, args, accelerator, networks, optimizers, lr_schedule, encoder, batches, skipped, sharing=1):
+        self.args, self.accelerator, self.sharing = args, accelerator, sharing
+        self.networks, self.optimizers, self.lr_schedule = networks, optimizers, lr_schedule
+        self.encoder, self.batches, self.skipped_before = encoder, batches, Counter(skipped)
+
+    def place_in_data(self) -> tuple[dict, Counter]:
+        """Where all processes are in the data, and how many samples were skipped, by cause."""
+        stream, faults = gather_states(self.batches, self.accelerator, self.sharing)
+        return stream, self.skipped_before + faults
+
+    def save(self, step: int, **more) -> Path:
+        """The folder of a whole checkpoint; `more` is further state, as JSON has it."""
+        args, accelerator = self.args, self.accelerator
+        self.encoder.flush()
+        stream, skipped = self.place_in_data()
+        state = {"stream": stream, "skipped": skipped, "lr_schedule": self.lr_schedule.state_dict(), **more}
+        state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        folder = save_checkpoint(
+            args.output_dir, step, self.networks, self.optimizers, state, args.checkpoints_total_limit,
+            accelerator.is_main_process,
+        )  # fmt: skip
+        accelerator.wait_for_everyone()
+        return folder
+
+
+def check_finite(args, step: int, **values: float):
+    """Ends a run that has gone wrong, before anything of it is kept."""
+    if odd := [name for name, value in values.items() if not math.isfinite(value)]:
+        last = find_checkpoint(args.output_dir, "latest")
+        raise SystemExit(f"the {odd[0]} is not finite at step {step}; the last good checkpoint is {last}")
+
+
+def end_run(
+    args, saver: Saver, tracking, repository, *, step: int, trained: bool, stop, stopped: bool, validate, export,
+    report, method: str, base: str, all_processes: bool = False, **state,
+):  # fmt: skip
+    """Ends a run: a checkpoint always, and the model where training is complete.
+
+    validate() -> a sheet of pictures, export() -> names of files and lines of code, report() -> Markdown. The main
+    process calls them, or `all_processes` where networks are split between them. `base` is the teacher's name, and
+    `state` further state of the checkpoint.
+    """
+    accelerator, output_dir = saver.accelerator, Path(args.output_dir)
+    say = accelerator.print
+    if not trained and Path(output_dir, f"checkpoint-{step}", "state.json").exists():
+        say(f"checkpoint-{step} is already there")
+    else:
+        say(f"saved {saver.save(step, **state)}")
+    stop.over()
+    for cause, count in saver.place_in_data()[1].most_common():
+        say(f"skipped {count} x {cause}")
+    if stopped:
+        say("stopped by a signal; go on with --resume_from_checkpoint latest")
+    elif accelerator.is_main_process or all_processes:
+        sheet, exported, results = validate(), export(), report()
+        if accelerator.is_main_process:
+            files, usage = exported
+            say(results)
+            sheet.save(output_dir / "samples.png")
+            write_model_card(args, method=method, base=base, usage=usage, results=results)
+            if repository:
+                shown = ["README.md", "samples.png", "report.*", "side_by_side.*"]
+                push_to_hub(args, repository, [*shown, *files], "Distilled model")
+            say(f"\nThe model is in {output_dir}:\n\n{usage}")
+    accelerator.wait_for_everyone()
+    tracking.end(step, stopped)

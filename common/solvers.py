@@ -1,7 +1,11 @@
-"""Latent consistency models' mathematics (Luo et al. 2023, arXiv 2310.04378), in fp32.
+"""From noise to clean samples, in fp32: the DDIM solver of LCM's teachers, and flow matching for DMD.
 
-Symbols: `abar` is the cumulative product of 1 - beta, `alphas = sqrt(abar)`, `sigmas = sqrt(1 - abar)`,
-`x_t = alphas[t] * latents + sigmas[t] * eps`; `t` is an integer training timestep, `index` a place in the grid.
+LCM (Luo et al. 2023, arXiv 2310.04378): `abar` is the cumulative product of 1 - beta, `alphas = sqrt(abar)`,
+`sigmas = sqrt(1 - abar)`, `x_t = alphas[t] * latents + sigmas[t] * eps`; `t` is an integer training timestep, `index` a
+place in the solver's grid.
+
+Flow matching: `sigma = t / 1000`, `x_t = (1 - sigma) * x0 + sigma * eps`; a network's output is the velocity
+`v = eps - x0`, so that `x0 = x_t - sigma * v`. `steps` are the student's timesteps, falling from 1000.
 """
 
 from itertools import pairwise
@@ -33,15 +37,18 @@ def to_x0_eps(out, x_t, alpha, sigma, prediction_type: str):
 class DDIMSolver:
     """One DDIM step from grid point t_i = k*i - 1 to the one before, k = T / N, i = 1..N (paper, section 4.3)."""
 
-    def __init__(self, abar: torch.Tensor, num_ddim_timesteps: int):
+    def __init__(self, abar: torch.Tensor, num_ddim_timesteps: int, prediction_type: str = "epsilon"):
         total = len(abar)
         if num_ddim_timesteps < 1 or total % num_ddim_timesteps:
-            raise ValueError(f"{num_ddim_timesteps} solver steps do not divide the teacher's {total} timesteps")
-        self.stride = total // num_ddim_timesteps
+            raise ValueError(f"--num_ddim_timesteps {num_ddim_timesteps}: must divide the teacher's {total} timesteps")
+        if prediction_type == "epsilon" and abar[-1] < 1e-6:
+            raise ValueError(
+                "the teacher predicts noise at zero terminal SNR, where x0 cannot be told: a v_prediction one can"
+            )
+        self.prediction_type, self.stride = prediction_type, total // num_ddim_timesteps
         self.timesteps = torch.arange(1, num_ddim_timesteps + 1) * self.stride - 1  # 19, 39, ... 999 for N = 50
         self.timesteps_prev = (self.timesteps - self.stride).clamp(min=0)
-        abar_prev = abar[self.timesteps_prev].float()
-        self.alphas_prev, self.sigmas_prev = abar_prev.sqrt(), (1.0 - abar_prev).sqrt()
+        self.alphas, self.sigmas = abar.float().sqrt(), (1.0 - abar.float()).sqrt()  # of all training timesteps
 
     def to(self, device):
         for name, table in vars(self).items():
@@ -49,9 +56,18 @@ class DDIMSolver:
                 setattr(self, name, table.to(device))
         return self
 
+    def x0_eps(self, out, x_t, t):
+        """Clean sample and noise that a network's output at x_t stands for; t is [B]."""
+        return to_x0_eps(out, x_t, self.alphas[t], self.sigmas[t], self.prediction_type)
+
     def step(self, x0, eps, index):
         """x_prev at timesteps_prev[index]."""
-        return expand_to(self.alphas_prev[index], x0) * x0 + expand_to(self.sigmas_prev[index], x0) * eps
+        return noised(x0, eps, self.timesteps_prev[index], self)
+
+
+def noised(latents, eps, t, solver: DDIMSolver):
+    """x_t of clean latents at the timesteps t, [B]."""
+    return expand_to(solver.alphas[t], latents) * latents + expand_to(solver.sigmas[t], latents) * eps
 
 
 def boundary_scalings(t: torch.Tensor, timestep_scaling_factor: float):
@@ -62,17 +78,8 @@ def boundary_scalings(t: torch.Tensor, timestep_scaling_factor: float):
     return c_skip, c_out
 
 
-def check_schedule(abar, prediction_type: str, num_ddim_timesteps: int):
-    """One sentence where the teacher's noise schedule does not go with the method."""
-    if prediction_type == "epsilon" and abar[-1] < 1e-6:
-        raise SystemExit(
-            "the teacher predicts noise at zero terminal SNR, where x0 cannot be told: a v_prediction one can"
-        )
-    if len(abar) % num_ddim_timesteps:
-        raise SystemExit(f"--num_ddim_timesteps {num_ddim_timesteps}: must divide the teacher's {len(abar)} timesteps")
-
-
 def student_scheduler(args, scheduler) -> LCMScheduler:
+    """The sampler of an LCM student, with the solver steps that it was trained on."""
     return LCMScheduler.from_config(
         scheduler.config,
         original_inference_steps=args.num_ddim_timesteps,
@@ -80,22 +87,23 @@ def student_scheduler(args, scheduler) -> LCMScheduler:
     )
 
 
-def roll_out(f, solver, alphas, sigmas, x_t, latents, eps, index, offset, noise):
-    """x_t as the student's own sampler makes it: from `offset` solver steps above t, by x0 = f(x, t), to t.
+def sampled_x_t(f, solver: DDIMSolver, x_t, latents, eps, index, offset, noise):
+    """x_t as the student's own sampler reaches it: from `offset` solver steps above t, by x0 = f(x, t), to t.
 
     Where the offset is 0, or nothing lies above t, x_t stays. The whole batch goes through f, so that all processes
     call it the same number of times.
     """
     above = (index + offset).clamp(max=len(solver.timesteps) - 1)
     t, t_above = solver.timesteps[index], solver.timesteps[above]
-    x_above = expand_to(alphas[t_above], latents) * latents + expand_to(sigmas[t_above], latents) * eps
-    made = expand_to(alphas[t], x_t) * f(x_above, t_above) + expand_to(sigmas[t], x_t) * noise
-    return torch.where(expand_to(above > index, x_t), made, x_t)
+    x0 = f(noised(latents, eps, t_above, solver), t_above)
+    return torch.where(expand_to(above > index, x_t), noised(x0, noise, t, solver), x_t)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flow matching
+# ---------------------------------------------------------------------------------------------------------------------
 
 TIMESTEPS = 1000.0
-
-
 MOST_COUNTED = 50  # a lone number up to this is a number of steps, above it a timestep
 
 
@@ -172,3 +180,44 @@ def stock_scheduler(steps: list[float]) -> FlowMatchLCMScheduler | None:
             break
         low, high = (shift, high) if scheduler.timesteps[1] < wanted[1] else (low, shift)
     return None
+
+
+def block_lengths(frames: int, per_block: int, independent_first_frame: bool = False) -> list[int]:
+    """Latent frames of each block; with per_block 0 one block as long as the clip."""
+    if per_block == 0:
+        return [frames]
+    first = [1] if independent_first_frame else []
+    count, rest = divmod(frames - len(first), per_block)
+    if rest or count < 0 or frames < 1:
+        below, above = (len(first) + per_block * n for n in (count, count + 1))
+        fits = f"{below} or {above} do" if below > 0 else f"{above} do"
+        raise ValueError(f"{frames} latent frames do not split into blocks of {per_block}, {fits}")
+    return first + [per_block] * count
+
+
+def roll_out(predict, remember, noise, steps, blocks, exits, trained_from: int = 0, context_noise: float = 0.0):
+    """Yields each block's clean frames [B, C, n, h, w], as the student makes them from noise.
+
+    predict(x, t, start, cache) -> v, and remember(x, t, start, cache) -> longer cache. noise(k), [B, C, F, h, w], is
+    that of step k, and noise(None) that of the context. A block is denoised down to its exit step, and only that step,
+    of blocks from frame `trained_from` on, has a gradient. Its clean frames then go once through the student at
+    t = context_noise, for the blocks after it.
+    """
+    cache, start, last = None, 0, sum(blocks)
+    with_gradient = torch.is_grad_enabled()
+    for length, exit_step in zip(blocks, exits, strict=True):
+        frames = slice(start, start + length)
+        x0 = None
+        for k in range(exit_step + 1):
+            eps = noise(k)[:, :, frames]
+            x = eps if x0 is None else renoise(x0, steps[k] / TIMESTEPS, eps)
+            with torch.set_grad_enabled(with_gradient and k == exit_step and start >= trained_from):
+                x0 = x - steps[k] / TIMESTEPS * predict(x, steps[k], start, cache)
+        if frames.stop < last:
+            with torch.no_grad():
+                context = x0.detach()
+                if context_noise > 0.0:
+                    context = renoise(context, context_noise / TIMESTEPS, noise(None)[:, :, frames])
+                cache = remember(context, context_noise, start, cache)
+        yield x0
+        start = frames.stop

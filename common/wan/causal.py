@@ -1,4 +1,4 @@
-"""Block-wise causal video on the stock WanTransformer3DModel, and the rollout of a few-step student.
+"""Block-wise causal video on the stock WanTransformer3DModel.
 
 A clip's latent frames are cut into blocks. Within a block attention is full; a block sees the clean blocks before it
 through a cache of their keys and values, which carries no gradient. It is a piece for each of them, never written into
@@ -18,26 +18,12 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from common.solvers import TIMESTEPS, renoise
 from common.wan.parallel import heads_to_tokens, own_tokens, token_group, tokens_to_heads
 
 Piece = Sequence[tuple[torch.Tensor, torch.Tensor]]  # of each layer keys and values, [B, tokens, heads, D]
 
 
 Cache = tuple[Piece, ...]  # one after the other in time
-
-
-def block_lengths(frames: int, per_block: int, independent_first_frame: bool = False) -> list[int]:
-    """Latent frames of each block; per_block 0 is one block as long as the clip."""
-    if per_block == 0:
-        return [frames]
-    first = [1] if independent_first_frame else []
-    count, rest = divmod(frames - len(first), per_block)
-    if rest or count < 0 or frames < 1:
-        below, above = (len(first) + per_block * n for n in (count, count + 1))
-        fits = f"{below} or {above} do" if below > 0 else f"{above} do"
-        raise ValueError(f"{frames} latent frames do not split into blocks of {per_block}, {fits}")
-    return first + [per_block] * count
 
 
 class Context(NamedTuple):
@@ -117,7 +103,7 @@ def rotate(x, cos, sin):
 
 
 class BlockCausal:
-    """Makes a transformer's calls inside `at(...)` those of a block in a longer clip; others stay what they are."""
+    """Calls of a transformer as those of a block in a longer clip: calls inside `block(...)`; others stay as they are."""
 
     def __init__(self, transformer: WanTransformer3DModel):
         self.call = None  # first frame and Context of the call that runs
@@ -128,7 +114,7 @@ class BlockCausal:
         transformer.rope.register_forward_hook(self.cut)
 
     @contextlib.contextmanager
-    def at(self, start: int = 0, past: Cache | None = None, ends: tuple[int, ...] | None = None, kept=None):
+    def block(self, start: int = 0, past: Cache | None = None, ends: tuple[int, ...] | None = None, kept=None):
         """The input's first frame is frame `start` of the clip."""
         self.call = start, Context(past, ends, kept, self.transformer.gradient_checkpointing)
         try:
@@ -140,7 +126,7 @@ class BlockCausal:
         """predict and remember of `roll_out`, where velocity(x, t) calls the transformer."""
 
         def predict(x, t, start, cache, kept=None):
-            with self.at(start, cache, kept=kept):
+            with self.block(start, cache, kept=kept):
                 return velocity(x, t)
 
         def remember(x, t, start, cache):
@@ -149,6 +135,14 @@ class BlockCausal:
             return extend(cache, kept)
 
         return predict, remember
+
+    def caches_before(self, velocity, clip, t, blocks: list[int]) -> list[Cache | None]:
+        """Keys and values before each block of a clean clip, [B, C, F, h, w], by one forward of all its blocks."""
+        _, rows, columns = self.transformer.config.patch_size
+        tokens, kept = clip.shape[3] // rows * (clip.shape[4] // columns), []  # tokens of a frame
+        with self.block(ends=block_ends(blocks, tokens), kept=kept):
+            velocity(clip, t)
+        return [first_tokens(kept, start * tokens) for start in accumulate(blocks[:-1], initial=0)]
 
     def lengthen(self, rope, inputs):
         """The rotary embedding reads nothing of its input but the shape, and always begins at frame 0."""
@@ -172,34 +166,6 @@ def extend(cache: Cache | None, kept: Piece) -> Cache:
 
 def first_tokens(kept: Piece, tokens: int) -> Cache | None:
     return ([(k[:, :tokens], v[:, :tokens]) for k, v in kept],) if tokens else None
-
-
-def roll_out(predict, remember, noise, steps, blocks, exits, trained_from: int = 0, context_noise: float = 0.0):
-    """Yields each block's clean frames [B, C, n, h, w], as the student makes them from noise.
-
-    predict(x, t, start, cache) -> v, and remember(x, t, start, cache) -> longer cache. noise(k), [B, C, F, h, w], is
-    that of step k, and noise(None) that of the context. A block is denoised down to its exit step, and only that step,
-    of blocks from frame `trained_from` on, has a gradient. Its clean frames then go once through the student at
-    t = context_noise, for the blocks after it.
-    """
-    cache, start, last = None, 0, sum(blocks)
-    with_gradient = torch.is_grad_enabled()
-    for length, exit_step in zip(blocks, exits, strict=True):
-        frames = slice(start, start + length)
-        x0 = None
-        for k in range(exit_step + 1):
-            eps = noise(k)[:, :, frames]
-            x = eps if x0 is None else renoise(x0, steps[k] / TIMESTEPS, eps)
-            with torch.set_grad_enabled(with_gradient and k == exit_step and start >= trained_from):
-                x0 = x - steps[k] / TIMESTEPS * predict(x, steps[k], start, cache)
-        if frames.stop < last:
-            with torch.no_grad():
-                context = x0.detach()
-                if context_noise > 0.0:
-                    context = renoise(context, context_noise / TIMESTEPS, noise(None)[:, :, frames])
-                cache = remember(context, context_noise, start, cache)
-        yield x0
-        start = frames.stop
 
 
 def block_ends(blocks: list[int], tokens_per_frame: int) -> tuple[int, ...]:

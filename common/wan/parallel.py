@@ -21,21 +21,38 @@ def wants_fsdp(accelerator) -> bool:
     return accelerator.num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
-def shard(network: torch.nn.Module, blocks: torch.nn.ModuleList, accelerator):
-    """In place. Weights are gathered as they are stored: autocast sees what it would see in one process."""
+def check_processes(args, accelerator) -> int:
+    """Checks what flags and processes allow. Returns how many processes work on the same samples."""
+    fsdp, sharing = wants_fsdp(accelerator), args.context_parallel_degree
+    if fsdp and (args.model_type == "lora" or args.ema_device == "cpu" or args.base_model_precision != "no_change"):
+        raise SystemExit("accelerate's --use_fsdp: goes with --model_type full, --ema_device accelerator and no 8 bits")
+    if accelerator.num_processes % sharing or fsdp and sharing > 1:
+        raise SystemExit(
+            f"--context_parallel_degree {sharing}: must divide {accelerator.num_processes} processes, and goes without "
+            "FSDP"
+        )
+    return sharing
+
+
+def shard(network: torch.nn.Module, blocks: tuple[str, ...], accelerator):
+    """Splits a network in place; blocks, named by their classes, are gathered one at a time.
+
+    Weights are gathered as they are stored, so that autocast sees what it would see in one process.
+    """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for module in [*blocks, network]:
+    for module in [*(module for module in network.modules() if type(module).__name__ in blocks), network]:
         # Also of the network itself: validation puts other weights into it between two forwards
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
-def whole(network: torch.nn.Module, kind) -> torch.nn.Module | None:
+def gathered(network: torch.nn.Module) -> torch.nn.Module | None:
     """A network as it is, or of one that is split a copy on the CPU, in the main process alone. All must call it."""
     if not isinstance(network, FSDPModule):
         return network
     weights = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not weights:
         return None
+    kind = next(base for base in type(network).__bases__ if base is not FSDPModule)  # the class before it was split
     with torch.device("meta"):
         copy = kind.from_config(network.config)
     copy.load_state_dict(weights, assign=True)

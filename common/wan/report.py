@@ -1,5 +1,6 @@
-"""Steps against quality: how far teacher and student are from the teacher's full-step samples."""
+"""What a run shows of its clips: comparisons while it trains, signs of collapse, and a report at its end."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -7,13 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.data.clips import save_frames
-from common.pictures import frame_strip, labelled_grid, to_bytes, validation_prompts
-from common.report import FULL_STEPS, features, measure, write_report
+from common.data.clips import save_clip, save_frames
+from common.pictures import below_each_other, frame_strip, labelled_grid, to_bytes, validation_prompts
+from common.report import FULL_STEPS, features, measure, toy_judge, write_rows
 
 SHOWN = 4  # prompts, side by side
-
-
 SIDE_BY_SIDE = "![frames, teacher and student](side_by_side.png)\n\nThe same as a video: side_by_side.mp4.\n\n"
 
 
@@ -23,51 +22,57 @@ def clip_features(clips: list[np.ndarray]) -> torch.Tensor:
     return features(frames).reshape(len(clips), -1) / math.sqrt(3)
 
 
-def clips_report(args, clips, evaluations, folder: Path) -> str:
-    """The same of clips, and side_by_side.mp4 and .png. The student's steps are its own.
+def write_clips_report(args, clips, student_steps: int, folder: Path, fps: int) -> str:
+    """Writes report.json and report.png, side_by_side.mp4 and .png, and returns a table as Markdown.
 
-    `clips(which, prompts, steps, seed)` draws, and `evaluations(which, steps)` are those of the network that it takes.
-    Distribution matching does not promise the teacher's own clip from the same noise: how far two of the teacher's
-    from different noise are apart says what a distance means.
+    `clips(which, prompts, steps, seed)` generates, and `clips.evaluations(which, steps)` counts the network's. The toy's
+    are judged by its own world. Distribution matching does not promise the teacher's own clip from the same noise: how
+    far two of the teacher's from different noise are apart says what a distance means.
     """
     if not args.report_steps:
         return ""
+    show = functools.partial(save_side_by_side, folder, fps=fps)
+    if args.pretrained_teacher_model is None:
+        table = toy_judge().report_clips(
+            in_bytes(clips), clips.evaluations, args.report_steps, student_steps, folder, show
+        )
+        return table + SIDE_BY_SIDE
     prompts, seed = validation_prompts(args), args.validation_seed
     samplers = [("teacher", "teacher", FULL_STEPS, seed), ("teacher, other noise", "teacher", FULL_STEPS, seed + 10**6)]
     samplers += [("teacher", "teacher", steps, seed) for steps in args.report_steps]
-    samplers += [("student", "student", len(args.steps), seed)]
+    samplers += [("student", "student", student_steps, seed)]
     rows = measure(in_bytes(clips), prompts, samplers, clip_features)
     shown = {}
     for row, (name, which, steps, _) in zip(rows, samplers, strict=True):
-        shown[f"{name}, {steps} steps"] = row.pop("drawn")
-        row["evaluations"] = evaluations(which, steps)
+        shown[f"{name}, {steps} steps"] = row.pop("generated")
+        row["evaluations"] = clips.evaluations(which, steps)
     del shown[f"teacher, other noise, {FULL_STEPS} steps"]
-    side_by_side(folder, shown, prompts)
+    show(shown, prompts)
     columns = {"evaluations": ("evaluations", ""), "s per clip": ("seconds", ".3f")}
-    return write_report(folder, rows, f"on {len(prompts)} prompts, clips", columns) + SIDE_BY_SIDE
+    return write_rows(folder, rows, f"on {len(prompts)} prompts, clips", columns) + SIDE_BY_SIDE
 
 
 def in_bytes(clips):
-    """What draws the same clips a quarter as large: all of them are held together."""
+    """A function that generates the same clips as bytes, a quarter as large, since all of them are held at a time."""
     return lambda *wanted: [to_bytes(clip) for clip in clips(*wanted)]
 
 
-def side_by_side(folder: Path, clips: dict[str, list[np.ndarray]], prompts: list[str]):
+def save_side_by_side(folder: Path, clips: dict[str, list[np.ndarray]], prompts: list[str], fps: int):
     """Clips of each sampler: side_by_side.mp4, a column for each; and side_by_side.png, frames of them, a row for each.
 
     Clips are [F, H, W, 3] in bytes, as many of each sampler as there are prompts. The first ones are shown.
     """
     shown = prompts[:SHOWN]
-    rows = [[frame_strip(drawn[i], 5)] for i in range(len(shown)) for drawn in clips.values()]
+    rows = [[frame_strip(each[i], 5)] for i in range(len(shown)) for each in clips.values()]
     labelled_grid(rows, [f"{prompt[:40]}: {name}" for prompt in shown for name in clips], ["frames"]).save(
         folder / "side_by_side.png"
     )
 
     def frame(k: int) -> np.ndarray:
-        rows = [[Image.fromarray(drawn[i][k]) for drawn in clips.values()] for i in range(len(shown))]
+        rows = [[Image.fromarray(each[i][k]) for each in clips.values()] for i in range(len(shown))]
         return np.asarray(labelled_grid(rows, [prompt[:40] for prompt in shown], list(clips)))
 
-    save_frames((frame(k) for k in range(len(next(iter(clips.values()))[0]))), folder / "side_by_side.mp4")
+    save_frames((frame(k) for k in range(len(next(iter(clips.values()))[0]))), folder / "side_by_side.mp4", fps)
 
 
 # How far the student may be from its reference, as a ratio, and what it is a sign of otherwise.
@@ -97,3 +102,50 @@ def signs_of_collapse(found: dict[str, float], reference: dict[str, float]) -> l
         if ratio < low and reference[name] > 1e-3 or high is not None and ratio > high:
             signs.append(f"{name} is {ratio:.2f} of the reference's: {meaning}")
     return signs
+
+
+class ClipComparison:
+    """Clips by student and teacher on disk, strips of their frames in the trackers, and signs of collapse."""
+
+    def __init__(self, args, clips, tracking, say, main: bool, fps: int):
+        """`clips(which, prompts, steps, seed, size)` generates; the `main` process alone writes files."""
+        self.args, self.clips, self.tracking, self.say, self.main, self.fps = args, clips, tracking, say, main, fps
+        self.of_teacher, self.reference = {}, None  # clips by size, which do not change, and statistics of four
+
+    def sheet(self, step: int) -> Image.Image:
+        """A strip of frames for each prompt, network and size."""
+        args, sheets = self.args, []
+        prompts, seed = validation_prompts(args), args.validation_seed
+        roles = {"none": ["student"], "ema_only": ["ema"], "comparison": ["student", "ema"]}[args.ema_validation]
+        roles = roles if args.use_ema else ["student"]
+        for size in args.validation_resolution:
+            rows, labels = [], []
+            for which in roles if args.disable_benchmark else [*roles, "teacher"]:
+                found = self.of_teacher.get(size) if which == "teacher" else None
+                found = found or self.clips(which, prompts, FULL_STEPS, seed, size)
+                if which == "teacher":
+                    self.of_teacher[size] = found
+                for i, (prompt, clip) in enumerate(zip(prompts, found, strict=True)):
+                    rows.append([frame_strip(clip)])
+                    labels.append(f"{which}: {prompt[:40]}")
+                    if self.main:
+                        name = f"{which}-{i:02d}-{size[1]}x{size[0]}.mp4"
+                        path = Path(args.output_dir, "validation", f"step-{step:06d}", name)
+                        save_clip(clip, path, self.fps)
+            sheets.append(labelled_grid(rows, labels, [f"{size[1]}x{size[0]}, {len(found[0])} frames"]))
+        sheet = below_each_other(sheets)
+        self.tracking.picture(sheet, "clips", step)
+        self.watch_collapse(roles[0], prompts[:1] * 4, step)  # two seeds may look alike by chance
+        return sheet
+
+    def watch_collapse(self, which: str, prompts: list[str], step: int):
+        """Compares clips of one prompt and several seeds with the teacher's, or the student's at the first validation."""
+        seed = self.args.validation_seed
+        found = clip_statistics(self.clips(which, prompts, FULL_STEPS, seed))
+        if self.reference is None:
+            self.reference = found
+            if not self.args.disable_benchmark:
+                self.reference = clip_statistics(self.clips("teacher", prompts, FULL_STEPS, seed))
+        self.tracking.values({f"watch/{name}": value for name, value in found.items()}, step)
+        for sign in signs_of_collapse(found, self.reference):
+            self.say(f"warning at step {step}: {sign}")

@@ -9,7 +9,6 @@ from PIL import Image
 
 from common.pictures import labelled_grid
 from common.report import FULL_STEPS, plot
-from common.wan.report import SIDE_BY_SIDE, in_bytes, side_by_side
 from tests.toy import world, world_video
 
 SAMPLES = 256
@@ -20,7 +19,7 @@ TEACHER_STEPS = (FULL_STEPS, 4, 2)
 def report(pictures, clip, folder: Path, student_steps: list[int], sizes=((64, 64),), samples: int = SAMPLES) -> str:
     """Tables of adherence, and of distance to the teacher's 50-step samples with other seeds, as Markdown.
 
-    `pictures(which, prompts, steps, seed, size=(height, width))` draws, and `clip(pictures, prompts)` scores, or is
+    `pictures(which, prompts, steps, seed, size=(height, width))` generates, and `clip(pictures, prompts)` scores, or is
     None. report.json holds the rows by sampler; with several sizes, by size and sampler.
     """
     rng = np.random.default_rng(99)
@@ -29,55 +28,57 @@ def report(pictures, clip, folder: Path, student_steps: list[int], sizes=((64, 6
     results, text = {}, ""
     for size in sizes:
         name = f"{size[0]}x{size[1]}"
-        rows, drawn = measure(pictures, world, prompts, samplers, size=size)
+        rows, generated = measure(pictures, world, prompts, samplers, size=size)
         # 4, or 2 where the teacher is too good at 4 steps for the gap to be measured
         few_steps = 4 if rows["teacher 4"]["distance"] >= 2 * rows["teacher 50"]["distance"] else 2
         close(rows, few_steps)
         if clip is not None:
-            for row, images in zip(rows.values(), drawn.values(), strict=True):
+            for row, images in zip(rows.values(), generated.values(), strict=True):
                 row["clip_score"] = clip(list(images), prompts).mean().item()
         path = folder / ("report.png" if size == sizes[0] else f"report-{name}.png")
-        strips = [[Image.fromarray(image) for image in images[:8]] for images in drawn.values()]
-        labelled_grid(strips, list(drawn), prompts[:8]).save(path)
+        strips = [[Image.fromarray(image) for image in images[:8]] for images in generated.values()]
+        labelled_grid(strips, list(generated), prompts[:8]).save(path)
         results[name] = rows
         table = markdown(rows, few_steps, f"{samples} prompts of the toy world" + f", {name}" * (len(sizes) > 1))
-        print(f"\n{table}The picture: {path}")
         text += table
     (folder / "report.json").write_text(json.dumps(results if len(sizes) > 1 else rows, indent=2))
     return text
 
 
-def report_clips(args, clips, evaluations, folder: Path, samples: int = SAMPLES) -> str:
-    """The same of clips, with side_by_side.mp4 and .png. `clips` and `evaluations` as in common/report.py."""
+def report_clips(
+    clips, evaluations, teacher_steps, student_steps: int, folder: Path, show, samples: int = SAMPLES
+) -> str:
+    """The same of clips. `clips(which, prompts, steps, seed)` generates them in bytes, `evaluations(which, steps)` counts
+    the network's, and `show(clips by label, prompts)` puts them side by side."""
     rng = np.random.default_rng(99)
     prompts = [world_video.caption(world_video.sample_clip(rng)) for _ in range(samples)]
-    samplers = [("teacher", steps) for steps in dict.fromkeys([FULL_STEPS, *args.report_steps])]
-    samplers += [("student", len(args.steps))]
-    rows, drawn = measure(in_bytes(clips), world_video, prompts, samplers)
+    samplers = [("teacher", steps) for steps in dict.fromkeys([FULL_STEPS, *teacher_steps])]
+    samplers += [("student", student_steps)]
+    rows, generated = measure(clips, world_video, prompts, samplers)
     for (which, steps), row in zip(samplers, rows.values(), strict=True):
         row["evaluations"] = evaluations(which, steps)
-    few_steps = min(args.report_steps)
+    few_steps = min(teacher_steps)
     close(rows, few_steps)
     (folder / "report.json").write_text(json.dumps(rows, indent=2))
     plot([dict(row, sampler=which, steps=n) for (which, n), row in zip(samplers, rows.values(), strict=True)]).save(
         folder / "report.png"
     )
-    side_by_side(folder, drawn, prompts)
+    show(generated, prompts)
     table = markdown(rows, few_steps, f"{samples} prompts of the toy world", "clip")
-    return table + "![steps against quality](report.png)\n\n" + SIDE_BY_SIDE
+    return table + "![steps against quality](report.png)\n\n"
 
 
 def measure(pictures, judge, prompts: list[str], samplers: list[tuple[str, int]], **size) -> tuple[dict, dict]:
-    """Rows by sampler, and what was drawn by label. `judge` is a world's module: its oracle and its features."""
+    """Rows by sampler, and the samples by label. `judge` is a world's module: its oracle and its features."""
 
     def sample(which: str, steps: int, seed: int = 1_000_000):
-        start, drawn = time.time(), []
+        start, generated = time.time(), []
         for i in range(0, len(prompts), CHUNK):
-            drawn += pictures(which, prompts[i : i + CHUNK], steps, seed + i, **size)
-        return np.stack([np.asarray(picture) for picture in drawn]), (time.time() - start) / len(prompts)
+            generated += pictures(which, prompts[i : i + CHUNK], steps, seed + i, **size)
+        return np.stack([np.asarray(picture) for picture in generated]), (time.time() - start) / len(prompts)
 
     reference = judge.features(sample("teacher", FULL_STEPS, seed=2_000_000)[0])
-    rows, drawn = {}, {}
+    rows, generated = {}, {}
     for which, steps in samplers:
         images, seconds = sample(which, steps)
         rows[f"{which} {steps}"] = {
@@ -85,8 +86,8 @@ def measure(pictures, judge, prompts: list[str], samplers: list[tuple[str, int]]
             "distance": world.frechet_distance(judge.features(images), reference),
             "seconds": seconds,
         }
-        drawn[f"{which}, {steps} step{'s' if steps > 1 else ''}"] = images
-    return rows, drawn
+        generated[f"{which}, {steps} step{'s' if steps > 1 else ''}"] = images
+    return rows, generated
 
 
 def close(rows: dict, few_steps: int):
