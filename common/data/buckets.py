@@ -1,4 +1,4 @@
-"""Sizes: to which bucket an image goes, how large it is made for that, and what is cut from it.
+"""Sizes: which bucket an image goes to, how it is resized for that, and what is cut from it.
 
 A bucket is a target height and width, both multiples of the alignment. An image is resized once, so that it covers the
 target, and cropped once. Sizes are (height, width) everywhere.
@@ -9,26 +9,20 @@ import random
 from dataclasses import dataclass, replace
 
 RESOLUTION_TYPES = ("pixel", "area", "pixel_area")
-
-
 CROP_ASPECTS = ("square", "preserve")
-
-
 CROP_STYLES = ("center", "random", "corner")
 
-
 MEGAPIXEL = 1e6
-
-
 MOST_DECIMALS = 9
-
-
 MOST_RATIO = 8.0  # of a bucket's longer side to the shorter one
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Limits are ("side", pixels of the shorter side) or ("area", pixels), or None for no limit."""
+    """How images of a dataset are sized and cropped.
+
+    Limits are ("side", pixels of the shorter side) or ("area", pixels), or None for no limit.
+    """
 
     resolution: float
     resolution_type: str = "pixel"
@@ -45,6 +39,8 @@ class Rules:
 
 @dataclass(frozen=True)
 class Placement:
+    """An image's size after the resize, and the crop that is taken from that."""
+
     resized: tuple[int, int]
     top: int
     left: int
@@ -52,7 +48,7 @@ class Placement:
 
 
 def square_side(rules: Rules) -> float:
-    """Side of the square of this resolution, before alignment."""
+    """The side of the square of this resolution, before alignment."""
     return math.sqrt(rules.resolution * MEGAPIXEL) if rules.resolution_type == "area" else float(rules.resolution)
 
 
@@ -61,6 +57,7 @@ def aligned(length: float, alignment: int) -> int:
 
 
 def one_bucket(rules: Rules) -> bool:
+    """Whether all images go to one square."""
     return rules.crop and rules.crop_aspect == "square"
 
 
@@ -77,7 +74,7 @@ def target_size(height: int, width: int, rules: Rules) -> tuple[int, int]:
 
 
 def targets_in_shapes(shapes: list[tuple[int, int]] | None, rules: Rules) -> tuple[tuple[int, int], ...]:
-    """Of this resolution, in the shapes of these sizes; without any it is a square."""
+    """Buckets of this resolution in the shapes of these sizes; a square where there are none."""
     keep = replace(rules, crop=False)
     return tuple(dict.fromkeys(target_size(*shape, keep) for shape in shapes or [(1, 1)]))
 
@@ -92,7 +89,10 @@ def too_small(height: int, width: int, rules: Rules) -> bool:
 
 
 def place(height: int, width: int, target: tuple[int, int], rules: Rules, rng: random.Random) -> Placement:
-    """How an image gets into its bucket: as small as covers it, or larger where `downsample` leaves more to cut."""
+    """Resize and crop that bring an image into its bucket.
+
+    It is resized to the smallest size that covers the bucket, or to a larger one where `downsample` leaves more to cut.
+    """
     if target[1] * height >= target[0] * width:
         resized = max(target[0], round(height * target[1] / width)), target[1]
     else:
@@ -116,7 +116,7 @@ def place(height: int, width: int, target: tuple[int, int], rules: Rules, rng: r
 
 
 def nearest_bucket(bucket: tuple[int, int], among: list[tuple[int, int]]) -> tuple[int, int]:
-    """The one of the nearest ratio; of two equally near ones the smaller."""
+    """The bucket of the nearest ratio; of two equally near ones the smaller."""
 
     def distance(other):
         ratio = math.log(bucket[1] / bucket[0]) - math.log(other[1] / other[0])
@@ -126,15 +126,15 @@ def nearest_bucket(bucket: tuple[int, int], among: list[tuple[int, int]]) -> tup
 
 
 def merge_small(buckets: list[tuple[int, int]], counts: dict[tuple[int, int], int], least: int) -> dict:
-    """Those of a dataset's buckets that have fewer samples than `least`, and into which other of its each goes."""
+    """For each of a dataset's buckets that has fewer samples than `least`, the larger one that takes them."""
     large = [bucket for bucket in buckets if counts[bucket] >= least]
     return {bucket: nearest_bucket(bucket, large) for bucket in buckets if large and bucket not in large}
 
 
 def with_settings(rules: Rules, settings: dict, where: str, notes: list[str]) -> Rules:
-    """Rules changed by what a dataset's entry or the command line says of sizes; `where` stands before a key's name.
+    """Rules changed by what a dataset's entry or the command line says of sizes; `where` stands before names in errors.
 
-    A size is in the unit of the place where it stands: a dataset may be in megapixels, the command line in pixels.
+    Sizes of an entry are in the entry's unit, sizes of the command line in its own: one may be megapixels, one pixels.
     """
     changes = {key: settings[key] for key in ("resolution", "resolution_type", "crop", "crop_aspect", "crop_style")
                if settings.get(key) is not None}  # fmt: skip
@@ -171,10 +171,13 @@ def size_limit(name: str, value: float, resolution_type: str, notes: list[str]) 
     }[resolution_type]
 
 
-def check_rules(rules: Rules, where: str):
-    """What can only be said of settings that are put together."""
-    if (rules.maximum is None) != (rules.downsample is None):
-        raise ValueError(f"{where}maximum_image_size and target_downsample_size: one needs the other")
+def complete_rules(rules: Rules, where: str, notes: list[str]) -> Rules:
+    """Rules with all that follows from their other settings; errors are of settings that do not fit each other."""
+    if rules.maximum is None and rules.downsample is not None:
+        raise ValueError(f"{where}target_downsample_size: needs maximum_image_size")
+    if rules.maximum is not None and rules.downsample is None:
+        notes.append(f"{where}maximum_image_size: is also the target_downsample_size, as none is given")
+        rules = replace(rules, downsample=rules.maximum)
     if not 0.0 < rules.resolution < math.inf:
         raise ValueError(f"{where}resolution {rules.resolution:g}: must be positive")
     if rules.resolution_type == "area" and rules.resolution > 100.0:
@@ -189,3 +192,25 @@ def check_rules(rules: Rules, where: str):
         )
     if square_side(rules) < rules.alignment / 2:
         raise ValueError(f"{where}resolution {rules.resolution:g}: less than the alignment of {rules.alignment}")
+    return rules
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames: a video VAE keeps the first and makes one latent frame of each `frames_per_latent` that follow
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def latent_frames(frames: int, frames_per_latent: int) -> int:
+    return (frames - 1) // frames_per_latent + 1
+
+
+def pixel_frames(latents: int, frames_per_latent: int) -> int:
+    return (latents - 1) * frames_per_latent + 1
+
+
+def check_frame_count(name: str, frames: int, frames_per_latent: int):
+    below = pixel_frames(max(1, latent_frames(frames, frames_per_latent)), frames_per_latent)
+    if frames != below:
+        raise ValueError(
+            f"{name} {frames}: must be {frames_per_latent}k + 1, as {below} or {below + frames_per_latent}"
+        )

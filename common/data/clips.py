@@ -1,7 +1,4 @@
-"""Clips: files of video, or a picture for each frame, at equal distances in time and of one size.
-
-Wan's VAE keeps the first frame and makes one latent frame of each four that follow: a clip has 4k + 1 frames.
-"""
+"""Clips: files of video, or a picture for each frame, at equal distances in time and of one size."""
 
 import io
 import random
@@ -18,6 +15,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.cache import text_key
+from common.data.datasets import Data
 from common.data.samples import (
     BadSample,
     ImageReader,
@@ -32,25 +30,8 @@ from common.data.shards import VIDEO_MEMBERS, is_frame
 from common.data.sources import image_size
 from common.pictures import to_bytes
 
-FRAMES_PER_LATENT = 4
-
-
 # Demuxers that read nothing but the bytes they are given: a playlist could name any file or address.
 CONTAINERS = {"format_whitelist": "mov,mp4,matroska,webm,avi", "protocol_whitelist": ""}
-
-
-def latent_frames(frames: int) -> int:
-    return (frames - 1) // FRAMES_PER_LATENT + 1
-
-
-def pixel_frames(latents: int) -> int:
-    return (latents - 1) * FRAMES_PER_LATENT + 1
-
-
-def check_frame_count(name: str, frames: int):
-    if frames < 1 or frames != pixel_frames(latent_frames(frames)):
-        below = pixel_frames(max(1, latent_frames(frames)))
-        raise ValueError(f"{name} {frames}: must be 4k + 1, as {below} or {below + FRAMES_PER_LATENT}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +40,7 @@ def check_frame_count(name: str, frames: int):
 
 
 def decode(files: list[bytes]) -> Iterator[Callable[[], Image.Image]]:
-    """For each frame, in order, what makes an upright picture of it, good until the next one.
+    """Yield for each frame, in order, a function that makes an upright picture of it, good until the next frame.
 
     `files` are a video, or a picture for each frame.
     """
@@ -78,7 +59,7 @@ def decode(files: list[bytes]) -> Iterator[Callable[[], Image.Image]]:
 
 
 def is_picture(file) -> bool:
-    """PIL's, which also has animated GIF and WebP; else it is for FFmpeg."""
+    """Whether PIL reads the file, as it does animated GIF and WebP; FFmpeg reads the others."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -91,6 +72,7 @@ def is_picture(file) -> bool:
 
 
 def open_video(file):
+    """An open container that has video of a bearable size."""
     container = av.open(file, options=CONTAINERS)
     if not container.streams.video:
         raise BadSample("no video in the clip")
@@ -101,7 +83,7 @@ def open_video(file):
 
 
 def upright(frame: av.VideoFrame, sample_aspect_ratio) -> Image.Image:
-    """With square pixels, and turned as a telephone's video says."""
+    """The frame with square pixels, and turned as a telephone's video says."""
     picture = frame.to_image()
     if sample_aspect_ratio not in (None, 0, 1):
         picture = picture.resize((max(1, round(picture.width * sample_aspect_ratio)), picture.height))
@@ -124,7 +106,7 @@ def clip_size(source) -> tuple[int, int]:
 
 
 def count_frames(files: list[bytes]) -> int:
-    """As the container has it: a video may show fewer frames than it has packets."""
+    """Frames that the container announces: a video may show fewer than it has packets."""
     if len(files) > 1:
         return len(files)
     if is_picture(io.BytesIO(files[0])):
@@ -146,7 +128,7 @@ class ClipReader(ImageReader):
     frame_interval: int = 1
 
     def find(self, members: dict[str, bytes]) -> list[bytes]:
-        """A video among the members; or their pictures, in the order of the numbers in their names."""
+        """The video among the members, or their pictures in the order of the numbers in their names."""
         if found := member_bytes(members, VIDEO_MEMBERS):
             return [found[1]]
         frames = [name for name in members if is_frame(name.removesuffix(".gz"))]
@@ -169,7 +151,7 @@ class ClipReader(ImageReader):
     def read_pixels(self, files: list[bytes], rng: random.Random):
         original = self.original_size(files)
         placed, mirrored = self.place(original, rng)
-        # How much of what is too long goes before the clip: as a picture is cropped, so is time
+        # The share of a long video's spare frames that goes before the clip: time is cropped as pictures are.
         before = {"center": 0.5, "corner": 0.0}.get(self.rules.crop_style, rng.random())
         span = (self.num_frames - 1) * self.frame_interval + 1
         try:
@@ -195,7 +177,7 @@ class ClipReader(ImageReader):
                 image = to_rgb(picture())
                 if image.size != original[::-1]:
                     raise BadSample("frames of several sizes")
-                frames.append(np.array(self.fit(image, placed, mirrored)))
+                frames.append(np.array(self.resize_and_crop(image, placed, mirrored)))
             if len(frames) == self.num_frames:
                 break
         return frames, count
@@ -203,10 +185,13 @@ class ClipReader(ImageReader):
 
 @dataclass
 class PromptReader(ImageReader):
-    """A prompt alone, and the size that its clip would have."""
+    """Turns a prompt that has no clip into a sample, with a size that the clip could have."""
 
     num_frames: int = 1
     sizes: tuple[tuple[int, int], ...] = ()
+
+    def with_cache(self, store, filling: bool = False) -> "PromptReader":
+        return self  # there are no latents
 
     def __call__(self, members: dict[str, bytes], visit: str, name: str = "") -> Sample:
         captions = read_captions(members, self.caption_strategy, name)
@@ -216,7 +201,10 @@ class PromptReader(ImageReader):
 
 @dataclass
 class CaptionReader(ClipReader):
-    """A clip's caption, and its bucket, for training that rolls out from noise: its pixels are not decoded."""
+    """Turns the members of a sample into a clip's caption and bucket, for training on generated clips alone."""
+
+    def with_cache(self, store, filling: bool = False) -> "CaptionReader":
+        return self  # there are no latents
 
     def __call__(self, members: dict[str, bytes], visit: str, name: str = "") -> Sample:
         return replace(super().__call__(members, visit, name), latents={})
@@ -230,31 +218,38 @@ class CaptionReader(ClipReader):
         return None, (*self.size_ids(original, placed, mirrored), self.num_frames, *placed.target)
 
 
-def open_clip_readers(args, captions_only: bool = False) -> list[ImageReader]:
-    """One for each dataset."""
+def open_clip_readers(args, data: Data, reader_class=ClipReader) -> list[ImageReader]:
+    """A reader for each dataset, of its clips or of prompts alone."""
     readers = []
-    for dataset, reader in zip(args.datasets, open_readers(args), strict=True):
+    for dataset, reader in zip(data.datasets, open_readers(args, data), strict=True):
         if dataset.sizes:
             readers.append(PromptReader(**vars(reader), num_frames=dataset.num_frames, sizes=dataset.sizes))
         else:
             frames = {"num_frames": dataset.num_frames, "frame_interval": dataset.frame_interval}
-            readers.append((CaptionReader if captions_only else ClipReader)(**vars(reader), **frames))
+            readers.append(reader_class(**vars(reader), **frames))
     return readers
 
 
-FRAMES_PER_SECOND = 16  # Wan's
+def open_caption_readers(args, data: Data) -> list[ImageReader]:
+    """A reader for each dataset that decodes no clip: captions and sizes are all that training takes."""
+    return open_clip_readers(args, data, CaptionReader)
 
 
-def save_clip(clip: np.ndarray, path: Path):
-    """[F, H, W, 3] in [0, 1], as an mp4."""
-    save_frames(to_bytes(clip), path)
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_frames(frames: Iterable[np.ndarray], path: Path):
-    """[H, W, 3] each, bytes, as an mp4. Its sides are even: an odd one loses its last line."""
+def save_clip(clip: np.ndarray, path: Path, fps: int):
+    """Save [F, H, W, 3] in [0, 1] as an mp4."""
+    save_frames(to_bytes(clip), path, fps)
+
+
+def save_frames(frames: Iterable[np.ndarray], path: Path, fps: int):
+    """Save frames, [H, W, 3] each, bytes, as an mp4. Its sides are even: an odd one loses its last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
+        stream = container.add_stream("libx264", rate=fps)
         stream.pix_fmt = "yuv420p"
         for frame in frames:
             frame = np.ascontiguousarray(frame[: len(frame) // 2 * 2, : frame.shape[1] // 2 * 2])

@@ -1,56 +1,66 @@
-"""What the frozen encoders make of samples, taken from the caches where it is there.
+"""The frozen encoders' latents and text embeddings of samples, taken from the caches where they are there.
 
 The encoders are loaded at first need: a run whose caches hold everything never loads them.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.cache import RECORDS_PER_FILE, TensorStore, identity, text_key
-from common.data.datasets import Dataset
+from common.data.datasets import Data, Dataset
 from common.data.samples import Sample
 from common.data.shards import is_local
 from common.data.sources import part_fingerprint
 from common.data.stream import ShardPass
 
 
-class SampleEncoder:
-    """Latents and text embeddings of samples. `text` is a store, `latents` are the datasets' stores, None for no cache.
+@dataclass(frozen=True)
+class Encoders:
+    """The model's own functions. A model on pixels has None for a VAE, one without prompts None for a text encoder.
 
-    `load_vae() -> vae`, `encode_pixels(vae, pixels) -> {name: [B, ...]}`, `load_text() -> encoder` and
-    `encode_prompts(encoder, prompts) -> {name: [B, ...]}` are the model's own. With `text_length` a text's rows may be
-    of any length up to that, `{name: [[L, C], ...]}`: they are kept so, and padded with zeros when they are used.
+    With `text_length` a text's rows may be of any length up to that, {name: [[L, C], ...]}: they are kept so, and
+    padded with zeros when they are used.
     """
 
-    def __init__(
-        self, *, load_vae, encode_pixels, load_text, encode_prompts, latents, text, vae_batch_size, device,
-        text_length=None,
-    ):  # fmt: skip
-        self.load_vae, self.encode_pixels = load_vae, encode_pixels
-        self.load_text, self.encode_prompts = load_text, encode_prompts
-        self.latents, self.text = latents, text
-        self.vae_batch_size, self.device, self.text_length = vae_batch_size, device, text_length
-        self.loaded_vae = self.loaded_text = None
+    load_vae: Callable[[], object]
+    encode_pixels: Callable[[object, torch.Tensor], dict[str, torch.Tensor]]  # (vae, pixels) -> {name: [B, ...]}
+    load_text: Callable[[], object]
+    encode_prompts: Callable[[object, list[str]], dict[str, torch.Tensor | list[torch.Tensor]]]
+    latents_identity: dict  # all that shapes cached latents besides a reader's geometry
+    text_identity: dict  # all that shapes cached text embeddings
+    text_length: int | None = None
+
+
+class SampleEncoder:
+    """Latents and text embeddings of samples. `latents` are the datasets' stores, `text` is one; None for no cache."""
+
+    def __init__(self, encoders: Encoders, *, latents, text, vae_batch_size: int, device):
+        self.encoders, self.latents, self.text = encoders, latents, text
+        self.vae_batch_size, self.device = vae_batch_size, device
+        self.loaded = {}  # by their loaders; None counts
+
+    def load(self, loader):
+        if loader not in self.loaded:
+            self.loaded[loader] = loader()
+        return self.loaded[loader]
 
     @property
     def vae(self):
-        if self.loaded_vae is None:
-            self.loaded_vae = self.load_vae()
-        return self.loaded_vae
+        return self.load(self.encoders.load_vae)
 
     def release(self):
-        """Give the encoders' memory back; what needs them loads them again."""
-        self.loaded_vae = self.loaded_text = None
+        """Give the encoders' memory back; they are loaded again where they are needed."""
+        self.loaded.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.no_grad()
     def encode_images(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
-        """{name: [B, ...]} on the device; what was not cached is encoded, and kept where there is a cache.
-
-        All samples are of one bucket.
-        """
+        """Latents of samples of one bucket, {name: [B, ...]} on the device; encoded and kept where none are cached."""
         rows = [sample.latents for sample in samples]
         if self.latents is not None:  # a reader process does not know what was kept since it started
             pairs = zip(samples, rows, strict=True)
@@ -59,7 +69,7 @@ class SampleEncoder:
         for start in range(0, len(missing), self.vae_batch_size):
             chunk = missing[start : start + self.vae_batch_size]
             pixels = torch.stack([samples[i].pixels for i in chunk]).to(self.device, non_blocking=True)
-            encoded = self.encode_pixels(self.vae, pixels.float() / 127.5 - 1.0)
+            encoded = self.encoders.encode_pixels(self.vae, pixels.float() / 127.5 - 1.0)
             for row, i in enumerate(chunk):
                 rows[i] = {name: values[row] for name, values in encoded.items()}
                 rows[i]["size_ids"] = torch.tensor(samples[i].size_ids)
@@ -69,26 +79,24 @@ class SampleEncoder:
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """{name: [B, ...]} on the device, likewise."""
+        """Embeddings of prompts, {name: [B, ...]} on the device; encoded and kept where none are cached."""
         rows = {prompt: self.text.get(text_key(prompt)) if self.text is not None else None for prompt in prompts}
         if missing := [prompt for prompt, row in rows.items() if row is None]:
-            if self.loaded_text is None:
-                self.loaded_text = self.load_text()
-            encoded = self.encode_prompts(self.loaded_text, missing)
+            encoded = self.encoders.encode_prompts(self.load(self.encoders.load_text), missing)
             for i, prompt in enumerate(missing):
                 rows[prompt] = {name: values[i] for name, values in encoded.items()}
                 if self.text is not None:
                     self.text.put(text_key(prompt), rows[prompt])
-        return self.stack([rows[prompt] for prompt in prompts], self.text_length)
+        return self.stack([rows[prompt] for prompt in prompts], self.encoders.text_length)
 
     def stack(self, rows: list[dict[str, torch.Tensor]], length: int | None = None) -> dict[str, torch.Tensor]:
-        def whole(row):  # [L, C] -> [length, C]
+        def padded(row):  # [L, C] -> [length, C]
             return row if length is None else torch.nn.functional.pad(row, (0, 0, 0, length - len(row)))
 
         names = rows[0] if rows else {}
-        return {name: torch.stack([whole(row[name].to(self.device)) for row in rows]) for name in names}
+        return {name: torch.stack([padded(row[name].to(self.device)) for row in rows]) for name in names}
 
-    def fill(self, accelerator, datasets: list[Dataset], readers, prompts: list[str], workers: int):
+    def fill(self, accelerator, datasets: tuple[Dataset, ...], readers, prompts: list[str], workers: int):
         """Encode all that the caches lack, each process its share of the shards. Shards that are done are not read."""
         todo = [
             (i, part) for i, dataset in enumerate(datasets) if "vae" not in dataset.skip
@@ -138,21 +146,41 @@ class SampleEncoder:
                 store.flush()
 
 
-def open_stores(args, latents_identities: list[str], text_identity: str) -> tuple[list[TensorStore], TensorStore]:
+def open_encoder(
+    args, data: Data, readers: list, encoders: Encoders, accelerator, prompts: list[str]
+) -> tuple[SampleEncoder, list]:
+    """The encoder of samples, and the readers with their caches, which are full unless flags or the data say otherwise.
+
+    `prompts` are texts to be cached besides the samples' own.
+    """
+    latents, text = None, None
+    filling = readers
+    if data.caches != "off":
+        latents, text = open_stores(args, data, readers, encoders)
+        filling = [reader.with_cache(store, filling=True) for reader, store in zip(readers, latents, strict=True)]
+        readers = [reader.with_cache(store) for reader, store in zip(readers, latents, strict=True)]
+    encoder = SampleEncoder(
+        encoders, latents=latents, text=text, vae_batch_size=args.vae_encode_batch_size, device=accelerator.device
+    )
+    if data.caches == "fill":
+        encoder.fill(accelerator, data.datasets, filling, prompts, args.dataloader_num_workers)
+    return encoder, readers
+
+
+def open_stores(args, data: Data, readers: list, encoders: Encoders) -> tuple[list[TensorStore], TensorStore]:
     """Each dataset's store of latents and that of texts, in folders named by what shaped their records.
 
     Prompts alone have no latents: the store of texts stands in for theirs.
     """
-    root = f"{args.output_dir}/cache"
-    pairs = zip(args.datasets, latents_identities, strict=True)
-    folders = [
-        None if dataset.sizes else f"{dataset.cache_dir_vae or args.cache_dir_vae or root + '/vae'}/{name}"
-        for dataset, name in pairs
-    ]
+    root, folders = f"{args.output_dir}/cache", []
+    for dataset, reader in zip(data.datasets, readers, strict=True):
+        name = identity(**encoders.latents_identity, geometry=reader.geometry())
+        parent = dataset.cache_dir_vae or args.cache_dir_vae or f"{root}/vae"
+        folders.append(None if dataset.sizes else f"{parent}/{name}")
     stores = {folder: TensorStore(folder, args.compress_disk_cache) for folder in dict.fromkeys(folders) if folder}
     text = TensorStore(
-        f"{args.cache_dir_text or root + '/text'}/{text_identity}",
+        f"{data.cache_dir_text or root + '/text'}/{identity(**encoders.text_identity)}",
         args.compress_disk_cache,
-        args.write_batch_size or RECORDS_PER_FILE,
+        data.write_batch_size or RECORDS_PER_FILE,
     )
     return [stores.get(folder, text) for folder in folders], text

@@ -11,7 +11,7 @@ import random
 import warnings
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,15 +20,12 @@ from safetensors.torch import load, save
 
 from common.cache import TensorStore
 from common.data.buckets import Placement, Rules, place, square_side, target_size, too_small
+from common.data.datasets import Data
 from common.data.shards import IMAGE_MEMBERS, MOST_MEMBER_BYTES
 from common.data.sources import true_size
 
 CAPTION_MEMBERS = ("text", "txt", "caption")
-
-
 JSON_CAPTION_KEYS = ("caption", "text", "txt", "prompt")
-
-
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
 
 
@@ -44,7 +41,7 @@ RESAMPLING = {
 
 
 class BadSample(Exception):
-    """Its message is the cause that the report counts."""
+    """A sample that cannot be used; the message is the cause that the report counts."""
 
 
 class NoGoodSamples(Exception):
@@ -53,6 +50,8 @@ class NoGoodSamples(Exception):
 
 @dataclass
 class Sample:
+    """A picture or a clip with its caption, as training meets it in one visit."""
+
     key: str  # hash of the image's, or the clip's, bytes
     captions: list[str]  # all there are to choose from
     caption: str  # this visit's
@@ -77,7 +76,7 @@ class Sample:
 
 
 def member_bytes(members: dict[str, bytes], names) -> tuple[str, bytes] | None:
-    """First member with one of these extensions, gunzipped where it is name.gz."""
+    """The first member with one of these extensions, gunzipped where it is name.gz."""
     for name in names:
         if name in members:
             return name, members[name]
@@ -91,7 +90,7 @@ def member_bytes(members: dict[str, bytes], names) -> tuple[str, bytes] | None:
 
 
 def read_captions(members: dict[str, bytes], strategy: str | None, name: str) -> list[str]:
-    """All captions to choose from: of a `textfile` each line, else the text as it is, or a list in JSON."""
+    """All captions to choose from: each line of a `textfile`, else the text as it is, or a list in JSON."""
     try:
         if strategy == "filename":
             name.encode()  # a file system may hold names that are no text
@@ -116,7 +115,7 @@ def read_captions(members: dict[str, bytes], strategy: str | None, name: str) ->
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any mode: 16 bits are scaled and not cut off, transparency lies on white."""
+    """An image of any mode in 8-bit RGB: 16 bits are scaled and not cut off, what is transparent becomes white."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.round(np.asarray(image) / 257.0).astype(np.uint8))
     if image.has_transparency_data:
@@ -140,7 +139,7 @@ class ImageReader:
     merged: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # buckets, and where they go instead
 
     def __call__(self, members: dict[str, bytes], visit: str, name: str = "") -> Sample:
-        """`visit` is another one each time, and decides all that is drawn; `name` is the file's."""
+        """The sample of these members. `visit` seeds every random number of this visit; `name` is the file's."""
         files = self.find(members)
         if not all(files):
             raise BadSample("empty image")
@@ -149,7 +148,7 @@ class ImageReader:
         if len(captions) > 1:
             caption = random.Random(f"{self.seed} caption {visit}").choice(captions)
         key = hashlib.blake2b(b"".join(files), digest_size=16).hexdigest()
-        drawn_from = f"{self.seed} {visit if self.cache is None else key}"
+        place_seed = f"{self.seed} {visit if self.cache is None else key}"
         if self.cache is not None and self.merged:  # a record of its own for what is not in its own bucket
             original = self.original_size(files)
             own, target = target_size(*original, self.rules), self.target(original)
@@ -160,9 +159,12 @@ class ImageReader:
         if latents:
             size_ids = tuple(latents["size_ids"].tolist())
         elif latents is None:
-            pixels, size_ids = self.read_pixels(files, random.Random(drawn_from))
+            pixels, size_ids = self.read_pixels(files, random.Random(place_seed))
         ignored = {"pickle member (ignored)": 1} if any(name.split(".")[0] in PICKLES for name in members) else {}
         return Sample(key, captions, caption, latents, pixels, size_ids, self.dataset, faults=Counter(ignored))
+
+    def with_cache(self, store: TensorStore, filling: bool = False) -> "ImageReader":
+        return replace(self, cache=store, filling=filling)
 
     def find(self, members: dict[str, bytes]) -> list[bytes]:
         """The image among the members."""
@@ -193,7 +195,7 @@ class ImageReader:
             raise BadSample("image bomb")  # a line of pixels
         return placed, self.random_flip and rng.random() < 0.5
 
-    def fit(self, image: Image.Image, placed: Placement, mirrored: bool) -> Image.Image:
+    def resize_and_crop(self, image: Image.Image, placed: Placement, mirrored: bool) -> Image.Image:
         height, width = placed.resized
         image = image.resize((width, height), RESAMPLING[self.interpolation_type])
         image = image.crop((placed.left, placed.top, placed.left + placed.target[1], placed.top + placed.target[0]))
@@ -203,7 +205,7 @@ class ImageReader:
         """H and W of the original, top and left of the crop."""
         if self.rules.fixed_size_ids:
             return (round(square_side(self.rules)),) * 2 + (0, 0)
-        # where the crop lies in the mirrored picture
+        # the crop's left edge in the mirrored picture
         left = placed.resized[1] - placed.target[1] - placed.left if mirrored else placed.left
         return (*original, placed.top, left)
 
@@ -213,12 +215,12 @@ class ImageReader:
         height, width = placed.resized
         try:
             # JPEG decodes at a half, a quarter or an eighth for free, as long as that leaves twice what is needed.
-            lies = image.size != original[::-1]
-            image.draft("RGB", (2 * height, 2 * width) if lies else (2 * width, 2 * height))
+            turned = image.size != original[::-1]
+            image.draft("RGB", (2 * height, 2 * width) if turned else (2 * width, 2 * height))
             image = to_rgb(ImageOps.exif_transpose(image))
         except Exception:  # PIL's decoders raise nearly anything on wrong bytes
             raise BadSample("broken image") from None
-        image = np.array(self.fit(image, placed, mirrored))
+        image = np.array(self.resize_and_crop(image, placed, mirrored))
         pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()  # [H, W, 3] -> [3, H, W]
         return pixels, (*self.size_ids(original, placed, mirrored), *placed.target)
 
@@ -236,12 +238,12 @@ def open_image(data: bytes, header_only: bool = False) -> tuple[Image.Image, tup
         raise BadSample("broken image") from None
 
 
-def open_readers(args) -> list[ImageReader]:
-    """One for each dataset."""
+def open_readers(args, data: Data) -> list[ImageReader]:
+    """A reader for each dataset."""
     return [
         ImageReader(
             dataset.rules, args.interpolation_type, args.random_flip, args.seed, dataset=i,
             caption_strategy=dataset.caption_strategy, merged=dataset.merged,
         )
-        for i, dataset in enumerate(args.datasets)
+        for i, dataset in enumerate(data.datasets)
     ]  # fmt: skip

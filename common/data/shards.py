@@ -1,36 +1,102 @@
 """Tar files of samples, as WebDataset has them: members of one stem make a sample."""
 
-import http.client
-import subprocess
+import lzma
+import os
+import shlex
+import signal
 import tarfile
-import urllib.request
 import zlib
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
-from braceexpand import braceexpand
+import yaml
+from huggingface_hub import HfFileSystem, get_token
+from webdataset.gopen import Pipe, gopen, gopen_schemes, set_options
+from webdataset.shardlists import expand, expand_urls
 
-SHARD_ERRORS = (OSError, EOFError, http.client.HTTPException, tarfile.TarError, zlib.error)
-
+SHARD_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
 
 IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp")
-
-
 VIDEO_MEMBERS = ("mp4", "webm", "mkv", "mov", "m4v", "avi", "gif", "webp")  # webp: an animated one
-
-
 MOST_MEMBER_BYTES = 1 << 28
+
+# The program that reads URLs of a scheme. Those of `pipe:` are the user's; gopen has s3: only where USE_AIS_FOR says so.
+PROGRAMS = {"gopen_pipe": None, "gopen_gsutil": "gsutil", "gopen_ais": "ais"}  # else curl
+READ_BY = {"s3": "aws"} | {scheme: PROGRAMS.get(f.__name__, "curl") for scheme, f in gopen_schemes.items()}
+del READ_BY["__default__"]
+
+
+def scheme_of(shard: str) -> str:
+    return shard.partition(":")[0].lower()
+
+
+def is_local(part) -> bool:
+    """Whether a shard, or another part of a dataset, is read from this machine's files."""
+    return not isinstance(part, str) or scheme_of(part) not in READ_BY
 
 
 def expand_shards(spec: str) -> list[str]:
-    """Paths and URLs of a brace-expanded string; `::` separates several."""
-    return [shard for part in spec.split("::") for shard in braceexpand(part)]
+    """Paths and URLs of a list as webdataset has it: `::` between entries, braces, ${NAME} for the variable WDS_NAME.
+
+    An entry may be a file of shards, in which each line is such a list: .txt or .list, or webdataset's .yaml.
+    """
+    shards = []
+    for entry in expand_line(spec):
+        if is_local(entry) and Path(entry).suffix in (".txt", ".list", ".yaml", ".yml"):
+            shards += [shard for line in read_list(Path(entry)) for shard in expand_line(line)]
+        else:
+            shards.append(entry)
+    return shards
 
 
-def is_local(shard) -> bool:
-    return not (isinstance(shard, str) and shard.startswith(("pipe:", "http://", "https://")))
+def expand_line(line: str) -> list[str]:
+    try:
+        shards = expand_urls(line)
+    except AssertionError as error:
+        name = str(error).rpartition("wds_")[2]
+        raise ValueError(f"{line}: the environment variable {name} is not set") from None
+    return [url2pathname(urlparse(shard).path) if scheme_of(shard) == "file" else shard for shard in shards]
+
+
+def read_list(path: Path) -> list[str]:
+    """Lines of a text file, without comments; or the shards of a YAML file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".yaml", ".yml"):
+            return yaml_shards(yaml.safe_load(text))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no list of shards: {reason}") from None
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def yaml_shards(spec: dict) -> list[str]:
+    """Shards of webdataset's YAML: `datasets`, each with `shards`, in `buckets` and behind a `prefix`.
+
+    webdataset 1.0.2 still has its own reader of this format, but refuses to run it, as obsolete.
+    """
+    shards = []
+    for dataset in spec["datasets"]:
+        if odd := sorted({*spec, *dataset} - {"datasets", "prefix", "buckets", "name", "shards"}):
+            raise ValueError(f"{odd[0]} is not taken, an epoch visits each shard once")
+        urls, buckets = dataset["shards"], dataset.get("buckets", spec.get("buckets")) or ""
+        [bucket] = [buckets] if isinstance(buckets, str) else buckets
+        for url in [urls] if isinstance(urls, str) else urls:
+            shards.append(expand(spec.get("prefix", "")) + os.path.join(expand(bucket), expand(url)))
+    return shards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a header that is damaged or cut off for the archive's end; here it is an error."""
+    """A tar header; tarfile takes one that is damaged or cut off for the archive's end, here it is an error."""
 
     @classmethod
     def fromtarfile(cls, tar):
@@ -43,86 +109,103 @@ class StrictTarInfo(tarfile.TarInfo):
 
 
 def open_shard(shard: str):
-    """A readable binary stream, and what to call once it is at its end."""
-    if shard.startswith("pipe:"):
-        # In a session of its own, or Ctrl-C would cut the shard off before the last checkpoint is saved.
-        process = subprocess.Popen(shard[len("pipe:") :], shell=True, stdout=subprocess.PIPE, start_new_session=True)
-        return process.stdout, process.wait
-    if shard.startswith(("http://", "https://")):
-        return urllib.request.urlopen(shard, timeout=60), lambda: 0
-    return open(shard, "rb"), lambda: 0
+    """A readable binary stream. What is not local is opened by webdataset's gopen.
+
+    gopen runs a command: of `pipe:` the user's, else curl (with its retries), gsutil or ais, which must be installed.
+    """
+    if is_local(shard):
+        return open(shard, "rb")
+    if scheme_of(shard) == "s3" and "s3" not in gopen_schemes:
+        shard = f"pipe:aws s3 cp {shlex.quote(shard)} -"
+    if scheme_of(shard) == "hf" and get_token() is None:
+        shard = HfFileSystem().url(shard)  # gopen would send the token "None"
+    # The command inherits the mask: what stops a run must not cut the shard off before the last checkpoint is saved.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        stream = gopen(shard, "rb")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    # Else a read raises as soon as the command has failed, and what it wrote before that is lost or not, by chance.
+    set_options(stream, ignore_errors=True)
+    return stream
 
 
 def read_shard(shard: str):
-    """Yields (key, members) for each sample of a tar, or (key, cause) for one that cannot be used."""
+    """Yield (key, members) for each sample of a tar, or (key, cause) for one that cannot be used.
+
+    The walk over the members is our own, because webdataset's loses samples without a word: of a truncated tar it gives
+    half a sample, and behind a damaged header it reads no further.
+    """
     seen, key, members = set(), None, {}
 
     def finished():
         return (key, "duplicate key") if key in seen else (key, members)
 
     try:
-        stream, at_end = open_shard(shard)
+        stream = open_shard(shard)
+    except Exception:  # of the hub's client, which has errors of several libraries
+        yield None, "unreadable shard"
+        return
+    try:
         with stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictTarInfo) as tar:
             for info in tar:
                 if not info.isfile():
                     continue
-                folder, _, name = info.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if f"{folder}/{stem}" != key or extension.lower() in members:
+                new_key, extension = split_name(info)
+                if new_key != key or extension in members:
                     if members:
                         yield finished()
                         seen.add(key)
-                    key, members = f"{folder}/{stem}", {}
-                if info.size > MOST_MEMBER_BYTES:
-                    members[extension.lower()] = b""
-                else:
-                    members[extension.lower()] = tar.extractfile(info).read()
+                    key, members = new_key, {}
+                members[extension] = b"" if info.size > MOST_MEMBER_BYTES else tar.extractfile(info).read()
             # What follows the archive's end is padding: read it, or the program behind a pipe dies of SIGPIPE.
             while stream.read(1 << 20):
                 pass
         if members:
             yield finished()
-        if at_end() != 0:
+        if isinstance(stream, Pipe) and stream.status not in stream.ignore_status:
             yield key, "shard's command failed"
     except SHARD_ERRORS:
         yield key, "unreadable shard" if key is None else "truncated shard"
 
 
-def shard_keys(shard: str) -> set[tuple[str, str]]:
-    """Of the samples in a local shard, from the tar headers alone."""
-    keys = set()
+def split_name(info: tarfile.TarInfo) -> tuple[str, str]:
+    """A member's key, which is its folder and stem, and its extension: all behind the first dot."""
+    folder, _, name = info.name.rpartition("/")
+    stem, _, extension = name.partition(".")
+    return f"{folder}/{stem}", extension.lower()
+
+
+def local_members(shard: str):
+    """Yield (key, extension, header, tar) for the members of a local shard, as far as it can be read."""
     try:
         with tarfile.open(shard) as tar:
             for info in tar:
-                folder, _, name = info.name.rpartition("/")
-                keys.add((folder, name.partition(".")[0]))
+                yield *split_name(info), info, tar
     except SHARD_ERRORS:
         pass  # counted as faults when the shard is read
-    return keys
+
+
+def count_keys(shard: str) -> int:
+    """Samples in a local shard, from the tar headers alone."""
+    return len({key for key, *_ in local_members(shard)})
 
 
 def is_frame(extension: str) -> bool:
-    """Of a sequence of pictures in one sample: clip.0001.jpg, clip.0002.jpg, ..."""
+    """Whether a member is one of a sequence of pictures in a sample: clip.0001.jpg, clip.0002.jpg, ..."""
     return extension.rpartition(".")[2] in IMAGE_MEMBERS
 
 
 def shard_pictures(shard: str, kind: str):
-    """A file object for the image, or for the video or its first frame, of each sample of a local shard.
+    """Yield a file object for the image, or for the video or its first frame, of each sample of a local shard.
 
-    Compressed ones are left out.
+    Members that are compressed themselves are left out.
     """
     seen = set()
-    try:
-        with tarfile.open(shard) as tar:
-            for info in tar:
-                folder, _, name = info.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                extension = extension.lower()
-                wanted = extension in IMAGE_MEMBERS
-                if kind == "video":
-                    wanted = extension in VIDEO_MEMBERS or is_frame(extension)
-                if info.isfile() and wanted and (folder, stem) not in seen:
-                    seen.add((folder, stem))
-                    yield tar.extractfile(info)
-    except SHARD_ERRORS:
-        pass
+    for key, extension, info, tar in local_members(shard):
+        wanted = extension in IMAGE_MEMBERS
+        if kind == "video":
+            wanted = extension in VIDEO_MEMBERS or is_frame(extension)
+        if info.isfile() and wanted and key not in seen:
+            seen.add(key)
+            yield tar.extractfile(info)

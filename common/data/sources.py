@@ -19,14 +19,13 @@ from common.data.shards import (
     IMAGE_MEMBERS,
     MOST_MEMBER_BYTES,
     VIDEO_MEMBERS,
+    count_keys,
     is_local,
     read_shard,
-    shard_keys,
     shard_pictures,
 )
 
 EXIF_ORIENTATION = 0x0112
-
 
 PARTS, MOST_FILES = 64, 1024  # a folder's parts, and the files in one, of which the cache makes one file
 
@@ -63,6 +62,7 @@ class Prompts:
 
 
 def read_part(part):
+    """Yield the samples of a part, as the module's docstring says."""
     if isinstance(part, Files):
         return read_files(part)
     if isinstance(part, Prompts):
@@ -71,7 +71,7 @@ def read_part(part):
 
 
 def part_fingerprint(part) -> str:
-    """Changes where a local part does."""
+    """A hash that changes where a local part does."""
     if isinstance(part, Files):
         stamps = [json.dumps(part.files)]
         for name, _ in part.files:
@@ -98,9 +98,7 @@ def file_stamp(path: Path) -> str:
 
 def count_samples(parts: list) -> int | None:
     """Samples in local parts, without reading them; None where a part is not local."""
-    if not all(map(is_local, parts)):
-        return None
-    return sum(map(count_part, parts))
+    return sum(map(count_part, parts)) if all(map(is_local, parts)) else None
 
 
 def count_part(part) -> int:
@@ -108,7 +106,7 @@ def count_part(part) -> int:
         return len(part.files)
     if isinstance(part, Rows):
         return part.samples
-    return len(part.prompts) if isinstance(part, Prompts) else len(shard_keys(part))
+    return len(part.prompts) if isinstance(part, Prompts) else len(count_keys(part))
 
 
 def image_size(source) -> tuple[int, int]:
@@ -118,7 +116,7 @@ def image_size(source) -> tuple[int, int]:
 
 
 def picture_sizes(part, kind: str, size_of):
-    """size_of of each image or video of a local part; those that cannot be read are left out."""
+    """Yield size_of each image or video of a local part; those that cannot be read are left out."""
     if isinstance(part, Files):
         paths = (Path(part.folder, name) for name, _ in part.files)
         sources = (frame_files(path)[0] if path.is_dir() else path for path in paths)
@@ -134,7 +132,7 @@ def picture_sizes(part, kind: str, size_of):
 
 
 def true_size(image: Image.Image, header_only: bool = False) -> tuple[int, int]:
-    """(height, width) as it is looked at: EXIF may say that it lies on its side."""
+    """(height, width) of the upright image: EXIF may say that it is stored on its side."""
     width, height = image.size
     if header_only and image.format == "PNG" and "exif" not in image.info:
         return height, width  # to look for more would decode it
@@ -155,7 +153,7 @@ def split_folder(folder: str, captions: dict[str, str | list[str]] | None = None
         names = []
         for place, folders, files in os.walk(folder):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            found = [name for name in files if is_of(name, kind) and not name.startswith(".")]
+            found = [name for name in files if has_kind(name, kind) and not name.startswith(".")]
             if kind == "video" and not found and place != folder and frame_files(Path(place)):
                 found = [""]  # the subfolder itself is a clip
             names += [Path(place, name).relative_to(folder).as_posix() for name in found]
@@ -171,12 +169,12 @@ def split_folder(folder: str, captions: dict[str, str | list[str]] | None = None
     ]
 
 
-def is_of(name: str, kind: str) -> bool:
+def has_kind(name: str, kind: str) -> bool:
     return Path(name).suffix.lower().removeprefix(".") in {"image": IMAGE_MEMBERS, "video": VIDEO_MEMBERS}[kind]
 
 
 def frame_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if is_of(path.name, "image") and not path.name.startswith("."))
+    return sorted(path for path in folder.iterdir() if has_kind(path.name, "image") and not path.name.startswith("."))
 
 
 def caption_file(path: Path) -> Path:
@@ -184,7 +182,7 @@ def caption_file(path: Path) -> Path:
 
 
 def read_metadata(folder: str, caption_column: str) -> dict[str, str | list[str]] | None:
-    """Captions by path inside the folder, of all metadata.jsonl in it; None where there is none."""
+    """Captions by path inside the folder, from all metadata.jsonl in it; None where there is none."""
     captions, found = {}, sorted(Path(folder).rglob("metadata.jsonl"))
     for path in found:
         for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
@@ -277,8 +275,10 @@ def split_hub_dataset(name: str, config: str | None, cache_dir: str | None, imag
     check_columns(name, table.column_names, image_column, caption_column)
     table = table.cast_column(image_column, datasets.Image(decode=False))
     size = min(MOST_FILES, -(-len(table) // PARTS))
-    starts = range(0, len(table), max(size, 1))
-    return [Rows(name, table, at, min(size, len(table) - at), image_column, caption_column) for at in starts]
+    return [
+        Rows(name, table, start, min(size, len(table) - start), image_column, caption_column)
+        for start in range(0, len(table), max(size, 1))
+    ]
 
 
 def check_columns(name: str, columns: list[str], image_column: str, caption_column: str):
@@ -298,7 +298,7 @@ def read_rows(part: Rows):
         for number, row in enumerate(rows):
             image, caption = row[part.image_column], row[part.caption_column]
             data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-            if data is None and path and is_of(path, "image"):  # beside the file
+            if data is None and path and has_kind(path, "image"):  # beside the file
                 beside = Path(Path(part.path).parent, path)
                 data = beside.read_bytes() if beside.is_file() else b""
             text = json.dumps({"caption": caption}, default=str).encode()

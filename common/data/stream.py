@@ -23,19 +23,18 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, IterableDataset
 
+from common.data.datasets import Data
 from common.data.samples import BadSample, ImageReader, NoGoodSamples, Sample
 from common.data.sources import read_part
 
 LANES = 8  # streams open at a time, where processes x workers do not ask for more
-
-
 PATIENCE = 128  # reads for which a sample waits until its bucket has a batch
 
 
 def plan_lanes(shards: int, processes: int, workers: int, lanes: int | None = None) -> tuple[int, int]:
-    """Number of lanes, and of workers per process that they can feed (0 reads in the main process).
+    """The number of lanes, and of workers per process that they can feed (0 reads in the main process).
 
-    `lanes` are those of the run that is resumed: they stay, and each still has one reader.
+    `lanes` is the number in the run that is resumed: it stays, and each lane still has one reader.
     """
     if lanes is not None:
         if lanes % processes:
@@ -64,7 +63,7 @@ class ShardStream(IterableDataset):
         self.block = max(1, shuffle_buffer // lanes)
         state = state or {"starts": {}, "used": []}
         self.starts = {lane: (lane, 0, 0, 0) for lane in range(process, lanes, processes)}  # position and cursor
-        self.starts |= {int(lane): tuple(at) for lane, at in state["starts"].items() if int(lane) in self.starts}
+        self.starts |= {int(lane): tuple(start) for lane, start in state["starts"].items() if int(lane) in self.starts}
         self.used = {position for position in state["used"] if position % lanes in self.starts}
 
     def __iter__(self):
@@ -94,7 +93,7 @@ class ShardStream(IterableDataset):
             yield samples
 
     def read_lane(self, lane: int, cursor: tuple[int, int, int], barren: set, faults: Counter):
-        """Good samples of one lane, from its cursor on, for ever."""
+        """Yield good samples of one lane, from its cursor on, for ever."""
         first_epoch, first_place, first_index = cursor
         for epoch in itertools.count(first_epoch):
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))[lane :: self.lanes]
@@ -127,7 +126,7 @@ class ShardStream(IterableDataset):
             first_place = 0
 
     def shuffled(self, shard: int, epoch: int, start: int):
-        """(index, sample) of a shard, its blocks of consecutive samples shuffled each, without the first `start`.
+        """Yield (index, sample) of a shard, each block of consecutive samples shuffled, without the first `start`.
 
         Like crop and flip the order follows from the shard's number, so that data may move between run and resume.
         """
@@ -142,9 +141,9 @@ class ShardStream(IterableDataset):
 
 
 def outlive_signals(worker: int):
-    """What stops a run reaches its readers too: they must go on until the training process has saved its checkpoint.
+    """Keep a reader process alive when the run is stopped, until the training process has saved its checkpoint.
 
-    Its own SIGTERM they obey: it sends one to each as it exits, and then waits for them.
+    It obeys a SIGTERM of the training process, which sends one to each reader as it exits, and waits for them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -158,9 +157,9 @@ def end_when_parent_says():
 
 
 class Batches:
-    """Iterates over lists of samples of one bucket, one list per batch of this process; knows the place to resume at.
+    """An iterator over batches of this process, lists of samples of one bucket, with the place to resume at.
 
-    A bucket whose first sample has waited for long is not waited for: its samples are repeated to make a batch.
+    Where a bucket's first sample has waited for long, the bucket's samples are repeated to make a batch.
     """
 
     def __init__(self, stream: ShardStream, workers: int):
@@ -195,7 +194,7 @@ class Batches:
         return samples
 
     def read(self):
-        """One read: samples into their buckets in order, and batches that are full or have waited for too long."""
+        """Sort one read's samples into their buckets, and make batches of buckets that are full or waited too long."""
         parts = [next(self.loader) for _ in range(self.parts)]
         for part in parts:
             if isinstance(part, NoGoodSamples):
@@ -222,33 +221,33 @@ class Batches:
             )
 
     def state(self) -> dict:
-        """Of this process; those of all processes together resume the stream."""
+        """This process's place in the data; the places of all processes resume the stream."""
         places = {"lanes": self.stream.lanes, "starts": dict(self.starts), "used": sorted(self.used)}
         return places | {"faults": dict(self.faults)}
 
 
-def open_batches(args, accelerator, readers: list[ImageReader], state, together: int = 1) -> Batches:
-    """So many processes next to each other work `together`, on the same samples."""
-    processes = accelerator.num_processes // together
+def open_batches(args, data: Data, accelerator, readers: list[ImageReader], state, sharing: int = 1) -> Batches:
+    """Batches of the datasets; `sharing` processes next to each other work on the same samples."""
+    processes = accelerator.num_processes // sharing
     # A dataset's parts stand there once for each of its visits in an epoch, so that those are spread over it.
-    shards = [(i, part) for i, dataset in enumerate(args.datasets) for part in dataset.parts * (dataset.repeats + 1)]
+    shards = [(i, part) for i, dataset in enumerate(data.datasets) for part in dataset.parts * (dataset.repeats + 1)]
     try:
         resumed = state["lanes"] if state else None
         lanes, workers = plan_lanes(len(shards), processes, args.dataloader_num_workers, resumed)
     except ValueError as error:
-        raise SystemExit(f"{args.data_source}: {error}") from None
+        raise SystemExit(f"{data.source}: {error}") from None
     if workers < args.dataloader_num_workers:
         accelerator.print(f"--dataloader_num_workers: {len(shards)} shards feed only {workers} in {lanes} lanes")
     stream = ShardStream(
         shards, readers, seed=args.seed, batch_size=args.train_batch_size, lanes=lanes, state=state,
-        process=accelerator.process_index // together, processes=processes,
+        process=accelerator.process_index // sharing, processes=processes,
     )  # fmt: skip
     return Batches(stream, workers)
 
 
-def gather_states(batches, accelerator, together: int = 1) -> tuple[dict, Counter]:
-    """Place in the data and samples skipped, of all processes; of those that work together once."""
-    states = gather_object([batches.state()])[::together]
+def gather_states(batches, accelerator, sharing: int = 1) -> tuple[dict, Counter]:
+    """Place in the data and samples skipped, of all processes; once of those that are `sharing` their samples."""
+    states = gather_object([batches.state()])[::sharing]
     starts = {lane: start for state in states for lane, start in state["starts"].items()}
     used = sorted(position for state in states for position in state["used"])
     faults = sum((Counter(state["faults"]) for state in states), Counter())
@@ -256,7 +255,7 @@ def gather_states(batches, accelerator, together: int = 1) -> tuple[dict, Counte
 
 
 class ShardPass(IterableDataset):
-    """What fills a cache: all good samples of this process's share of the shards, after a shard's last the shard."""
+    """All good samples of this process's share of the shards, once; after a shard's last sample its number."""
 
     def __init__(self, shards, readers, *, process, processes):
         self.shards, self.readers, self.process, self.processes = shards, readers, process, processes
