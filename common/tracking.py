@@ -70,9 +70,9 @@ def public_settings(args) -> dict:
 
 
 def installed(tracker: str) -> bool:
-    """Whether the package is there and can be imported. Import alone does not tell: a folder `wandb` of old runs passes."""
+    """Whether accelerate finds the package, and it can be imported; import alone also takes a folder named `wandb`."""
     try:
-        return tracker in get_available_trackers() and bool(importlib.import_module(tracker))
+        return tracker in map(str, get_available_trackers()) and bool(importlib.import_module(tracker))
     except ImportError:
         return False
 
