@@ -1,4 +1,4 @@
-"""What a run leaves behind: model card, and the way to the hub."""
+"""The model that a run leaves behind: its card, the way to the hub, and LoRA files in the layouts of other programs."""
 
 import json
 import re
@@ -9,26 +9,26 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from common.tracking import public_settings
+
 
 def write_model_card(
-    folder: Path, *, title: str, tags: list[str], usage: str, settings: dict, results: str, picture: str
+    args, *, teacher: str, title: str, tags: list[str], usage: str, results: str, picture: str = "samples.png"
 ):
-    """README.md with how to use the model, what made it, and what came out."""
+    """Writes OUTPUT_DIR/README.md: how to use the model, what the results are, and the command that trained it."""
     command = shlex.join(["accelerate", "launch", *hide_secrets(sys.argv)])
-    # Of the data the flags alone: shards and files may be thousands of lines.
-    hidden = ("hub_token", "datasets", "notes", "webhook")
-    shown = {key: value for key, value in sorted(settings.items()) if key not in hidden}
-    base = settings["pretrained_teacher_model"]
-    # A hub's base_model is owner/name; a folder of this machine is nobody else's business.
-    base_model = f"base_model: {base}\n" if not Path(base).exists() else ""
-    (folder / "README.md").write_text(
+    settings = json.dumps(dict(sorted(public_settings(args).items())), indent=2, default=str)
+    # base_model is a name on the hub; a folder of this machine means nothing to others
+    base_model = f"base_model: {teacher}\n" if not Path(teacher).exists() else ""
+    Path(args.output_dir, "README.md").write_text(
         f"---\nlibrary_name: diffusers\n{base_model}tags: {json.dumps(tags)}\n---\n\n# {title}\n\n"
         f"![samples]({picture})\n\n## Use\n\n```python\n{usage}```\n\n{results}"
-        f"## Training\n\n```bash\n{command}\n```\n\n```json\n{json.dumps(shown, indent=2, default=str)}\n```\n"
+        f"## Training\n\n```bash\n{command}\n```\n\n```json\n{settings}\n```\n"
     )
 
 
 def hide_secrets(argv: list[str]) -> list[str]:
+    """The command line with *** for the hub's token."""
     hidden, secret = [], False
     for word in argv:
         name, equals, _ = word.partition("=")
@@ -39,7 +39,7 @@ def hide_secrets(argv: list[str]) -> list[str]:
 
 
 def create_hub_repository(args) -> str:
-    """Before training, so that a missing login or network is known before hours of work."""
+    """Creates a private repository; done before training, so that a missing login costs no hours of work."""
     from huggingface_hub import create_repo
 
     name = args.hub_model_id or Path(args.output_dir).resolve().name
@@ -52,7 +52,7 @@ def create_hub_repository(args) -> str:
 
 
 def push_to_hub(args, repository: str, files: list[str], message: str, fatal: bool = True):
-    """The named files and folders of the output folder, and nothing else of it."""
+    """Uploads the named files and folders of the output folder, and nothing else in it."""
     from huggingface_hub import upload_folder
 
     patterns = [f"{name}/*" if Path(args.output_dir, name).is_dir() else name for name in files]
@@ -67,15 +67,13 @@ def push_to_hub(args, repository: str, files: list[str], message: str, fatal: bo
         print(f"--push_checkpoints_to_hub: {message} was not uploaded ({error})")
 
 
-# Where diffusers' layer lies in Stability's code: inside a residual block, and outside of all blocks.
+# diffusers' names of layers and Stability's: inside a residual block, and outside of all blocks.
 RESNET_LAYERS = {
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-
-
 OUTER_LAYERS = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
@@ -87,8 +85,8 @@ OUTER_LAYERS = {
 
 
 def sgm_name(name: str, unet) -> str:
-    """The layer's name in Stability's code, which counts the blocks of each side through: residual blocks, one after
-    another, each with its attention behind it, and then what changes the size."""
+    """The layer's name in Stability's code. It numbers the residual blocks of each side, each with its attention, and
+    the layers that change the size one after another, across diffusers' blocks."""
     if name in OUTER_LAYERS:
         return OUTER_LAYERS[name]
     if found := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.*)", name):
@@ -102,13 +100,13 @@ def sgm_name(name: str, unet) -> str:
     before = getattr(unet, f"{side}_blocks")[:block]
     count = sum(len(b.resnets) for b in before)
     if side == "down":
-        # input_blocks.0 is conv_in; each block that makes the picture smaller takes one more place for it
+        # input_blocks.0 is conv_in; a block that makes the picture smaller has one more place for this
         count += 1 + sum(b.downsamplers is not None for b in before)
         if kind == "downsamplers":
             return f"input_blocks.{count + len(unet.down_blocks[block].resnets)}.0.op"
         inner = "1" if kind == "attentions" else "0"
         return f"input_blocks.{count + place}.{inner}.{RESNET_LAYERS.get(layer, layer)}"
-    if kind == "upsamplers":  # behind the block's last residual block, and its attention if it has one
+    if kind == "upsamplers":  # in the place of the block's last residual block, behind its attention if there is one
         here = unet.up_blocks[block]
         return f"output_blocks.{count + len(here.resnets) - 1}.{1 + bool(getattr(here, 'attentions', None))}.conv"
     inner = "1" if kind == "attentions" else "0"
@@ -116,7 +114,7 @@ def sgm_name(name: str, unet) -> str:
 
 
 def kohya_layers(unet, layers: dict[str, torch.Tensor], alpha: float, sgm: bool) -> dict[str, torch.Tensor]:
-    """`layers` as peft's get_peft_model_state_dict gives them."""
+    """Kohya's names for `layers`, which are as peft's get_peft_model_state_dict gives them."""
     converted = {}
     for key, value in layers.items():
         name, part = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", key).groups()
@@ -136,13 +134,9 @@ def save_kohya_lora(path: Path, unet, layers: dict[str, torch.Tensor], rank: int
     save_file(kohya_layers(unet, layers, alpha, sgm), path, metadata)
 
 
-# Of a layer inside a block, and of those outside of all blocks: diffusers' name, and Wan's.
+# diffusers' names of layers and Wan's: inside a block, and outside of all blocks.
 BLOCK_NAMES = {"attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
-
-
 BLOCK_NAMES |= {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
-
-
 OUTER_NAMES = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
@@ -164,7 +158,7 @@ def wan_name(name: str) -> str:
 
 
 def save_comfy_lora(path: Path, layers: dict[str, torch.Tensor], alpha: float):
-    """`layers` as peft's get_peft_model_state_dict gives them."""
+    """Writes `layers`, which are as peft's get_peft_model_state_dict gives them, under the names of Wan's own code."""
     converted = {}
     for key, value in layers.items():
         name, part = re.fullmatch(r"(.+)\.(lora_[AB])\.weight", key).groups()

@@ -25,65 +25,74 @@ class Lion(torch.optim.Optimizer):
                     m.lerp_(p.grad, 1.0 - beta2)
 
 
-def make_optimizer(args, params, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
-    if args.optimizer == "lion":
-        return Lion(params, lr, betas, decay)
-    if args.optimizer == "adamw8bit":
+def optimizer_name(args) -> str:
+    """Which of adamw, adamw8bit and lion the flags mean: adamw_bf16 is adamw, as trained weights are fp32 here."""
+    return "adamw8bit" if args.use_8bit_adam else args.optimizer.removeprefix("optimi-").removesuffix("_bf16")
+
+
+def make_optimizer(
+    name: str, params, lr: float, betas: tuple[float, float], weight_decay: float, epsilon: float, device: torch.device
+) -> torch.optim.Optimizer:
+    """An optimizer by the name that `optimizer_name` gives it."""
+    if name == "lion":
+        return Lion(params, lr, betas, weight_decay)
+    if name == "adamw8bit":
         if device.type != "cuda":
             print("8-bit AdamW needs a CUDA GPU: AdamW with fp32 moments is in use")
         elif importlib.util.find_spec("torchao"):
             from torchao.optim import AdamW8bit
 
-            return AdamW8bit(params, lr, betas, args.adam_epsilon, decay)
+            return AdamW8bit(params, lr, betas, epsilon, weight_decay)
         elif importlib.util.find_spec("bitsandbytes"):
             from bitsandbytes.optim import AdamW8bit
 
-            return AdamW8bit(params, lr, betas, args.adam_epsilon, decay)
+            return AdamW8bit(params, lr, betas, epsilon, weight_decay)
         else:
             raise SystemExit("8-bit AdamW: install torchao (or bitsandbytes), or use --optimizer adamw")
-    return torch.optim.AdamW(params, lr, betas, args.adam_epsilon, decay, fused=True)
+    return torch.optim.AdamW(params, lr, betas, epsilon, weight_decay, fused=True)
 
 
-# What is left of the way from the full rate to the last, p of the decay being done, 0 <= p <= 1
+# Share of the way from the last rate up to the full one, where a share p of the decay's steps is done
 DECAYS = {
     "constant": lambda p: 1.0,
     "constant_with_warmup": lambda p: 1.0,
     "linear": lambda p: 1.0 - p,
-    "polynomial": lambda p: 1.0 - p,  # diffusers' of power 1
+    "polynomial": lambda p: 1.0 - p,  # as diffusers' with power 1
     "cosine": lambda p: 0.5 + 0.5 * math.cos(math.pi * p),
     "cosine_with_min_lr": lambda p: 0.5 + 0.5 * math.cos(math.pi * p),
-    "cosine_with_restarts": lambda p: 0.5 + 0.5 * math.cos(math.pi * p),  # diffusers' of one cycle
+    "cosine_with_restarts": lambda p: 0.5 + 0.5 * math.cos(math.pi * p),  # as diffusers' with one cycle
     "sine": lambda p: 1.0 - math.sin(0.5 * math.pi * p),  # falls fast at first
 }
 
 
-def make_schedule(args, optimizer, init_steps: int = 0, init_rate: float = 1.0) -> torch.optim.lr_scheduler.LambdaLR:
-    """A linear warm-up from 0, then one decay to --lr_end at --max_train_steps. Counts optimizer steps.
+def make_schedule(
+    args, optimizer, steps: int, init_steps: int = 0, init_rate: float = 1.0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A linear warm-up from 0, then one decay to --lr_end, in so many optimizer steps.
 
-    The first `init_steps` of them have a warm-up and a decay of their own, of `init_rate` times as much.
+    The first `init_steps` of them have a warm-up and a decay of their own, at `init_rate` times the learning rate.
     """
     warmup = 0 if args.lr_scheduler == "constant" else args.lr_warmup_steps
     end = args.lr_end / optimizer.param_groups[0]["lr"]
 
     def factor(step: int) -> float:
         init = step < init_steps
-        first, last, rate = (0, init_steps, init_rate) if init else (init_steps, args.max_train_steps, 1.0)
-        step, steps = step - first, last - first
+        first, last, rate = (0, init_steps, init_rate) if init else (init_steps, steps, 1.0)
+        step, length = step - first, last - first
         if step < warmup:
             return rate * step / warmup
-        done = min(1.0, (step - warmup) / max(1, steps - warmup))
+        done = min(1.0, (step - warmup) / max(1, length - warmup))
         return rate * (end + (1.0 - end) * DECAYS[args.lr_scheduler](done))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def clip_gradients(accelerator, params, method: str, most: float):
-    """norm: of all gradients together, at most `most`. value: each element in [-most, most]."""
+    """Limits the L2 norm of all gradients to `most` (norm), or each of their elements to [-most, most] (value)."""
     if method == "norm":
         accelerator.clip_grad_norm_(params, most)
     else:
-        accelerator.unscale_gradients()  # accelerate's own refuses what FSDP has split, though elements know no others
+        accelerator.unscale_gradients()  # accelerate's clip_grad_value_ refuses FSDP, though it needs no other process
         torch.nn.utils.clip_grad_value_(params, most)
 
 
@@ -92,21 +101,20 @@ def gradient_norm(params) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def average_gradients(params, processes: int, together: int = 1):
-    """Of all processes, where no wrapper does it: a network that is called many times before one backward().
-
-    So many of them work `together` on the same samples, and the sum of theirs is the gradient.
+def average_gradients(params, processes: int, sharing: int = 1):
+    """Averages gradients over processes, for a network without DistributedDataParallel, which allows one call only
+    before a backward(). `sharing` processes work on the same samples: the gradient of these is the sum of theirs.
     """
     if processes > 1:
         waiting = [torch.distributed.all_reduce(p.grad, async_op=True) for p in params]
         for work in waiting:
             work.wait()
-        torch._foreach_div_([p.grad for p in params], processes // together)
+        torch._foreach_div_([p.grad for p in params], processes // sharing)
 
 
 @torch.no_grad()
 def update_ema(target: list[torch.Tensor], source: list[torch.Tensor], decay: float):
-    """target = decay * target + (1 - decay) * source, all tensors in one call; of split ones each process its part."""
+    """target = decay * target + (1 - decay) * source, in one call; each process updates its part of sharded tensors."""
     target, source = (
         [p.to_local() if isinstance(p, DTensor) else p.detach() for p in each] for each in (target, source)
     )

@@ -1,8 +1,9 @@
-"""What is watched while a student trains: means of what the loop measures, clips on disk, and signs of collapse."""
+"""Progress of a run: means of what the loop measures, trackers, and the webhook."""
 
 import base64
-import difflib
+import contextlib
 import functools
+import importlib
 import io
 import json
 import os
@@ -14,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.tracking import get_available_trackers
 from PIL import Image
+
+from common.schema import Key, check_settings, read_json
 
 GAP_RANGES = ((0, 250), (250, 500), (500, 750), (750, 1000))  # timesteps
 
 
 class Means:
-    """Means over all processes of what was added since the last read; nothing waits for the device in between."""
+    """Means of values over all processes since the last read; adding a value does not wait for the device."""
 
     def __init__(self, names: list[str], device):
         self.names = {name: i for i, name in enumerate(names)}
@@ -28,20 +32,20 @@ class Means:
         self.reset()
 
     def reset(self):
-        self.sums = torch.zeros(2, len(self.names), device=self.device)  # of values and of their weights
+        self.sums = torch.zeros(2, len(self.names), device=self.device)  # sums of values, and of their weights
 
     def add(self, name: str, value: torch.Tensor, weight: float = 1.0):
         self.sums[0, self.names[name]] += weight * value.detach()
         self.sums[1, self.names[name]] += weight
 
     def add_gaps(self, gap: torch.Tensor, t: torch.Tensor):
-        """Of each sample by the range that its timestep is in; t is on the CPU."""
+        """Adds each sample's gap to the mean of its range of timesteps; t is on the CPU."""
         for value, timestep in zip(gap, t.tolist(), strict=True):
             place = min(int(timestep) * len(GAP_RANGES) // GAP_RANGES[-1][1], len(GAP_RANGES) - 1)
             self.add(gap_name(GAP_RANGES[place]), value)
 
     def read(self, accelerator) -> dict[str, float]:
-        """Of those that something was added to; every process must call it."""
+        """Means by name, of all names with a value since the last read; every process must call it."""
         sums, weights = accelerator.reduce(self.sums, "sum").tolist()
         self.reset()
         return {name: sums[i] / weights[i] for name, i in self.names.items() if weights[i]}
@@ -51,115 +55,146 @@ def gap_name(bounds: tuple[int, int]) -> str:
     return f"gap/{bounds[0]}-{bounds[1]}"
 
 
-def show_picture(accelerator, picture: Image.Image, folder: Path, name: str, step: int):
-    """Saves FOLDER/NAME-STEP.png and logs it to every tracker."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{step:06d}.png"
-    picture.save(path)
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
-        elif tracker.name == "wandb":
-            import wandb
+# ---------------------------------------------------------------------------------------------------------------------
+# Trackers
+# ---------------------------------------------------------------------------------------------------------------------
 
-            tracker.log({name: wandb.Image(picture)}, step=step)
-        elif tracker.name == "trackio":
-            import trackio
-
-            tracker.log({name: trackio.Image(picture)}, step=step)
-    return path
+TRACKERS = {"tensorboard": "tensorboard==2.21.0", "wandb": "wandb==0.31.0", "trackio": "trackio"}  # name: package
+SECRETS = ("hub_token",)
+GIF_SIDE, GIF_MILLISECONDS = 256, 60  # longest side of a clip in TensorBoard, and the time of a frame
 
 
-def init_trackers(args, accelerator):
-    """Their settings must be scalars or text, and the hub's token is nobody's business."""
-    settings = {
-        name: value if isinstance(value, int | float | str) else str(value) for name, value in vars(args).items()
-    }
-    settings.pop("hub_token")
-    settings.pop("webhook")  # its URL may be a secret
-    named = {"name": args.tracker_run_name}
-    accelerator.init_trackers(args.tracker_project_name, settings, {"wandb": named, "trackio": named})
+def public_settings(args) -> dict:
+    """The flags as they were given or filled in, for trackers and the model card. Of files the path alone is shown."""
+    return {name: value for name, value in vars(args).items() if name not in SECRETS}
 
 
-class Progress:
-    """Only the main process reports; to the others its methods do nothing."""
+def installed(tracker: str) -> bool:
+    """Whether accelerate finds the package, and it can be imported; import alone also takes a folder named `wandb`."""
+    try:
+        return tracker in map(str, get_available_trackers()) and bool(importlib.import_module(tracker))
+    except ImportError:
+        return False
 
-    def __init__(self, args, accelerator):
-        init_trackers(args, accelerator)
-        self.accelerator, self.folder, self.steps = (
-            accelerator,
-            Path(args.output_dir, "validation"),
-            args.max_train_steps,
-        )
-        self.webhook = Webhook(args.webhook if accelerator.is_main_process else None)
+
+def tracker_names(report_to: str) -> list[str]:
+    """Trackers that --report_to means, for accelerate's `log_with`; `all` means those that are installed."""
+    names = [] if report_to == "none" else report_to.split(",")
+    return [name for name in TRACKERS if installed(name)] if "all" in names else names
+
+
+def check_trackers(parser, report_to: str):
+    for name in tracker_names(report_to):
+        if name not in TRACKERS:
+            parser.error(f"--report_to {report_to}: must be of {', '.join(TRACKERS)}, all, or none")
+        if not installed(name):
+            parser.error(f"--report_to {report_to}: {name} is not installed: pip install {TRACKERS[name]}")
+
+
+class Tracking:
+    """What trackers, webhook and OUTPUT_DIR/validation are told; of all processes only the main one tells."""
+
+    def __init__(self, args, accelerator, steps: int):
+        self.accelerator, self.steps = accelerator, steps
+        self.folder = Path(args.output_dir, "validation")
+        self.webhook = Webhook(args.webhook_config if accelerator.is_main_process else None)
+        settings = {  # what all trackers take
+            name: value if isinstance(value, int | float | str) else str(value)
+            for name, value in public_settings(args).items()
+        }
+        named = {"name": args.tracker_run_name}
+        accelerator.init_trackers(args.tracker_project_name, settings, {"wandb": named, "trackio": named})
 
     def values(self, values: dict, step: int):
         self.accelerator.log(values, step=step)
         self.webhook.send("progress", step=step, of=self.steps, **values)
 
-    def picture(self, picture, name: str, step: int, level: str = "info"):
-        show_picture(self.accelerator, picture, self.folder, name, step)
+    def picture(self, picture: Image.Image, name: str, step: int, level: str = "info"):
+        """Saves OUTPUT_DIR/validation/NAME-STEP.png, and sends it to trackers and webhook."""
+        if not self.accelerator.is_main_process:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        picture.save(self.folder / f"{name}-{step:06d}.png")
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            else:
+                tracker.log({name: importlib.import_module(tracker.name).Image(picture)}, step=step)
         self.webhook.send("picture", level, picture=picture, name=name, step=step)
+
+    def clip(self, frames: np.ndarray, path: Path, name: str, step: int):
+        """Sends a clip [F, H, W, 3] in [0, 1], which is also the mp4 file `path`, to trackers."""
+        if not self.accelerator.is_main_process:
+            return
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.file_writer.add_summary(gif_summary(frames, name), step)
+            else:
+                tracker.log({name: importlib.import_module(tracker.name).Video(str(path))}, step=step)
 
     def end(self, step: int, stopped: bool):
         self.webhook.send("end", step=step, of=self.steps, stopped=stopped)
         if lost := self.webhook.close():
             self.accelerator.print(f"--webhook_config: {lost} messages were not delivered")
         if self.accelerator.num_processes > 1:
-            # Of the last barrier a thread of gloo's still holds tensors, and needs the interpreter to drop them. Its
-            # process group, which ends with the script's networks, would wait for that thread and not let go of it.
+            # A thread of gloo's holds tensors of the last barrier for a moment, and needs the interpreter to drop them.
+            # The end of the process group would wait for this thread without letting go of the interpreter.
             time.sleep(1.0)
         self.accelerator.end_training()
 
 
-LEVELS = ("debug", "info", "error")  # debug: also pictures of half-done samples; error: errors alone
+def gif_summary(frames: np.ndarray, name: str):
+    """A clip as TensorBoard shows it, a moving GIF. SummaryWriter.add_video does the same, but needs moviepy."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    pictures = [Image.fromarray((frame * 255.0).round().astype(np.uint8)) for frame in frames]
+    for picture in pictures:
+        picture.thumbnail((GIF_SIDE, GIF_SIDE))
+    file, (width, height) = io.BytesIO(), pictures[0].size
+    pictures[0].save(file, "gif", save_all=True, append_images=pictures[1:], duration=GIF_MILLISECONDS, loop=0)
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.getvalue())
+    return Summary(value=[Summary.Value(tag=name, image=image)])
 
 
-DEFAULT = "debug"  # who asks for previews gets them
+# ---------------------------------------------------------------------------------------------------------------------
+# Webhook
+# ---------------------------------------------------------------------------------------------------------------------
+
+LEVELS = ("debug", "info", "error")  # debug: previews of half-done samples, too; error: errors alone
+DEFAULT = "debug"  # a user who asks for previews gets them
+WEBHOOK_KEYS = {"webhook_url": Key(str), "level": Key(LEVELS)}
+MOST_WAITING = 32  # messages; a message that comes while so many wait is dropped
+TIMEOUT = 5.0  # seconds for one message, and for all that still wait at the end
 
 
-KEYS = ("webhook_url", "level")
+def read_webhook(path: str) -> dict:
+    settings = read_json(Path(path))
+    check_settings(settings, WEBHOOK_KEYS, path)
+    if "webhook_url" not in settings:
+        raise ValueError(f"{path}: has no webhook_url")
+    if not settings["webhook_url"].startswith(("http://", "https://")):
+        raise ValueError(f"{path}: webhook_url is {settings['webhook_url']!r}, and must be http:// or https://")
+    return settings
 
 
-MOST_WAITING = 32  # messages; what comes while so many wait is dropped
-
-
-TIMEOUT = 5.0  # seconds, for one message, and for those that still wait at the end
-
-
-def check_webhook(parser, path: str):
-    """The settings, or one sentence about what is wrong with them."""
+def check_webhook(parser, path: str | None):
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        parser.error(f"--webhook_config {path}: {error}")
-    if not isinstance(config, dict) or not isinstance(config.get("webhook_url"), str):
-        parser.error(f"--webhook_config {path}: must be a JSON object with a webhook_url")
-    for key in config:
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            parser.error(
-                f"--webhook_config {path}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" * bool(near))
-            )
-    if not config["webhook_url"].startswith(("http://", "https://")):
-        parser.error(f"--webhook_config {path}: webhook_url {config['webhook_url']!r} must be http:// or https://")
-    if config.get("level", DEFAULT) not in LEVELS:
-        parser.error(f"--webhook_config {path}: level is {config['level']!r}, and must be one of {', '.join(LEVELS)}")
-    return config
+        read_webhook(path) if path else None
+    except ValueError as error:
+        parser.error(f"--webhook_config {error}")
 
 
 class Webhook:
-    """A thread of its own posts what `send` leaves in a queue. Without settings nothing is sent."""
+    """Posts messages to the URL of a settings file by a thread of its own. Without a file nothing is sent."""
 
-    def __init__(self, config: dict | None):
-        self.config, self.lost = config, 0
-        if config:
-            self.least = LEVELS.index(config.get("level", DEFAULT))
-            self.waiting = queue.Queue(MOST_WAITING)
+    def __init__(self, path: str | None):
+        self.settings, self.lost = read_webhook(path) if path else {}, 0
+        self.waiting = queue.Queue(MOST_WAITING)
+        if path:
             threading.Thread(target=self.post_all, daemon=True).start()
 
-    def send(self, kind: str, level: str = "info", picture=None, **values):
-        if not self.config or LEVELS.index(level) < self.least:
+    def send(self, kind: str, level: str = "info", picture: Image.Image | None = None, **values):
+        if not self.settings or LEVELS.index(level) < LEVELS.index(self.settings.get("level", DEFAULT)):
             return
         try:
             self.waiting.put_nowait({"type": kind, "level": level, "time": time.time(), "picture": picture} | values)
@@ -177,35 +212,35 @@ class Webhook:
                     message["picture"].save(file, "png")
                     message["picture"] = base64.b64encode(file.getvalue()).decode()
                 request = urllib.request.Request(
-                    self.config["webhook_url"], json.dumps(message, default=str).encode(),
+                    self.settings["webhook_url"], json.dumps(message, default=str).encode(),
                     {"Content-Type": "application/json"},
                 )  # fmt: skip
                 urllib.request.urlopen(request, timeout=TIMEOUT).close()
-            except Exception:  # whatever is wrong over there is no reason to stop here
+            except Exception:  # no fault of the other side is a reason to stop training
                 self.lost += 1
             finally:
                 self.waiting.task_done()
 
     def close(self) -> int:
-        """Waits a little for what is still to be sent. Returns the number of messages that were lost."""
+        """Waits a little for messages that are still to be sent. Returns the number of messages that were lost."""
         end = time.time() + TIMEOUT
-        while self.config and self.waiting.unfinished_tasks and time.time() < end:
+        while self.waiting.unfinished_tasks and time.time() < end:
             time.sleep(0.01)
-        return self.lost + (self.waiting.unfinished_tasks if self.config else 0)
+        return self.lost + self.waiting.unfinished_tasks
 
 
-def errors_to_webhook(main):
-    """Of `main(args)`: what ends it before its time is posted, too."""
+def webhook_errors(main):
+    """Decorates `main(args, ...)`: an error that ends it is posted to --webhook_config."""
 
     @functools.wraps(main)
-    def reporting(args):
+    def reporting(args, *rest):
         try:
-            return main(args)
+            return main(args, *rest)
         except BaseException as error:  # also SystemExit, which carries a sentence for the user
-            hook = Webhook(args.webhook)
-            rank = int(os.environ.get("RANK", 0))
-            hook.send("error", "error", message=f"{type(error).__name__}: {error}", process=rank)
-            hook.close()
+            with contextlib.suppress(ValueError):  # a settings file that is gone must not hide the error
+                hook, rank = Webhook(args.webhook_config), int(os.environ.get("RANK", 0))
+                hook.send("error", "error", message=f"{type(error).__name__}: {error}", process=rank)
+                hook.close()
             raise
 
     return reporting

@@ -1,5 +1,6 @@
 """What is posted to the user's URL, and that whatever answers there neither stops nor slows a run."""
 
+import argparse
 import base64
 import http.server
 import io
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import tracking as webhook
-from common.tracking import Webhook, errors_to_webhook
+from common import tracking
+from common.tracking import Webhook, webhook_errors
 
 
 class Hook(http.server.BaseHTTPRequestHandler):
@@ -38,14 +39,25 @@ def serve() -> http.server.ThreadingHTTPServer:
 
 
 @pytest.fixture
+def file(tmp_path):
+    """file(webhook_url=..., level=...): the path of a settings file."""
+
+    def write(**settings) -> str:
+        (tmp_path / "hook.json").write_text(json.dumps(settings))
+        return str(tmp_path / "hook.json")
+
+    return write
+
+
+@pytest.fixture
 def server():
     server = serve()
     yield server
     server.shutdown()
 
 
-def test_progress_and_pictures_arrive_in_order(server):
-    hook = Webhook({"webhook_url": server.url, "level": "info"})
+def test_progress_and_pictures_arrive_in_order(server, file):
+    hook = Webhook(file(webhook_url=server.url, level="info"))
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     hook.send("progress", step=1, of=9, loss=0.5)
     hook.send("picture", picture=Image.fromarray(pixels), name="grid", step=1)
@@ -59,8 +71,8 @@ def test_progress_and_pictures_arrive_in_order(server):
 
 
 @pytest.mark.parametrize("level, kinds", [({}, 3), ({"level": "info"}, 2), ({"level": "error"}, 1)])
-def test_levels(level, kinds, server):
-    hook = Webhook({"webhook_url": server.url} | level)
+def test_levels(level, kinds, server, file):
+    hook = Webhook(file(webhook_url=server.url, **level))
     for kind in ("debug", "info", "error"):
         hook.send("x", kind)
     assert hook.close() == 0 and len(server.received) == kinds
@@ -73,8 +85,8 @@ def closed_port() -> str:
 
 
 @pytest.mark.parametrize("fault", ["refusing", "500", "slow", "silent"])
-def test_a_bad_hook_costs_nothing_but_its_messages(fault, server, monkeypatch):
-    monkeypatch.setattr(webhook, "TIMEOUT", 0.3)
+def test_a_bad_hook_costs_nothing_but_its_messages(fault, server, file, monkeypatch):
+    monkeypatch.setattr(tracking, "TIMEOUT", 0.3)
     url, listener = server.url, None
     if fault == "refusing":
         url = closed_port()
@@ -85,7 +97,7 @@ def test_a_bad_hook_costs_nothing_but_its_messages(fault, server, monkeypatch):
     if fault == "silent":  # takes the connection, never answers
         listener = socket.create_server(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    hook = Webhook({"webhook_url": url})
+    hook = Webhook(file(webhook_url=url))
     start = time.perf_counter()
     for step in range(200):
         hook.send("progress", step=step)
@@ -93,7 +105,7 @@ def test_a_bad_hook_costs_nothing_but_its_messages(fault, server, monkeypatch):
     start = time.perf_counter()
     lost = hook.close()
     assert time.perf_counter() - start < 1.0
-    assert lost >= 150 and hook.waiting.qsize() <= webhook.MOST_WAITING  # nothing waits without bound
+    assert lost >= 150 and hook.waiting.qsize() <= tracking.MOST_WAITING  # nothing waits without bound
     if listener:
         listener.close()
 
@@ -105,36 +117,45 @@ def test_without_settings_nothing_is_sent():
 
 
 @pytest.mark.parametrize("error", [SystemExit("--teacher x: does not fit"), ValueError("a bug"), KeyboardInterrupt()])
-def test_what_ends_a_run_is_posted(error, server):
-    @errors_to_webhook
-    def main(args):
+def test_what_ends_a_run_is_posted(error, server, file):
+    @webhook_errors
+    def main(args, data, notes):
+        assert (data, notes) == ("data", ["note"])
         raise error
 
-    with pytest.raises(type(error)):
-        main(SimpleNamespace(webhook={"webhook_url": server.url, "level": "error"}))
+    with pytest.raises(type(error)) as stop:
+        main(SimpleNamespace(webhook_config=file(webhook_url=server.url, level="error")), "data", ["note"])
+    assert stop.value is error
     (message,) = server.received
     assert (message["type"], message["level"]) == ("error", "error")
     assert message["message"] == f"{type(error).__name__}: {error}"
 
 
+@pytest.mark.parametrize("path", [None, "gone.json"])
+def test_an_error_stays_what_it_is_where_nothing_can_be_posted(path):
+    @webhook_errors
+    def main(args):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        main(SimpleNamespace(webhook_config=path))
+
+
 BAD = [
-    ("{", "Expecting"),
-    ("[1]", "must be a JSON object with a webhook_url"),
-    ('{"level": "info"}', "must be a JSON object with a webhook_url"),
+    ("{", "is not JSON: Expecting"),
+    ("[1]", "must be a JSON object"),
+    ('{"level": "info"}', "has no webhook_url"),
+    ('{"webhook_url": 1}', "webhook_url is 1, and must be of type str"),
     ('{"webhook_url": "http://x", "levle": 1}', "unknown key 'levle', did you mean 'level'?"),
-    ('{"webhook_url": "ftp://x"}', "must be http:// or https://"),
+    ('{"webhook_url": "ftp://x"}', "webhook_url is 'ftp://x', and must be http:// or https://"),
     ('{"webhook_url": "http://x", "level": "loud"}', "level is 'loud', and must be one of debug, info, error"),
 ]
 
 
 @pytest.mark.parametrize("text, named", BAD)
-def test_a_bad_file_is_one_sentence(text, named, tmp_path):
-    import argparse
-
+def test_a_bad_file_is_one_sentence(text, named, tmp_path, capsys):
     (tmp_path / "hook.json").write_text(text)
-    said = []
-    parser = argparse.ArgumentParser()
-    parser.error = lambda message: (said.append(message), (_ for _ in ()).throw(SystemExit(2)))[0]
     with pytest.raises(SystemExit):
-        webhook.check_webhook(parser, str(tmp_path / "hook.json"))
-    assert "--webhook_config" in said[0] and named in said[0]
+        tracking.check_webhook(argparse.ArgumentParser(), str(tmp_path / "hook.json"))
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "--webhook_config" in message and "hook.json" in message and named in message

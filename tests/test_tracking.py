@@ -1,0 +1,155 @@
+"""Means of what the loop measures, and what trackers are told: read back from what they wrote."""
+
+import io
+import json
+import struct
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from PIL import Image
+
+from common import tracking
+from common.tracking import TRACKERS, Means, Tracking, public_settings, tracker_names
+from tests.helpers import ROOT
+
+FLAGS = {
+    "output_dir": "out", "webhook_config": None, "tracker_project_name": "project", "tracker_run_name": "the run",
+    "hub_token": "hf_secret", "seed": 3, "learning_rate": 0.5, "random_flip": True, "cache_dir": None,
+    "report_steps": [1, 2],
+}  # fmt: skip
+PICTURE = Image.fromarray(np.arange(8 * 6 * 3, dtype=np.uint8).reshape(6, 8, 3))
+BLOCK = 32 * 1024  # bytes of a block in wandb's files
+CLIP = np.linspace(0.0, 1.0, 5 * 16 * 32 * 3, dtype=np.float32).reshape(5, 16, 32, 3)
+
+
+def report(folder, tracker: str, **flags):
+    """What a run tells its trackers: values, a picture, a clip."""
+    args = SimpleNamespace(**FLAGS | flags | {"output_dir": str(folder)})
+    project = ProjectConfiguration(args.output_dir, str(folder / "logs"))
+    accelerator = Accelerator(cpu=True, log_with=tracker_names(tracker) or None, project_config=project)
+    told = Tracking(args, accelerator, steps=2)
+    told.values({"loss": 0.25}, 1)
+    told.values({"loss": 0.125, "lr": 1.0}, 2)
+    told.picture(PICTURE, "grid", 2)
+    (folder / "student.mp4").write_bytes(b"a video")
+    told.clip(CLIP, folder / "student.mp4", "clips/student", 2)
+    told.end(2, stopped=False)
+
+
+def wandb_records(path) -> list:
+    """The records of an offline run's file, which has LevelDB's log format behind seven bytes of its own."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, data, records = path.read_bytes(), 7, b"", []
+    while place + 7 <= len(content):
+        if BLOCK - place % BLOCK < 7:  # no header fits into what is left of the block
+            place += BLOCK - place % BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        data += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # all of a record, or its last part
+            records.append(Record.FromString(data))
+            data = b""
+    return records
+
+
+def test_a_run_in_wandb(tmp_path, monkeypatch):
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    report(tmp_path / "out", "wandb")
+
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    end, records = time.time() + 60.0, []
+    while not any(record.HasField("exit") for record in records):  # written by a process of wandb's own
+        assert time.time() < end
+        time.sleep(0.1)
+        records = wandb_records(next(folder.glob("run-*.wandb")))
+    run = next(record.run for record in records if record.HasField("run"))
+    assert (run.project, run.display_name) == ("project", "the run")
+    config = {}
+    for record in records:
+        for item in [*record.run.config.update, *record.config.update]:
+            config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    assert (config["seed"], config["learning_rate"], config["random_flip"]) == (3, 0.5, True)
+    assert (config["report_steps"], config["cache_dir"]) == ("[1, 2]", "None")
+    assert "hub_token" not in config
+
+    history, values = {}, {}
+    for record in records:
+        for item in record.history.item:
+            values[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        if record.HasField("history"):
+            history[values["_step"]], values = values, {}
+    assert history[1]["loss"] == 0.25 and (history[2]["loss"], history[2]["lr"]) == (0.125, 1.0)
+    assert (history[2]["grid/_type"], history[2]["clips/student/_type"]) == ("image-file", "video-file")
+    with Image.open(folder / "files" / history[2]["grid/path"]) as shown:
+        assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(PICTURE))
+    assert (folder / "files" / history[2]["clips/student/path"]).read_bytes() == b"a video"
+    assert not any(b"hf_secret" in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_run_in_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report(tmp_path, "tensorboard")
+    events = EventAccumulator(str(tmp_path / "logs" / "project"), size_guidance={"images": 0})
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.25), (2, 0.125)]
+    (picture,), (clip,) = events.Images("grid"), events.Images("clips/student")
+    shown = Image.open(io.BytesIO(picture.encoded_image_string))
+    assert picture.step == clip.step == 2 and np.array_equal(np.asarray(shown), np.asarray(PICTURE))
+    moving = Image.open(io.BytesIO(clip.encoded_image_string))
+    assert (moving.format, moving.n_frames, moving.size) == ("GIF", len(CLIP), (32, 16))
+    for i in range(len(CLIP)):
+        moving.seek(i)
+        assert np.abs(np.asarray(moving.convert("RGB")) / 255.0 - CLIP[i]).mean() < 0.02
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "validation" / "grid-000002.png")), np.asarray(PICTURE))
+    assert not any(b"hf_secret" in path.read_bytes() for path in (tmp_path / "logs").rglob("*") if path.is_file())
+
+
+def test_large_clips_are_smaller_in_tensorboard():
+    summary = tracking.gif_summary(np.zeros((2, 480, 832, 3), np.float32), "clip")
+    assert (summary.value[0].image.width, summary.value[0].image.height) == (256, 148)
+
+
+def test_no_tracker(tmp_path):
+    report(tmp_path, "none")
+    assert (tmp_path / "validation" / "grid-000002.png").exists() and not (tmp_path / "logs").exists()
+
+
+def test_settings_are_the_flags_but_for_secrets():
+    args = SimpleNamespace(**FLAGS)
+    assert public_settings(args) == {name: value for name, value in FLAGS.items() if name != "hub_token"}
+    assert args.hub_token == "hf_secret"
+
+
+def test_a_folder_of_old_runs_is_no_tracker(tmp_path, monkeypatch):
+    """wandb leaves a folder of its own name where a run was started, which Python imports."""
+    (tmp_path / "trackio").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    import trackio  # noqa: F401
+
+    assert not tracking.installed("trackio")
+    monkeypatch.delitem(sys.modules, "trackio")
+
+
+def test_what_is_advised_is_what_is_pinned():
+    pins = (ROOT / "requirements.txt").read_text().split()
+    assert {TRACKERS["tensorboard"], TRACKERS["wandb"]} < set(pins)
+
+
+def test_means():
+    means = Means(["loss", "norm", *map(tracking.gap_name, tracking.GAP_RANGES)], "cpu")
+    accelerator = SimpleNamespace(reduce=lambda sums, how: sums)
+    means.add("loss", torch.tensor(1.0))
+    means.add("loss", torch.tensor(4.0), weight=2.0)
+    means.add_gaps(torch.tensor([2.0, 4.0, 5.0]), torch.tensor([10.0, 200.0, 1000.0]))
+    assert means.read(accelerator) == pytest.approx({"loss": 3.0, "gap/0-250": 3.0, "gap/750-1000": 5.0})
+    assert means.read(accelerator) == {}
