@@ -53,7 +53,7 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import StopSignal, resume
-from common.data.buckets import check_frame_count, latent_frames, pixel_frames, target_size
+from common.data.buckets import check_frame_count, latent_frames, pixel_frames, target_size, targets_in_shapes
 from common.data.clips import clip_size, open_caption_readers
 from common.data.datasets import SOURCES, Data, open_data, plan_buckets
 from common.data.encoder import Encoders, SampleEncoder, open_encoder
@@ -68,8 +68,10 @@ from common.flags import (
     check_ranges,
     check_shared_flags,
     filled,
-    frozen,
+    hide_flags,
+    make_parser,
     parse_with_config,
+    shared_defaults,
 )
 from common.losses import dmd_gradient, dmd_loss, fake_score_loss
 from common.networks import (
@@ -92,7 +94,8 @@ from common.optim import (
     update_ema,
 )
 from common.pictures import validation_prompts
-from common.run import Saver, check_finite, end_run, open_repository, start
+from common.plan.memory import Setup, plan_of
+from common.run import Saver, check_finite, end_run, open_repository, start_run
 from common.solvers import (
     TIMESTEPS,
     block_lengths,
@@ -109,6 +112,10 @@ from common.wan.report import ClipComparison, write_clips_report
 
 FLOW_STEPS = 20  # of the teacher's trajectories, and those of the student among them
 RECIPE_BATCH = 64  # samples of an optimizer step in the papers' recipes
+NO_JOB = (  # of the flags that scripts share
+    "eval_steps", "eval_samples", "evaluation_type", "evaluation_clip_model", "validation_preview",
+    "validation_preview_steps", "validation_preview_model", "text_encoder_2_precision", "use_fix_crop_and_size",
+)  # fmt: skip
 LOG_EVERY = 10  # optimizer steps; the only place where the loop waits for the device
 MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "student_grad_norm", "fake_score_grad_norm"]
 MEANS += map(gap_name, GAP_RANGES)
@@ -125,7 +132,7 @@ class Method:
 
 def parse_args(argv=None):
     """Flags, data, method, and what is to be said about them. Every rule is checked here, before any model loads."""
-    parser = flag_parser(__doc__)
+    parser = make_parser(__doc__)
     # fmt: off
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_teacher_model", type=str, help="folder or hub name of the pipeline; default: the toy teacher, by its own recipe")
@@ -192,6 +199,7 @@ def parse_args(argv=None):
         tracker_project_name="text2video-distill",
     )  # fmt: skip
     add_model_flags(parser)
+    hide_flags(parser, *NO_JOB)
 
     args = parse_with_config(parser, argv, family=FAMILY, method="dmd", recipe=toy_recipe)
     notes = check_shared_flags(parser, args)
@@ -199,7 +207,7 @@ def parse_args(argv=None):
     check_model_flags(parser, args)
     rules, size_notes = bucket_rules(parser, args)
     data, data_notes = open_data(parser, args, rules, FRAMES_PER_LATENT)
-    args = filled(args, validation_resolution=[target_size(1, 1, rules)])
+    args = filled(args, validation_resolution=[target_size(1, 1, rules)], **shared_defaults(args))
     for height, width in args.validation_resolution:
         if height % SIDE_FACTOR or width % SIDE_FACTOR:
             parser.error(f"--validation_resolution {width}x{height}: must be multiples of {SIDE_FACTOR}")
@@ -210,7 +218,7 @@ def parse_args(argv=None):
     data, frames, block_notes = check_blocks(parser, args, data)
     method, method_notes = method_of(parser, args, frames)
     args = filled(args, report_steps=[len(method.steps)])
-    return frozen(args), data, method, [*dmd_notes, *method_notes, *notes, *size_notes, *data_notes, *block_notes]
+    return args, data, method, [*dmd_notes, *method_notes, *notes, *size_notes, *data_notes, *block_notes]
 
 
 def wanted_student(args) -> str:
@@ -235,6 +243,9 @@ def check_dmd_flags(parser, args):
         parser.error("--export_pipeline: is for a full student; a LoRA loads into its teacher's pipeline")
     if args.model_type == "full" and "comfyui" in args.export_formats:
         parser.error("--export_formats comfyui: is a layout of LoRA files")
+    for name in NO_JOB:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name}: has no job in this script")
     if args.context_parallel_degree > 1 and args.attention_mechanism != "diffusers":
         parser.error(
             f"--context_parallel_degree and --attention_mechanism {args.attention_mechanism}: one or the other"
@@ -366,9 +377,10 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import is_ftfy_available
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from common.cache import weights_identity
+from common.plan.memory import PlannedModel
 from common.wan.causal import BlockCausal
 from common.wan.parallel import share_tokens
 
@@ -541,15 +553,18 @@ def predict(transformer, x, t, cond: dict[str, torch.Tensor]):
 
 
 @functools.cache
-def vae_factor(name: str, revision: str | None, cache_dir: str | None) -> int:
+def load_vae_config(name: str, **options) -> dict:
+    return AutoencoderKLWan.load_config(name, subfolder="vae", **options)
+
+
+def vae_factor(args) -> int:
     """Pixels of a clip's side for each of its latents'."""
-    config = AutoencoderKLWan.load_config(name, subfolder="vae", revision=revision, cache_dir=cache_dir)
-    return config["scale_factor_spatial"]
+    return load_vae_config(teacher_of(args), **hub_options(args))["scale_factor_spatial"]
 
 
 def latent_shape(args, transformer, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """(C, F, h, w) of so many latent frames of a clip of this height and width."""
-    factor = vae_factor(teacher_of(args), args.teacher_revision, args.cache_dir)
+    factor = vae_factor(args)
     return transformer.config.in_channels, frames, size[0] // factor, size[1] // factor
 
 
@@ -557,6 +572,28 @@ def tokens_of_frame(transformer, height: int, width: int) -> int:
     """Tokens of a latent frame of this height and width."""
     _, rows, columns = transformer.config.patch_size
     return (height // rows) * (width // columns)
+
+
+def planned_model(args) -> PlannedModel:
+    """The networks' shapes, for --plan, by their configs alone."""
+    config = WanTransformer3DModel.load_config(teacher_of(args), subfolder="transformer", **hub_options(args))
+    vae_config, source = load_vae_config(teacher_of(args), **hub_options(args)), text_source(args)
+    text_config = UMT5Config.from_pretrained(
+        source["model"], subfolder="text_encoder", revision=source["revision"], cache_dir=args.cache_dir
+    )
+    return PlannedModel(
+        transformer=lambda blocks: WanTransformer3DModel.from_config(config | {"num_layers": blocks}),
+        vae=lambda: AutoencoderKLWan.from_config(vae_config), text_encoder=lambda: UMT5EncoderModel(text_config),
+        predict=lambda transformer, x, t, text: predict(transformer, x, t, {"prompt_embeds": text}),
+        blocks=config["num_layers"], block=BLOCKS[0], channels=config["in_channels"],
+        patch=tuple(config["patch_size"]), text_width=config["text_dim"], heads=config["num_attention_heads"],
+        width=config["num_attention_heads"] * config["attention_head_dim"],
+    )  # fmt: skip
+
+
+def text_rows(args) -> int:
+    """Rows of a prompt's embedding, padding among them."""
+    return args.max_sequence_length
 
 
 @torch.no_grad()
@@ -752,13 +789,13 @@ def regression_backward(args, method, networks, means, draws, cond, uncond, bloc
             velocity = functools.partial(networks.velocity, "student", cond=cond)
             caches = networks.causal.caches_before(velocity, context, args.context_noise, blocks)
     for k, (x_t, t) in enumerate(zip(starts, method.steps, strict=True), 1):
-        for cache, (start, end) in zip(caches, pairwise((0, *accumulate(blocks))), strict=True):
-            if start == blocks[0]:
+        for cache, (first, end) in zip(caches, pairwise((0, *accumulate(blocks))), strict=True):
+            if first == blocks[0]:
                 x_t = renoise(x0, t / TIMESTEPS, noise(k))
-            share = (end - start) / sum(blocks) / len(method.steps)
-            v_flow = (x_t - x0)[:, :, start:end] * TIMESTEPS / t
+            share = (end - first) / sum(blocks) / len(method.steps)
+            v_flow = (x_t - x0)[:, :, first:end] * TIMESTEPS / t
             with networks.acting("student"):
-                loss = torch.nn.functional.mse_loss(predicted(x_t[:, :, start:end], t, start, cache), v_flow)
+                loss = torch.nn.functional.mse_loss(predicted(x_t[:, :, first:end], t, first, cache), v_flow)
                 (share * loss / args.gradient_accumulation_steps).backward()
             means.add("ode_loss", loss, share)
 
@@ -788,6 +825,31 @@ def load_networks(args, accelerator, weight_dtype) -> Networks:
         by_role["student"].enable_gradient_checkpointing()
         by_role["fake_score"].enable_gradient_checkpointing()
     return Networks(by_role, causal, accelerator)
+
+
+def planned_setup(args, data, method, dtype: torch.dtype) -> Setup:
+    """The sizes and settings of this run, for --plan. Clips are the largest there can be: of each dataset's resolution,
+    in the shapes that validation generates."""
+    model, factor = planned_model(args), vae_factor(args)
+    sizes = [
+        (sum(blocks_of(args, latent_frames(dataset.num_frames, FRAMES_PER_LATENT))), height // factor, width // factor)
+        for dataset in data.datasets
+        for height, width in targets_in_shapes(args.validation_resolution, dataset.rules)
+    ]
+    frames, height, width = max(sizes, key=math.prod)
+    lengths = blocks_of(args, frames)
+    shown = max(args.validation_resolution, key=math.prod)
+    return Setup(
+        model, batch=args.train_batch_size, frames=frames - trained_from(args, frames), height=height, width=width,
+        validation=(latent_frames(method.validation_frames, FRAMES_PER_LATENT), *(side // factor for side in shown)),
+        text_length=text_rows(args), model_type=args.model_type, lora_rank=args.lora_rank or 0,
+        lora_targets=tuple(name.strip() for name in (args.lora_target_modules or LORA_TARGETS).split(",")), dtype=dtype,
+        base_precision=args.base_model_precision, text_precision=args.text_encoder_1_precision,
+        optimizer=optimizer_name(args), checkpointing=args.gradient_checkpointing,
+        accumulation=args.gradient_accumulation_steps, block_lengths=tuple(lengths) if len(lengths) > 1 else (),
+        ema={"cpu": "cpu", "accelerator": "gpu"}[args.ema_device] if args.use_ema else "none", caches=data.caches,
+        context_parallel=args.context_parallel_degree,
+    )  # fmt: skip
 
 
 class Clips:
@@ -841,10 +903,11 @@ class Clips:
 @webhook_errors
 def main(args, data, method, notes):
     # ---- Set-up ----
-    accelerator, weight_dtype = start(args, notes)
+    accelerator, weight_dtype = start_run(args, notes)
     say, device, processes = accelerator.print, accelerator.device, accelerator.num_processes
     if args.plan is not None:
-        say(plan_of(args, data, method, accelerator, weight_dtype))
+        setup = planned_setup(args, data, method, weight_dtype)
+        say(plan_of(args, setup, pixel_frames(setup.frames, FRAMES_PER_LATENT), accelerator))
         return
     sharing = check_processes(args, accelerator)  # so many work on the same samples
     batch = args.train_batch_size * args.gradient_accumulation_steps * processes // sharing  # of one optimizer step
@@ -920,7 +983,7 @@ def main(args, data, method, notes):
     all_processes = wants_fsdp(accelerator) or sharing > 1  # what is split takes all of them
     tracking, means = Tracking(args, accelerator, last_step), Means(MEANS, device)
     clips = Clips(args, method, networks, average, encoder, scheduler)
-    comparison = ClipComparison(args, clips, tracking, FRAMES_PER_SECOND)
+    comparison = ClipComparison(args, clips, tracking, say, accelerator.is_main_process, FRAMES_PER_SECOND)
 
     def validate():
         sheet = comparison.sheet(step)
@@ -1009,7 +1072,7 @@ def main(args, data, method, notes):
     end_run(
         args, saver, tracking, repository, step=step, trained=step > first_step, stop=stop, stopped=stopping,
         student_updates=updates, validate=validate, export=export_student, report=report, method="dmd",
-        base=teacher_of(args), all_processes=all_processes,
+        teacher=teacher_of(args), all_processes=all_processes,
     )  # fmt: skip
 
 

@@ -56,13 +56,21 @@ from common.data.samples import open_readers
 from common.data.stream import open_batches
 from common.draws import Draws, draw_dropped, draw_rollout
 from common.export import push_to_hub, save_kohya_lora
-from common.flags import add_shared_flags, check_ranges, check_shared_flags, filled, frozen, parse_with_config
+from common.flags import (
+    add_shared_flags,
+    check_ranges,
+    check_shared_flags,
+    filled,
+    make_parser,
+    parse_with_config,
+    shared_defaults,
+)
 from common.losses import consistency_loss
 from common.networks import adapters_off, dropout_off, quantize, speed_up, weights_copy, weights_exchanged, with_uncond
 from common.optim import clip_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
 from common.pictures import Comparison, open_preview, validation_prompts
 from common.report import hold_out, open_clip, write_report
-from common.run import Saver, check_finite, end_run, open_repository, start
+from common.run import Saver, check_finite, end_run, open_repository, start_run
 from common.solvers import DDIMSolver, boundary_scalings, expand_to, noised, sampled_x_t, student_scheduler, to_x0_eps
 from common.tracking import Tracking, webhook_errors
 
@@ -72,7 +80,7 @@ HELD_OUT_PLACES = 4  # in the solver's grid, evenly spread, at which --eval_step
 
 def parse_args(argv=None):
     """Flags, data, and what is to be said about them. Every rule is checked here, before any model loads."""
-    parser = flag_parser(__doc__)
+    parser = make_parser(__doc__)
     # fmt: off
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_teacher_model", type=str, help="folder or hub name of the pipeline; default: the toy teacher, by its own recipe")
@@ -114,8 +122,8 @@ def parse_args(argv=None):
     args, lcm_notes = check_lcm_flags(parser, args)
     rules, size_notes = check_model_flags(parser, args)
     data, data_notes = open_data(parser, args, rules)
-    args = filled(args, validation_resolution=[target_size(1, 1, rules)])
-    return frozen(args), data, [*lcm_notes, *notes, *size_notes, *data_notes]
+    args = filled(args, validation_resolution=[target_size(1, 1, rules)], **shared_defaults(args))
+    return args, data, [*lcm_notes, *notes, *size_notes, *data_notes]
 
 
 def check_lcm_flags(parser, args):
@@ -546,7 +554,7 @@ def load_networks(args, accelerator, weight_dtype) -> tuple[torch.nn.Module, tor
 @webhook_errors
 def main(args, data, notes):
     # ---- Set-up ----
-    accelerator, weight_dtype = start(args, notes, gradient_accumulation_steps=args.gradient_accumulation_steps)
+    accelerator, weight_dtype = start_run(args, notes, gradient_accumulation_steps=args.gradient_accumulation_steps)
     say, device, lora = accelerator.print, accelerator.device, args.model_type == "lora"
     repository = open_repository(args, accelerator)
 
@@ -680,7 +688,7 @@ def main(args, data, notes):
     end_run(
         args, saver, tracking, repository, step=step, trained=step > first_step, stop=stop, stopped=stopping,
         validate=validate, export=export_target,
-        report=lambda: write_report(args, pictures, clip, TOY_SIZES), method="lcm", base=teacher_of(args),
+        report=lambda: write_report(args, pictures, clip, TOY_SIZES), method="lcm", teacher=teacher_of(args),
     )  # fmt: skip
 
 

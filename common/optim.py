@@ -118,4 +118,5 @@ def update_ema(target: list[torch.Tensor], source: list[torch.Tensor], decay: fl
     target, source = (
         [p.to_local() if isinstance(p, DTensor) else p.detach() for p in each] for each in (target, source)
     )
+    source = [p.to(average.device) for p, average in zip(source, target, strict=True)]  # which may be on the CPU
     torch._foreach_lerp_(target, source, 1.0 - decay)

@@ -12,6 +12,7 @@ from accelerate.utils import ProjectConfiguration
 from common.checkpoint import find_checkpoint, save_checkpoint
 from common.data.stream import gather_states
 from common.export import create_hub_repository, push_to_hub, write_model_card
+from common.tracking import tracker_names
 
 
 def start_run(args, notes: list[str], **options) -> tuple[Accelerator, torch.dtype]:
@@ -21,7 +22,7 @@ def start_run(args, notes: list[str], **options) -> tuple[Accelerator, torch.dty
     """
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to.split(","),
+        log_with=tracker_names(args.report_to),
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
         **options,
     )
@@ -79,13 +80,13 @@ def check_finite(args, step: int, **values: float):
 
 def end_run(
     args, saver: Saver, tracking, repository, *, step: int, trained: bool, stop, stopped: bool, validate, export,
-    report, method: str, base: str, all_processes: bool = False, **state,
+    report, method: str, teacher: str, all_processes: bool = False, **state,
 ):  # fmt: skip
     """Ends a run: a checkpoint always, and the model where training is complete.
 
     validate() -> a sheet of pictures, export() -> names of files and lines of code, report() -> Markdown. The main
-    process calls them, or `all_processes` where networks are split between them. `base` is the teacher's name, and
-    `state` further state of the checkpoint.
+    process calls them, or `all_processes` where networks are split between them. `teacher` is its
+    name, and `state` further state of the checkpoint.
     """
     accelerator, output_dir = saver.accelerator, Path(args.output_dir)
     say = accelerator.print
@@ -104,7 +105,8 @@ def end_run(
             files, usage = exported
             say(results)
             sheet.save(output_dir / "samples.png")
-            write_model_card(args, method=method, base=base, usage=usage, results=results)
+            title, tags = f"{method.upper()} of {Path(teacher).name}", [method, args.model_type]
+            write_model_card(args, teacher=teacher, title=title, tags=tags, usage=usage, results=results)
             if repository:
                 shown = ["README.md", "samples.png", "report.*", "side_by_side.*"]
                 push_to_hub(args, repository, [*shown, *files], "Distilled model")

@@ -6,8 +6,8 @@ import importlib
 import re
 
 import pytest
-
 from common.dmd_flags import NOT_HERE
+
 from tests.helpers import ROOT
 
 RULER = "# " + "=" * 117 + "\n"

@@ -15,6 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from common.dmd_flags import check_clip_flags, fit_to_blocks
 from diffusers import WanPipeline, WanVideoToVideoPipeline
 from PIL import Image
 from safetensors import safe_open
@@ -27,7 +28,6 @@ from common.data.datasets import check_data_flags, plan_buckets
 from common.data.samples import BadSample
 from common.data.sources import part_fingerprint, read_part, split_folder, split_prompts
 from common.data.stream import open_batches
-from common.dmd_flags import check_clip_flags, fit_to_blocks
 from common.flags import (
     add_bucket_flags,
     add_shared_flags,

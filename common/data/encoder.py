@@ -30,8 +30,8 @@ class Encoders:
     encode_pixels: Callable[[object, torch.Tensor], dict[str, torch.Tensor]]  # (vae, pixels) -> {name: [B, ...]}
     load_text: Callable[[], object]
     encode_prompts: Callable[[object, list[str]], dict[str, torch.Tensor | list[torch.Tensor]]]
-    latents_identity: dict  # all that shapes cached latents besides a reader's geometry
-    text_identity: dict  # all that shapes cached text embeddings
+    latents_identity: Callable[[], dict]  # all that shapes cached latents besides a reader's geometry
+    text_identity: Callable[[], dict]  # all that shapes cached text embeddings
     text_length: int | None = None
 
 
@@ -174,12 +174,12 @@ def open_stores(args, data: Data, readers: list, encoders: Encoders) -> tuple[li
     """
     root, folders = f"{args.output_dir}/cache", []
     for dataset, reader in zip(data.datasets, readers, strict=True):
-        name = identity(**encoders.latents_identity, geometry=reader.geometry())
+        name = identity(**encoders.latents_identity(), geometry=reader.geometry())
         parent = dataset.cache_dir_vae or args.cache_dir_vae or f"{root}/vae"
         folders.append(None if dataset.sizes else f"{parent}/{name}")
     stores = {folder: TensorStore(folder, args.compress_disk_cache) for folder in dict.fromkeys(folders) if folder}
     text = TensorStore(
-        f"{data.cache_dir_text or root + '/text'}/{identity(**encoders.text_identity)}",
+        f"{data.cache_dir_text or root + '/text'}/{identity(**encoders.text_identity())}",
         args.compress_disk_cache,
         data.write_batch_size or RECORDS_PER_FILE,
     )

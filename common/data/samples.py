@@ -20,7 +20,6 @@ from safetensors.torch import load, save
 
 from common.cache import TensorStore
 from common.data.buckets import Placement, Rules, place, square_side, target_size, too_small
-from common.data.datasets import Data
 from common.data.shards import IMAGE_MEMBERS, MOST_MEMBER_BYTES
 from common.data.sources import true_size
 
@@ -238,7 +237,7 @@ def open_image(data: bytes, header_only: bool = False) -> tuple[Image.Image, tup
         raise BadSample("broken image") from None
 
 
-def open_readers(args, data: Data) -> list[ImageReader]:
+def open_readers(args, data) -> list[ImageReader]:
     """A reader for each dataset."""
     return [
         ImageReader(

@@ -23,7 +23,6 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, IterableDataset
 
-from common.data.datasets import Data
 from common.data.samples import BadSample, ImageReader, NoGoodSamples, Sample
 from common.data.sources import read_part
 
@@ -226,7 +225,7 @@ class Batches:
         return places | {"faults": dict(self.faults)}
 
 
-def open_batches(args, data: Data, accelerator, readers: list[ImageReader], state, sharing: int = 1) -> Batches:
+def open_batches(args, data, accelerator, readers: list[ImageReader], state, sharing: int = 1) -> Batches:
     """Batches of the datasets; `sharing` processes next to each other work on the same samples."""
     processes = accelerator.num_processes // sharing
     # A dataset's parts stand there once for each of its visits in an epoch, so that those are spread over it.

@@ -1,25 +1,23 @@
-"""What operations take, on tensors that have a shape and no content."""
+"""What a run of distribution matching distillation will take, before anything of it is loaded.
+
+Weights, gradients and optimizer states are counted on the networks themselves, built on the meta device. Activations
+are measured: two and three blocks of the network go forward and backward on tensors that have a shape and no content,
+while a meter adds up what is alive. Each further block keeps as much as the third did.
+"""
 
 import functools
-import json
-import math
 import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import AutoencoderKLWan, ModelMixin, WanTransformer3DModel
+from diffusers import ModelMixin
 from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import UMT5Config, UMT5EncoderModel
 
-from common.data.buckets import targets_in_shapes
-from common.data.clips import latent_frames, pixel_frames
-from common.dmd_flags import blocks_of, trained_from
-from common.wan import encoders as wan
 from common.wan.parallel import wants_fsdp
 
 
@@ -71,21 +69,32 @@ def give_shapes(network: torch.nn.Module, dtype: torch.dtype):
 
 
 GB = 1e9
-
-
 RESERVE = 1.0 * GB  # CUDA's own: context, workspaces, what falls between two tensors
-
-
 FEW, MORE = 2, 3  # blocks that are measured
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model's networks, as its block in the script builds them from their configs alone."""
+
+    transformer: Callable[[int], torch.nn.Module]  # with so many blocks
+    vae: Callable[[], torch.nn.Module]
+    text_encoder: Callable[[], torch.nn.Module]
+    predict: Callable  # predict(transformer, x, t, text), text being [B, rows, text_width]
+    blocks: int
+    block: str  # the class of one
+    channels: int  # of latents
+    patch: tuple[int, int, int]  # frames, rows and columns of latents that make a token
+    text_width: int
+    heads: int
+    width: int  # of keys, and of values, all heads together
 
 
 @dataclass(frozen=True)
 class Setup:
     """All that decides how much memory a run takes. Sizes are those of latents."""
 
-    transformer: str  # configs, as JSON
-    vae: str
-    text_encoder: str
+    model: PlannedModel
     batch: int
     frames: int
     height: int
@@ -94,7 +103,7 @@ class Setup:
     text_length: int = 512
     model_type: str = "lora"  # or full
     lora_rank: int = 128
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    lora_targets: tuple[str, ...] = ()
     dtype: torch.dtype = torch.bfloat16  # of frozen networks
     base_precision: str = "no_change"
     text_precision: str = "no_change"
@@ -102,7 +111,7 @@ class Setup:
     checkpointing: bool = False
     accumulation: int = 1
     ema: str = "none"  # or cpu, or gpu
-    blocks: tuple[int, ...] = ()  # frames of each, of a causal student
+    block_lengths: tuple[int, ...] = ()  # frames of each, of a causal student
     caches: str = "fill"  # or full; or ondemand, off: the encoders stay
     shards: int = 1  # processes that FSDP splits trained networks over
     context_parallel: int = 1  # processes that share a clip's tokens
@@ -112,8 +121,8 @@ class Setup:
         return self.lora_rank if self.model_type == "lora" else 0
 
     def tokens(self) -> int:
-        patch = json.loads(self.transformer)["patch_size"]
-        return self.frames // patch[0] * (self.height // patch[1]) * (self.width // patch[2])
+        frames, rows, columns = self.model.patch
+        return self.frames // frames * (self.height // rows) * (self.width // columns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,12 +130,10 @@ class Setup:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build(config: str, rank: int = 0, targets: tuple[str, ...] = (), layers: int | None = None) -> torch.nn.Module:
+def build(model: PlannedModel, rank: int = 0, targets: tuple[str, ...] = (), blocks: int | None = None):
     """The transformer on the meta device, with an adapter of this rank; without one all of it is trained."""
-    settings = json.loads(config)
-    settings |= {"num_layers": min(layers, settings["num_layers"])} if layers else {}
     with torch.device("meta"):
-        network = WanTransformer3DModel.from_config(settings)
+        network = model.transformer(min(blocks or model.blocks, model.blocks))
         if rank:
             network.requires_grad_(False)
             network.add_adapter(LoraConfig(r=rank, target_modules=list(targets)))
@@ -153,7 +160,7 @@ def frozen_bytes(network: torch.nn.Module, dtype: torch.dtype, precision: str) -
 
 def trained_parameters(setup: Setup) -> list[torch.nn.Parameter]:
     """Of the student; the fake score has as many."""
-    network = counted(setup.transformer, setup.rank, setup.lora_targets)
+    network = counted(setup.model, setup.rank, setup.lora_targets)
     return [p for p in network.parameters() if p.requires_grad]
 
 
@@ -171,9 +178,9 @@ def state_bytes(parameters: list[torch.nn.Parameter], optimizer: str) -> int:
 
 
 @functools.lru_cache
-def measured(config: str, rank, targets, dtype, checkpointing, layers, shape, text_length, gradient) -> tuple[int, int]:
+def measured(model, rank, targets, dtype, checkpointing, blocks, shape, text_length, gradient) -> tuple[int, int]:
     """Bytes that a forward of so many blocks leaves for backward(), and the most at a time through both."""
-    network = build(config, rank, targets, layers)
+    network = build(model, rank, targets, blocks)
     if not gradient:
         network.requires_grad_(False)
     if checkpointing:
@@ -182,13 +189,13 @@ def measured(config: str, rank, targets, dtype, checkpointing, layers, shape, te
         warnings.simplefilter("ignore")  # of kernels that are slow on a CPU
         give_shapes(network, dtype)
         x, t = torch.empty(shape, dtype=dtype), torch.empty(shape[0])  # [B, C, F, h, w]
-        text = torch.empty(shape[0], text_length, network.config.text_dim, dtype=dtype)
+        text = torch.empty(shape[0], text_length, model.text_width, dtype=dtype)
         for p in network.parameters():
             if p.requires_grad:  # gradients are counted elsewhere
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with Meter([*network.parameters(), *network.buffers(), x, t, text]) as meter, torch.set_grad_enabled(gradient):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                out = network(x, t, text).sample
+                out = model.predict(network, x, t, text)
             kept = meter.now
             if gradient:
                 out.float().sum().backward()
@@ -200,21 +207,20 @@ def activations(setup: Setup, shape: tuple[int, int, int, int], gradient: bool =
 
     `shape` is batch, frames, height and width.
     """
-    config = json.loads(setup.transformer)
-    count, shape = config["num_layers"], (shape[0], config["in_channels"], *shape[1:])
+    count, shape = setup.model.blocks, (shape[0], setup.model.channels, *shape[1:])
     few, more = (
-        measured(setup.transformer, setup.rank, setup.lora_targets, setup.dtype, setup.checkpointing,
-                 min(layers, count), shape, setup.text_length, gradient)
-        for layers in (FEW, MORE)
+        measured(setup.model, setup.rank, setup.lora_targets, setup.dtype, setup.checkpointing,
+                 min(blocks, count), shape, setup.text_length, gradient)
+        for blocks in (FEW, MORE)
     )  # fmt: skip
     return more[0] + max(0, count - MORE) * (more[0] - few[0]), more[1] - more[0]
 
 
 @functools.lru_cache
-def vae_bytes(config: str, shape: tuple[int, ...]) -> tuple[int, int]:
+def vae_bytes(model: PlannedModel, shape: tuple[int, ...]) -> tuple[int, int]:
     """Of its weights, in fp32, and the most that decoding latents [B, C, f, h, w] takes besides."""
     with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config(json.loads(config)).requires_grad_(False)
+        vae = model.vae().requires_grad_(False)
     weights = frozen_bytes(vae, torch.float32, "no_change")
     with FakeTensorMode():
         give_shapes(vae, torch.float32)
@@ -231,7 +237,7 @@ def vae_bytes(config: str, shape: tuple[int, ...]) -> tuple[int, int]:
 
 def text_encoder_bytes(setup: Setup) -> int:
     with torch.device("meta"):
-        encoder = UMT5EncoderModel(UMT5Config(**json.loads(setup.text_encoder)))
+        encoder = setup.model.text_encoder()
     return frozen_bytes(encoder, setup.dtype, setup.text_precision)
 
 
@@ -240,7 +246,7 @@ def account(setup: Setup) -> dict[str, dict[str, int]]:
     lora, share = setup.model_type == "lora", setup.shards
     trained = trained_parameters(setup)
     count = sum(p.numel() for p in trained)
-    base = counted(setup.transformer, setup.rank, setup.lora_targets)
+    base = counted(setup.model, setup.rank, setup.lora_targets)
     kind = f"LoRA of rank {setup.lora_rank}" if lora else "full"
     fake_optimizer = "adamw" if setup.optimizer == "lion" else setup.optimizer
     weights = {
@@ -254,23 +260,25 @@ def account(setup: Setup) -> dict[str, dict[str, int]]:
         f"fake score's {fake_optimizer} state": state_bytes(trained, fake_optimizer) // share,
     }
     weights |= {"EMA of the student": 4 * count // share} if setup.ema == "gpu" else {}
-    block = sum(p.numel() for p in counted(setup.transformer).blocks[0].parameters()) * setup.dtype.itemsize
+    a_block = next(m for m in counted(setup.model).modules() if type(m).__name__ == setup.model.block)
+    block = sum(p.numel() for p in a_block.parameters()) * setup.dtype.itemsize
     gathered = {"two blocks that FSDP has gathered": 2 * block} if share > 1 else {}
 
     # The generator's turn holds the rollout's graph while teacher and fake score are asked; then comes its backward()
-    config, size, parallel = json.loads(setup.transformer), (setup.height, setup.width), setup.context_parallel
+    model, size, parallel = setup.model, (setup.height, setup.width), setup.context_parallel
     kept, own = (part // parallel for part in activations(setup, (setup.batch, setup.frames, *size)))
     asked = sum(activations(setup, (2 * setup.batch, setup.frames, *size), gradient=False)) // parallel
     if not lora and setup.dtype != torch.float32:  # autocast keeps what it has cast until the network's forward ends
         asked += count * setup.dtype.itemsize // share
     caches = {}
-    if setup.blocks:  # whose graphs hold the same pieces; attention joins those of one layer, and has their gradients
-        width = config["num_attention_heads"] * config["attention_head_dim"]
+    if (
+        setup.block_lengths
+    ):  # their graphs hold the same pieces; attention joins those of a layer, and has their gradients
         tokens = setup.tokens() // setup.frames
-        frame = 2 * setup.batch * tokens * width * setup.dtype.itemsize // parallel  # keys and values of a layer
-        caches = {"keys and values of earlier blocks": config["num_layers"] * frame * sum(setup.blocks[:-1])}
-        joined = 2 * frame * sum(setup.blocks)
-        own = max(own, activations(setup, (setup.batch, max(setup.blocks), *size))[1] // parallel + joined)
+        frame = 2 * setup.batch * tokens * model.width * setup.dtype.itemsize // parallel  # keys and values of a layer
+        caches = {"keys and values of earlier blocks": model.blocks * frame * sum(setup.block_lengths[:-1])}
+        joined = 2 * frame * sum(setup.block_lengths)
+        own = max(own, activations(setup, (setup.batch, max(setup.block_lengths), *size))[1] // parallel + joined)
     gradients = 4 * count // share
     held = 2 * gradients if setup.accumulation > 1 else 0  # of student and fake score, through the next pass
     turns = {
@@ -278,7 +286,7 @@ def account(setup: Setup) -> dict[str, dict[str, int]]:
         "backward() of one block, or a forward without it": max(own, asked),
         "gradients, beyond what has gone when they come": max(held, gradients - kept, 0),
     }
-    vae, decoding = vae_bytes(setup.vae, (setup.batch, config["in_channels"], *setup.validation))
+    vae, decoding = vae_bytes(model, (setup.batch, model.channels, *setup.validation))
     stays = {}
     if setup.caches in ("ondemand", "off"):
         stays = {"text encoder": text_encoder_bytes(setup), "VAE, after a validation": vae}
@@ -298,8 +306,8 @@ def most(setup: Setup) -> int:
 
 def can_share(setup: Setup, n: int) -> bool:
     """Whether n processes can share the tokens: each has some of the heads, and of each frame."""
-    heads = json.loads(setup.transformer)["num_attention_heads"]
-    return setup.shards == 1 and setup.context_parallel < n and heads % n == 0 == setup.tokens() // setup.frames % n
+    divisible = setup.model.heads % n == 0
+    return divisible and setup.shards == 1 and setup.context_parallel < n and 0 == setup.tokens() // setup.frames % n
 
 
 # fmt: off
@@ -333,14 +341,14 @@ def remedies(setup: Setup, room: float) -> list[tuple[str, int]]:
     return steps
 
 
-def report(setup: Setup, room: float | None = None) -> str:
-    """The plan as text; with `room`, a GPU's bytes, also whether it fits, and what would make it fit."""
-    frames, size = pixel_frames(setup.frames), f"{setup.width}x{setup.height} latents"
+def report(setup: Setup, frames: int, room: float | None = None) -> str:
+    """The plan as text, of clips of so many frames; with `room`, a GPU's bytes, also what makes it fit there."""
+    size = f"{setup.width}x{setup.height} latents"
     lines = [f"{setup.batch} x {frames} frames of {size}: {setup.batch} x {setup.tokens():,} tokens; GB on each GPU"]
     for phase, parts in account(setup).items():
         lines += ["", f"{phase:58s}{sum(parts.values()) / GB:8.2f}"]
         lines += [f"  {name:56s}{size / GB:8.2f}" for name, size in parts.items()]
-    text = setup.text_length * json.loads(setup.transformer)["text_dim"] * setup.dtype.itemsize
+    text = setup.text_length * setup.model.text_width * setup.dtype.itemsize
     elsewhere = f"on disk: {text / 1e6:.1f} MB a prompt at the most"
     if setup.ema == "cpu":
         average = 4 * sum(p.numel() for p in trained_parameters(setup))
@@ -358,42 +366,10 @@ def report(setup: Setup, room: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def setup_of(args, dtype: torch.dtype, shards: int = 1) -> Setup:
-    """Of a run's arguments; reads the teacher's configs and nothing else of it. The clips are the largest there can be:
-    of each dataset's resolution, in the shapes that validation draws."""
-    teacher = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
-    transformer = WanTransformer3DModel.load_config(args.pretrained_teacher_model, subfolder="transformer", **teacher)
-    vae = AutoencoderKLWan.load_config(args.pretrained_teacher_model, subfolder="vae", **teacher)
-    source = wan.text_source(args)
-    text = UMT5Config.from_pretrained(
-        source["model"], subfolder="text_encoder", revision=source["revision"], cache_dir=args.cache_dir
-    )
-    scale = vae.get("scale_factor_spatial") or 8
-    sizes = [
-        (sum(blocks_of(args, latent_frames(dataset.num_frames))), height // scale, width // scale)
-        for dataset in args.datasets
-        for height, width in targets_in_shapes(args.validation_resolution, dataset.rules)
-    ]
-    rolled, height, width = max(sizes, key=math.prod)
-    blocks = blocks_of(args, rolled)
-    drawn = max(args.validation_resolution, key=math.prod)
-    return Setup(
-        transformer=json.dumps(transformer), vae=json.dumps(vae), text_encoder=json.dumps(text.to_dict()),
-        batch=args.train_batch_size, frames=rolled - trained_from(args, rolled), height=height, width=width,
-        validation=(latent_frames(args.validation_num_video_frames), *(side // scale for side in drawn)),
-        text_length=args.max_sequence_length, model_type=args.model_type, lora_rank=args.lora_rank,
-        lora_targets=tuple(name.strip() for name in args.lora_target_modules.split(",")), dtype=dtype,
-        base_precision=args.base_model_precision, text_precision=args.text_encoder_1_precision,
-        optimizer=args.optimizer, checkpointing=args.gradient_checkpointing,
-        accumulation=args.gradient_accumulation_steps, blocks=tuple(blocks) if len(blocks) > 1 else (),
-        ema={"cpu": "cpu", "accelerator": "gpu"}[args.ema_device] if args.use_ema else "none", caches=args.caches,
-        shards=shards, context_parallel=args.context_parallel_degree,
-    )  # fmt: skip
-
-
-def plan_of(args, accelerator, dtype: torch.dtype) -> str:
+def plan_of(args, setup: Setup, frames: int, accelerator) -> str:
     """What --plan prints: of a GPU of so many GB, or of the one that is here."""
     room = GB * args.plan or None
     if room is None and accelerator.device.type == "cuda":
         room = torch.cuda.get_device_properties(accelerator.device).total_memory
-    return report(setup_of(args, dtype, accelerator.num_processes if wants_fsdp(accelerator) else 1), room)
+    shards = accelerator.num_processes if wants_fsdp(accelerator) else 1
+    return report(replace(setup, shards=shards), frames, room)

@@ -103,7 +103,7 @@ def rotate(x, cos, sin):
 
 
 class BlockCausal:
-    """Calls of a transformer as those of a block in a longer clip: calls inside `block(...)`; others stay as they are."""
+    """Makes a transformer's calls inside `block(...)` those of a block in a longer clip; others stay as they are."""
 
     def __init__(self, transformer: WanTransformer3DModel):
         self.call = None  # first frame and Context of the call that runs

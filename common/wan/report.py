@@ -25,18 +25,18 @@ def clip_features(clips: list[np.ndarray]) -> torch.Tensor:
 def write_clips_report(args, clips, student_steps: int, folder: Path, fps: int) -> str:
     """Writes report.json and report.png, side_by_side.mp4 and .png, and returns a table as Markdown.
 
-    `clips(which, prompts, steps, seed)` generates, and `clips.evaluations(which, steps)` counts the network's. The toy's
-    are judged by its own world. Distribution matching does not promise the teacher's own clip from the same noise: how
-    far two of the teacher's from different noise are apart says what a distance means.
+    `clips(which, prompts, steps, seed)` generates, and `clips.evaluations(which, steps)` counts the network's. Clips of
+    the toy are judged by its own world. Distribution matching does not promise the teacher's own clip from the same
+    noise: how far two of the teacher's from different noise are apart says what a distance means.
     """
     if not args.report_steps:
         return ""
     show = functools.partial(save_side_by_side, folder, fps=fps)
     if args.pretrained_teacher_model is None:
-        table = toy_judge().report_clips(
+        judged = toy_judge().report_clips(
             in_bytes(clips), clips.evaluations, args.report_steps, student_steps, folder, show
         )
-        return table + SIDE_BY_SIDE
+        return judged + SIDE_BY_SIDE
     prompts, seed = validation_prompts(args), args.validation_seed
     samplers = [("teacher", "teacher", FULL_STEPS, seed), ("teacher, other noise", "teacher", FULL_STEPS, seed + 10**6)]
     samplers += [("teacher", "teacher", steps, seed) for steps in args.report_steps]
@@ -129,9 +129,10 @@ class ClipComparison:
                     rows.append([frame_strip(clip)])
                     labels.append(f"{which}: {prompt[:40]}")
                     if self.main:
-                        name = f"{which}-{i:02d}-{size[1]}x{size[0]}.mp4"
-                        path = Path(args.output_dir, "validation", f"step-{step:06d}", name)
+                        name = f"{which}-{i:02d}-{size[1]}x{size[0]}"
+                        path = Path(args.output_dir, "validation", f"step-{step:06d}", f"{name}.mp4")
                         save_clip(clip, path, self.fps)
+                        self.tracking.clip(clip, path, f"clips/{name}", step)
             sheets.append(labelled_grid(rows, labels, [f"{size[1]}x{size[0]}, {len(found[0])} frames"]))
         sheet = below_each_other(sheets)
         self.tracking.picture(sheet, "clips", step)
@@ -139,7 +140,7 @@ class ClipComparison:
         return sheet
 
     def watch_collapse(self, which: str, prompts: list[str], step: int):
-        """Compares clips of one prompt and several seeds with the teacher's, or the student's at the first validation."""
+        """Compares clips of one prompt and several seeds with the teacher's, or with the student's first ones."""
         seed = self.args.validation_seed
         found = clip_statistics(self.clips(which, prompts, FULL_STEPS, seed))
         if self.reference is None:

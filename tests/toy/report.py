@@ -48,8 +48,8 @@ def report(pictures, clip, folder: Path, student_steps: list[int], sizes=((64, 6
 def report_clips(
     clips, evaluations, teacher_steps, student_steps: int, folder: Path, show, samples: int = SAMPLES
 ) -> str:
-    """The same of clips. `clips(which, prompts, steps, seed)` generates them in bytes, `evaluations(which, steps)` counts
-    the network's, and `show(clips by label, prompts)` puts them side by side."""
+    """The same of clips. `clips(which, prompts, steps, seed)` generates them in bytes, `evaluations(which, steps)`
+    counts the network's, and `show(clips by label, prompts)` puts them side by side."""
     rng = np.random.default_rng(99)
     prompts = [world_video.caption(world_video.sample_clip(rng)) for _ in range(samples)]
     samplers = [("teacher", steps) for steps in dict.fromkeys([FULL_STEPS, *teacher_steps])]
