@@ -12,7 +12,7 @@ from urllib.request import url2pathname
 
 import yaml
 from huggingface_hub import HfFileSystem, get_token
-from webdataset.gopen import Pipe, gopen, gopen_schemes, set_options
+from webdataset.gopen import Pipe, gopen, gopen_schemes, rewrite_url, set_options
 from webdataset.shardlists import expand, expand_urls
 
 SHARD_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
@@ -21,7 +21,7 @@ IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp")
 VIDEO_MEMBERS = ("mp4", "webm", "mkv", "mov", "m4v", "avi", "gif", "webp")  # webp: an animated one
 MOST_MEMBER_BYTES = 1 << 28
 
-# The program that reads URLs of a scheme. Those of `pipe:` are the user's; gopen has s3: only where USE_AIS_FOR says so.
+# The program that reads URLs of a scheme; of pipe: it is the user's. gopen has s3: only where USE_AIS_FOR says so.
 PROGRAMS = {"gopen_pipe": None, "gopen_gsutil": "gsutil", "gopen_ais": "ais"}  # else curl
 READ_BY = {"s3": "aws"} | {scheme: PROGRAMS.get(f.__name__, "curl") for scheme, f in gopen_schemes.items()}
 del READ_BY["__default__"]
@@ -52,7 +52,7 @@ def expand_shards(spec: str) -> list[str]:
 
 def expand_line(line: str) -> list[str]:
     try:
-        shards = expand_urls(line)
+        shards = map(rewrite_url, expand_urls(line))  # as gopen would, here to know what is local
     except AssertionError as error:
         name = str(error).rpartition("wds_")[2]
         raise ValueError(f"{line}: the environment variable {name} is not set") from None
@@ -109,9 +109,10 @@ class StrictTarInfo(tarfile.TarInfo):
 
 
 def open_shard(shard: str):
-    """A readable binary stream. What is not local is opened by webdataset's gopen.
+    """A readable binary stream. What is not local is read by a command that webdataset's gopen runs.
 
-    gopen runs a command: of `pipe:` the user's, else curl (with its retries), gsutil or ais, which must be installed.
+    That is curl (with its retries), gsutil or ais, or of `pipe:` the user's own. What stops a run must not stop the
+    command too, or the shard would look cut off in the last checkpoint.
     """
     if is_local(shard):
         return open(shard, "rb")
@@ -119,12 +120,15 @@ def open_shard(shard: str):
         shard = f"pipe:aws s3 cp {shlex.quote(shard)} -"
     if scheme_of(shard) == "hf" and get_token() is None:
         shard = HfFileSystem().url(shard)  # gopen would send the token "None"
-    # The command inherits the mask: what stops a run must not cut the shard off before the last checkpoint is saved.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        stream = gopen(shard, "rb")
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if scheme_of(shard) == "pipe":  # gopen's, but in a session of its own: shells do not keep signals blocked
+        command = shard.partition(":")[2]
+        stream = Pipe(command, mode="rb", shell=True, bufsize=8192, ignore_status=[141], start_new_session=True)
+    else:
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # for the command
+        try:
+            stream = gopen(shard, "rb")
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     # Else a read raises as soon as the command has failed, and what it wrote before that is lost or not, by chance.
     set_options(stream, ignore_errors=True)
     return stream

@@ -106,7 +106,7 @@ def count_part(part) -> int:
         return len(part.files)
     if isinstance(part, Rows):
         return part.samples
-    return len(part.prompts) if isinstance(part, Prompts) else len(count_keys(part))
+    return len(part.prompts) if isinstance(part, Prompts) else count_keys(part)
 
 
 def image_size(source) -> tuple[int, int]:
