@@ -448,20 +448,6 @@ def test_a_list_in_a_file(tmp_path, shards):
         path.write_text(f"# two and two\n{folder}/{{0..1}}.tar\n\n  {shards[2]}::{shards[3]} \n")
         assert open_shards(str(path)) == shards[:4]
         assert open_shards(f"{shards[7]}::{path}") == [shards[7], *shards[:4]]
-    path = tmp_path / "shards.yaml"
-    path.write_text(f"prefix: {folder.parent}/\nbuckets: {folder.name}\ndatasets:\n"
-                    "- name: a\n  shards: '{0..1}.tar'\n- shards: [2.tar, 3.tar]\n")  # fmt: skip
-    assert open_shards(str(path)) == shards[:4]
-    for text, named in (
-        ("datasets:\n- shards: x.tar\n  resample: 2", "resample is not taken"),
-        ("datasets:\n- name: x", "no 'shards'"),
-        ("shards: x.tar", "is no list of shards"),
-        ("[", "is no list of shards"),
-        ("x.tar", "is no list of shards"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=named):
-            open_shards(str(path))
     (tmp_path / "empty.txt").write_text("# nothing\n")
     for spec, named in (
         (tmp_path / "empty.txt", "no shards in it"),

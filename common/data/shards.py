@@ -1,7 +1,6 @@
 """Tar files of samples, as WebDataset has them: members of one stem make a sample."""
 
 import lzma
-import os
 import shlex
 import signal
 import tarfile
@@ -10,10 +9,9 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-import yaml
 from huggingface_hub import HfFileSystem, get_token
 from webdataset.gopen import Pipe, gopen, gopen_schemes, rewrite_url, set_options
-from webdataset.shardlists import expand, expand_urls
+from webdataset.shardlists import expand_urls
 
 SHARD_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
 
@@ -39,11 +37,11 @@ def is_local(part) -> bool:
 def expand_shards(spec: str) -> list[str]:
     """Paths and URLs of a list as webdataset has it: `::` between entries, braces, ${NAME} for the variable WDS_NAME.
 
-    An entry may be a file of shards, in which each line is such a list: .txt or .list, or webdataset's .yaml.
+    An entry may be a file, .txt or .list, in which each line is such a list.
     """
     shards = []
     for entry in expand_line(spec):
-        if is_local(entry) and Path(entry).suffix in (".txt", ".list", ".yaml", ".yml"):
+        if is_local(entry) and Path(entry).suffix in (".txt", ".list"):
             shards += [shard for line in read_list(Path(entry)) for shard in expand_line(line)]
         else:
             shards.append(entry)
@@ -60,34 +58,12 @@ def expand_line(line: str) -> list[str]:
 
 
 def read_list(path: Path) -> list[str]:
-    """Lines of a text file, without comments; or the shards of a YAML file."""
+    """Lines of a text file, without empty ones and comments."""
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix in (".yaml", ".yml"):
-            return yaml_shards(yaml.safe_load(text))
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is no list of shards: {reason}") from None
-    lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
-
-
-def yaml_shards(spec: dict) -> list[str]:
-    """Shards of webdataset's YAML: `datasets`, each with `shards`, in `buckets` and behind a `prefix`.
-
-    webdataset 1.0.2 still has its own reader of this format, but refuses to run it, as obsolete.
-    """
-    shards = []
-    for dataset in spec["datasets"]:
-        if odd := sorted({*spec, *dataset} - {"datasets", "prefix", "buckets", "name", "shards"}):
-            raise ValueError(f"{odd[0]} is not taken, an epoch visits each shard once")
-        urls, buckets = dataset["shards"], dataset.get("buckets", spec.get("buckets")) or ""
-        [bucket] = [buckets] if isinstance(buckets, str) else buckets
-        for url in [urls] if isinstance(urls, str) else urls:
-            shards.append(expand(spec.get("prefix", "")) + os.path.join(expand(bucket), expand(url)))
-    return shards
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ processes and workers read it. Every sample carries a cursor, the place in its l
 
 A process reads a batch's number of samples at a time, and each sample waits in its bucket until there is a batch of
 them. Which samples make which batch thus follows from the sequence alone. A checkpoint needs, of each lane, the cursor
-before its first sample that was not used, and which later ones were: all that waited is read again.
+before its first sample that was not used, and the later samples that were: those that waited are read again.
 """
 
 import itertools
@@ -151,6 +151,7 @@ def outlive_signals(worker: int):
 
 
 def end_when_parent_says():
+    """Wait for the parent's own SIGTERM, and end this process."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -229,7 +230,7 @@ class Batches:
 def open_batches(args, data: Data, accelerator, readers: list[ImageReader], state, sharing: int = 1) -> Batches:
     """Batches of the datasets; `sharing` processes next to each other work on the same samples."""
     processes = accelerator.num_processes // sharing
-    # A dataset's parts stand there once for each of its visits in an epoch, so that those are spread over it.
+    # A dataset's parts are listed once for each of its visits in an epoch, so that the visits are spread over it.
     shards = [(i, part) for i, dataset in enumerate(data.datasets) for part in dataset.parts * (dataset.repeats + 1)]
     try:
         resumed = state["lanes"] if state else None
@@ -246,7 +247,7 @@ def open_batches(args, data: Data, accelerator, readers: list[ImageReader], stat
 
 
 def gather_states(batches, accelerator, sharing: int = 1) -> tuple[dict, Counter]:
-    """Place in the data and samples skipped, of all processes; once of those that are `sharing` their samples."""
+    """The place in the data and the samples skipped, of all processes; those that share samples count once."""
     states = gather_object([batches.state()])[::sharing]
     starts = {lane: start for state in states for lane, start in state["starts"].items()}
     used = sorted(position for state in states for position in state["used"])
