@@ -9,7 +9,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from common.data.buckets import Rules, place, target_size
-from common.data.datasets import count_epoch, open_datasets, plan_buckets
+from common.data.datasets import Data, count_epoch, open_data, plan_buckets
 from common.data.samples import BadSample, open_readers
 from common.data.sources import part_fingerprint, read_part
 from common.data.stream import PATIENCE, Batches, ShardStream, open_batches, plan_lanes
@@ -114,18 +114,30 @@ def test_a_large_image_is_shrunk_first_and_then_cropped():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def parse(*words):
+@dataclass
+class Opened:
+    """What a script has after parsing."""
+
+    args: Namespace
+    data: Data
+    notes: list[str]
+
+
+def parse(*words) -> Opened:
     """As the SDXL script does."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--pretrained_teacher_model", default="x")
     parser.add_argument("--resolution", type=float, default=1024)
     add_shared_flags(parser)
     add_bucket_flags(parser)
+    parser.set_defaults(max_train_steps=1)
     args = parse_with_config(parser, [str(word) for word in words], family="sdxl", method="lcm")
     args.notes = []
     rules = check_bucket_flags(parser, args)
-    args.datasets = open_datasets(parser, args, rules)
-    return args
+    notes, given = args.notes, dict(vars(args))
+    data, more = open_data(parser, args, rules)
+    assert vars(args) == given  # nothing is written there
+    return Opened(args, data, notes + more)
 
 
 @pytest.fixture()
@@ -172,10 +184,10 @@ def entry(folder, **changes) -> dict:
     return base | {"resolution_type": "area", "crop": False} | changes
 
 
-def samples_of(args, visit: str = "v") -> dict:
+def samples_of(run: Opened, visit: str = "v") -> dict:
     """All good samples by the file's name, and what was wrong with the others."""
     found, faults = {}, Counter()
-    for dataset, reader in zip(args.datasets, open_readers(args), strict=True):
+    for dataset, reader in zip(run.data.datasets, open_readers(run.args, run.data), strict=True):
         for key, members in itertools.chain.from_iterable(map(read_part, dataset.parts)):
             name = key.rpartition("/")[2]
             try:
@@ -215,9 +227,9 @@ def test_size_ids_are_the_original_the_crop_and_the_target(tmp_path, folder):
 
 def test_a_random_crop_knows_where_it_was_taken(tmp_path, folder):
     path = backend(tmp_path, entry(folder, crop=True, crop_aspect="square", crop_style="random"))
-    args, lefts = parse("--data_backend_config", path), set()
+    run, lefts = parse("--data_backend_config", path), set()
     for visit in range(12):
-        sample = samples_of(args, str(visit))["wide_one"]
+        sample = samples_of(run, str(visit))["wide_one"]
         top, left = sample.size_ids[2:4]
         assert top == 0 and 0 <= left <= 192
         red = (sample.pixels[0, 5] > 128).sum().item()  # columns of the left half
@@ -243,11 +255,11 @@ def test_sizes_below_the_minimum_are_skipped_and_counted(tmp_path, folder):
     ):
         resolution = 0.04 if kind == "area" else 200
         changes = {"minimum_image_size": minimum, "resolution_type": kind, "resolution": resolution}
-        args = parse("--data_backend_config", backend(tmp_path, entry(folder, **changes)))
-        found = samples_of(args)
+        run = parse("--data_backend_config", backend(tmp_path, entry(folder, **changes)))
+        found = samples_of(run)
         assert set(found) - {"faults"} == kept
         assert found["faults"] == {"below minimum_image_size": 4 - len(kept)}
-        assert any("megapixels" in note for note in args.notes) == (minimum == 0.17 and kind == "pixel")
+        assert any("megapixels" in note for note in run.notes) == (minimum == 0.17 and kind == "pixel")
 
 
 def test_the_largest_are_shrunk_before_the_crop(tmp_path, folder):
@@ -259,14 +271,14 @@ def test_the_largest_are_shrunk_before_the_crop(tmp_path, folder):
 
 
 def test_captions_of_text_files_and_of_names(tmp_path, folder):
-    args = parse("--data_backend_config", backend(tmp_path, entry(folder, caption_strategy="textfile")))
-    drawn = Counter(samples_of(args, str(visit))["wide_one"].caption for visit in range(60))
+    run = parse("--data_backend_config", backend(tmp_path, entry(folder, caption_strategy="textfile")))
+    drawn = Counter(samples_of(run, str(visit))["wide_one"].caption for visit in range(60))
     assert set(drawn) == {"first of wide_one", "second of wide_one"} and min(drawn.values()) > 15
-    assert samples_of(args, "7")["tall_one"].caption == samples_of(args, "7")["tall_one"].caption
+    assert samples_of(run, "7")["tall_one"].caption == samples_of(run, "7")["tall_one"].caption
     named = parse("--data_backend_config", backend(tmp_path, entry(folder, caption_strategy="filename")))
     assert samples_of(named)["wide_one"].caption == "wide one"
     (folder / "wide_one.txt").unlink()
-    assert samples_of(args)["faults"] == {"missing caption": 1}
+    assert samples_of(run)["faults"] == {"missing caption": 1}
     assert samples_of(named)["wide_one"].caption == "wide one"
 
 
@@ -277,10 +289,10 @@ def test_entries_are_mixed_by_their_repeats(tmp_path, folder):
         entry(tmp_path / "none", id="off", disabled=True),
         {"id": "tar", "type": "webdataset", "instance_data_dir": str(shard), "resolution": 128},
     ]  # fmt: skip
-    args = parse("--data_backend_config", backend(tmp_path, *entries))  # the second is in the flags' unit, pixels
-    assert [dataset.id for dataset in args.datasets] == ["images", "tar"]
-    assert count_epoch(args.datasets) == 4 * 3 + 1
-    epoch = batches_of(args, batch_size=1, count=13)
+    run = parse("--data_backend_config", backend(tmp_path, *entries))  # the second is in the flags' unit, pixels
+    assert [dataset.id for dataset in run.data.datasets] == ["images", "tar"]
+    assert count_epoch(run.data.datasets) == 4 * 3 + 1
+    epoch = batches_of(run, batch_size=1, count=13)
     seen = Counter(sample.caption.split(" of ")[1] for (sample,) in epoch)
     assert seen == {"wide_one": 3, "tall_one": 3, "sub/square_one": 3, "sub/tiny_one": 3, "a shard": 1}
     (of_shard,) = [sample for (sample,) in epoch if sample.caption == "one of a shard"]
@@ -293,11 +305,11 @@ def test_an_entry_wins_over_the_command_line(tmp_path, folder):
     own = entry(
         folder, id="b", minimum_image_size=0.5, crop_style="center", cache_dir_vae="own", aspect_bucket_rounding=1
     )
-    args = parse("--data_backend_config", backend(tmp_path, plain, own), *line)
-    inherits, wins = (dataset.rules for dataset in args.datasets)
+    run = parse("--data_backend_config", backend(tmp_path, plain, own), *line)
+    inherits, wins = (dataset.rules for dataset in run.data.datasets)
     assert (inherits.resolution, inherits.crop_style, inherits.minimum) == (512, "corner", ("side", 100))
     assert (wins.resolution, wins.crop_style, wins.minimum, wins.decimals) == (0.04, "center", ("area", 5e5), 1)
-    assert [dataset.cache_dir_vae for dataset in args.datasets] == [None, "own"]
+    assert [dataset.cache_dir_vae for dataset in run.data.datasets] == [None, "own"]
 
 
 def test_the_documents_settings_of_both_files_together(tmp_path, folder):
@@ -307,45 +319,76 @@ def test_the_documents_settings_of_both_files_together(tmp_path, folder):
     own = entry(folder, maximum_image_size=1.0, target_downsample_size=1.0, minimum_image_size=0.01)
     config["data_backend_config"] = str(backend(tmp_path, own))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    args = parse("--config", tmp_path / "config.json")
-    assert args.datasets[0].rules.downsample == ("area", 1e6) and args.datasets[0].rules.alignment == 64
-    assert any("aspect_bucket_rounding 64" in note for note in args.notes)
+    run = parse("--config", tmp_path / "config.json")
+    assert run.data.datasets[0].rules.downsample == ("area", 1e6) and run.data.datasets[0].rules.alignment == 64
+    assert any("aspect_bucket_rounding 64" in note for note in run.notes)
+
+
+def test_a_maximum_alone_is_what_larger_images_are_shrunk_to(tmp_path, folder):
+    """As the quickstart's config has it, with shards, a folder or a dataset that says nothing of sizes."""
+    shard = write_shard(tmp_path / "s.tar", [{"png": encoded(quadrants(64, 64)), "txt": b"x"}])
+    plain = {"id": "a", "type": "local", "instance_data_dir": str(folder)}
+    flags = ["--resolution", 192, "--maximum_image_size", 0.1, "--center_crop"]
+    for words in (
+        ["--train_shards_path_or_url", shard, *flags],
+        ["--train_data_dir", folder, *flags],
+        ["--data_backend_config", backend(tmp_path, plain), *flags],
+        ["--data_backend_config", backend(tmp_path, entry(folder, maximum_image_size=0.1))],
+    ):
+        run = parse(*words)
+        assert run.data.datasets[0].rules.downsample == run.data.datasets[0].rules.maximum == ("area", 1e5)
+        assert sum("maximum_image_size: is also the target_downsample_size" in note for note in run.notes) == 1
+    found = samples_of(parse("--train_data_dir", folder, *flags))
+    assert found["wide_one"].size_ids == (300, 600, 16, 127, 192, 192)  # 0.18 to 0.1 megapixels: 224 x 447
+
+
+def test_samples_of_an_epoch_and_what_is_cached(folder, refused):
+    few = parse("--train_data_dir", folder, "--max_train_samples", 3).data
+    assert (few.samples, few.caches, few.source) == (3, "fill", "--train_data_dir")
+    assert parse("--train_data_dir", folder).data.samples == 4
+    assert parse("--train_data_dir", folder, "--vae_cache_disable").data.caches == "off"
+    remote = parse("--train_shards_path_or_url", "pipe:false")
+    assert (remote.data.samples, remote.data.caches) == (None, "off") and "nothing is cached" in remote.notes[0]
+    assert parse("--train_shards_path_or_url", "pipe:false", "--vae_cache_ondemand").data.caches == "ondemand"
+    with pytest.raises(FrozenInstanceError):
+        few.samples = 4
+    with pytest.raises(FrozenInstanceError):
+        few.datasets[0].num_frames = 5
 
 
 def test_text_embeds_say_where_and_how_texts_are_kept(tmp_path, folder):
     texts = {"id": "t", "type": "local", "dataset_type": "text_embeds", "cache_dir": "texts", "write_batch_size": 3}
-    args = parse("--data_backend_config", backend(tmp_path, entry(folder), texts | {"default": True}))
-    assert (args.cache_dir_text, args.write_batch_size) == ("texts", 3)
+    run = parse("--data_backend_config", backend(tmp_path, entry(folder), texts | {"default": True}))
+    assert (run.data.cache_dir_text, run.data.write_batch_size) == ("texts", 3)
     other = texts | {"id": "u", "cache_dir": "others"}
     for first, second in ((False, True), (True, False)):
         both = [texts | {"default": first}, other | {"default": second}]
-        args = parse("--data_backend_config", backend(tmp_path, entry(folder), *both))
-        assert args.cache_dir_text == ("texts" if first else "others")
-    args = parse("--data_backend_config", backend(tmp_path, entry(folder), texts | {"disabled": True}))
-    assert args.cache_dir_text is None
+        run = parse("--data_backend_config", backend(tmp_path, entry(folder), *both))
+        assert run.data.cache_dir_text == ("texts" if first else "others")
+    run = parse("--data_backend_config", backend(tmp_path, entry(folder), texts | {"disabled": True}))
+    assert run.data.cache_dir_text is None
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"resolutoin": 1}, "unknown key 'resolutoin', did you mean 'resolution'?"),
-        ({"crop": "False"}, "crop 'False', and must have one of type bool"),
-        ({"repeats": 1.5}, "repeats 1.5, and must have one of type int"),
-        ({"repeats": -1}, "repeats -1, and must have at least 0"),
-        ({"resolution": True}, "resolution True, and must have one of type float"),
+        ({"crop": "False"}, "crop is 'False', and must be of type bool"),
+        ({"repeats": 1.5}, "repeats is 1.5, and must be of type int"),
+        ({"repeats": -1}, "repeats is -1, and must be at least 0"),
+        ({"resolution": True}, "resolution is True, and must be of type float"),
         ({"resolution": 0}, "resolution 0: must be positive"),
         ({"resolution": 1024}, "resolution 1024 with resolution_type area is in megapixels"),
         ({"resolution": 1.0, "resolution_type": "pixel"}, "resolution 1 with resolution_type pixel is in pixels"),
-        ({"crop_style": "middle"}, "crop_style 'middle', and must have one of center, random, corner"),
-        ({"crop_aspect": "closest"}, "crop_aspect 'closest'"),
-        ({"metadata_backend": "parquet"}, "metadata_backend 'parquet', and must have one of discovery"),
-        ({"skip_file_discovery": "vae,all"}, "skip_file_discovery 'all'"),
-        ({"caption_strategy": "instanceprompt"}, "caption_strategy 'instanceprompt'"),
-        ({"type": "aws"}, "type 'aws', and must have one of local, webdataset"),
-        ({"dataset_type": "video"}, "dataset_type 'video'"),
+        ({"crop_style": "middle"}, "crop_style is 'middle', and must be one of center, random, corner"),
+        ({"crop_aspect": "closest"}, "crop_aspect is 'closest'"),
+        ({"metadata_backend": "parquet"}, "metadata_backend is 'parquet', and must be one of discovery"),
+        ({"skip_file_discovery": "vae,all"}, "skip_file_discovery has 'all'"),
+        ({"caption_strategy": "instanceprompt"}, "caption_strategy is 'instanceprompt'"),
+        ({"type": "aws"}, "type is 'aws', and must be one of local, webdataset"),
+        ({"dataset_type": "video"}, "dataset_type is 'video'"),
         ({"minimum_image_size": -1}, "minimum_image_size -1: must not be negative"),
-        ({"maximum_image_size": 1.0}, "maximum_image_size and target_downsample_size: one needs the other"),
-        ({"target_downsample_size": 1.0}, "maximum_image_size and target_downsample_size: one needs the other"),
+        ({"target_downsample_size": 1.0}, "target_downsample_size: needs maximum_image_size"),
         ({"aspect_bucket_rounding": 0}, "aspect_bucket_rounding 0: must be at least 1"),
         ({"instance_data_dir": "/no/such"}, "/no/such: no such folder"),
         ({"instance_data_dir": None}, "has no instance_data_dir"),
@@ -361,7 +404,7 @@ def test_a_bad_entry_is_one_sentence(tmp_path, folder, refused, changes, named):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("--maximum_image_size 512", "maximum_image_size and target_downsample_size: one needs the other"),
+        ("--target_downsample_size 512", "--target_downsample_size: needs maximum_image_size"),
         ("--minimum_image_size -1", "--minimum_image_size -1.0: must not be negative"),
         ("--aspect_bucket_rounding 0", "--aspect_bucket_rounding 0: must be at least 1"),
         ("--bucket_alignment 0", "--bucket_alignment 0: must be at least 1"),
@@ -376,8 +419,8 @@ def test_flags_that_cannot_be(folder, refused, words, named):
 
 def test_the_usual_place_of_a_dataset_file(tmp_path, folder):
     backend(tmp_path, entry(folder))
-    args = parse("--output_dir", tmp_path)
-    assert [dataset.id for dataset in args.datasets] == ["images"] and "multidatabackend.json" in args.notes[0]
+    run = parse("--output_dir", tmp_path)
+    assert [dataset.id for dataset in run.data.datasets] == ["images"] and "multidatabackend.json" in run.notes[0]
     assert parse("--output_dir", tmp_path, "--train_data_dir", folder).notes == []
 
 
@@ -390,15 +433,15 @@ def test_no_source_and_two_entries_of_one_name(tmp_path, folder, refused):
 
 
 def test_what_the_network_is_told_may_be_fixed(folder):
-    args = parse("--train_data_dir", folder, "--resolution", 128, "--center_crop", "--use_fix_crop_and_size")
-    assert samples_of(args)["wide_one"].size_ids == (128, 128, 0, 0, 128, 128)
-    args = parse("--train_data_dir", folder, "--resolution", 128, "--center_crop")
-    assert samples_of(args)["wide_one"].size_ids == (300, 600, 0, 64, 128, 128)
+    run = parse("--train_data_dir", folder, "--resolution", 128, "--center_crop", "--use_fix_crop_and_size")
+    assert samples_of(run)["wide_one"].size_ids == (128, 128, 0, 0, 128, 128)
+    run = parse("--train_data_dir", folder, "--resolution", 128, "--center_crop")
+    assert samples_of(run)["wide_one"].size_ids == (300, 600, 0, 64, 128, 128)
 
 
 def test_encode_batch_size_is_the_vaes(folder):
-    assert parse("--train_data_dir", folder, "--encode_batch_size", 3).vae_encode_batch_size == 3
-    assert parse("--train_data_dir", folder).vae_encode_batch_size == 32
+    assert parse("--train_data_dir", folder, "--encode_batch_size", 3).args.vae_encode_batch_size == 3
+    assert parse("--train_data_dir", folder).args.vae_encode_batch_size == 32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,23 +455,25 @@ def test_parts_of_a_folder_follow_from_its_names(tmp_path):
         (tmp_path / place_of_it).mkdir()
         for i in range(150):
             (tmp_path / place_of_it / f"{i}.png").write_bytes(b"x")
-        (args,) = parse("--train_data_dir", tmp_path / place_of_it).datasets
-        found.append([part.files for part in args.parts])
+        parts = parse("--train_data_dir", tmp_path / place_of_it).data.datasets[0].parts
+        found.append([part.files for part in parts])
     assert found[0] == found[1] and len(found[0]) == 50  # of three each
     assert sorted(name for part in found[0] for name, _ in part) == sorted(f"{i}.png" for i in range(150))
     neighbours = sum(len({int(name[0]) for name, _ in part}) == 1 for part in found[0])  # all of one first digit
     assert neighbours < 25  # mixed: an alphabetical split would have nearly all parts so
-    before = [part_fingerprint(part) for part in args.parts]
-    assert before == [part_fingerprint(part) for part in args.parts] and len(set(before)) == 50
+    before = [part_fingerprint(part) for part in parts]
+    assert before == [part_fingerprint(part) for part in parts] and len(set(before)) == 50
     (tmp_path / "there" / "7.txt").write_text("a caption")
-    changed = [a != b for a, b in zip(before, map(part_fingerprint, args.parts), strict=True)]
+    changed = [a != b for a, b in zip(before, map(part_fingerprint, parts), strict=True)]
     assert sum(changed) == 1
 
 
 def test_a_file_that_is_gone_is_a_fault(folder):
-    args = parse("--train_data_dir", folder)
+    run = parse("--train_data_dir", folder)
     (folder / "wide_one.png").unlink()
-    causes = [members for part in args.datasets[0].parts for _, members in read_part(part) if isinstance(members, str)]
+    causes = [
+        members for part in run.data.datasets[0].parts for _, members in read_part(part) if isinstance(members, str)
+    ]
     assert causes == ["unreadable file"]
 
 
@@ -436,8 +481,8 @@ def test_metadata_of_an_imagefolder(folder, refused):
     lines = [{"file_name": "wide_one.png", "text": "one\u2028line", "more": 1}, {"file_name": "gone.png", "text": "x"}]
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n")
     (folder / "sub" / "metadata.jsonl").write_text(json.dumps({"file_name": "square_one.png", "text": ["a", "b"]}))
-    args = parse("--train_data_dir", folder)
-    found = samples_of(args)
+    run = parse("--train_data_dir", folder)
+    found = samples_of(run)
     assert found.keys() == {"wide_one", "square_one", "faults"} and found["wide_one"].caption == "one\u2028line"
     assert found["square_one"].captions == ["a", "b"]
     assert "no 'caption'" in refused("--train_data_dir", folder, "--caption_column", "caption")
@@ -458,9 +503,9 @@ def test_parquet(tmp_path, refused):
     for flag, source in itertools.product(
         ("--train_data_dir", "--dataset_name"), (tmp_path, tmp_path / "train.parquet")
     ):
-        args = parse(flag, source, *columns)
-        assert len(args.datasets[0].parts) == 2 and count_epoch(args.datasets) == 4
-        found = samples_of(args)
+        run = parse(flag, source, *columns)
+        assert len(run.data.datasets[0].parts) == 2 and count_epoch(run.data.datasets) == 4
+        found = samples_of(run)
         assert found.pop("faults") == {"broken image": 1, "empty image": 1}
         assert {(tuple(s.captions), s.size_ids[:2]) for s in found.values()} == {
             (("a", "b"), (64, 96)),
@@ -501,11 +546,15 @@ def test_a_dataset_of_the_hub(refused, monkeypatch):
     rows = [{"image": {"bytes": encoded(quadrants(8, 9 + i)), "path": None}, "text": f"{i}"} for i in range(130)]
     module = table_module(rows)
     monkeypatch.setitem(sys.modules, "datasets", module)
-    args = parse("--dataset_name", "me/mine", "--dataset_config_name", "small", "--resolution", 64)
+    run = parse("--dataset_name", "me/mine", "--dataset_config_name", "small", "--resolution", 64)
     assert module.asked == [(("me/mine", "small"), {"split": "train", "cache_dir": None})]
-    found = [members for part in args.datasets[0].parts for _, members in read_part(part)]
+    parts = run.data.datasets[0].parts
+    found = [members for part in parts for _, members in read_part(part)]
     assert [json.loads(members["json"])["caption"] for members in found] == [f"{i}" for i in range(130)]
-    assert count_epoch(args.datasets) == 130 and len({part_fingerprint(part) for part in args.datasets[0].parts}) == 44
+    assert (
+        count_epoch(run.data.datasets) == 130
+        and len({part_fingerprint(part) for part in run.data.datasets[0].parts}) == 44
+    )
 
     def fails(*_, **__):
         raise ConnectionError("no route\nto host")
@@ -555,20 +604,19 @@ SIZES = {(64, 64): 9, (48, 80): 6, (80, 48): 3, (32, 128): 1, (20, 20): 2}
 
 
 def test_the_table_of_buckets(tmp_path):
-    args, accelerator = (
+    run, accelerator = (
         toy_sized(many(tmp_path / "f", SIZES), "--minimum_image_size", 24, "--train_batch_size", 4),
         Accelerator(),
     )
-    plan_buckets(args, accelerator)
+    data = plan_buckets(run.args, run.data, accelerator)
     rows = [line.split() for line in accelerator.said]
     assert ["64", "64", "9"] in rows and ["80", "48", "6"] in rows  # width before height
     assert ["48", "80", "3", "less", "than", "a", "batch:", "to", "64", "x", "64"] in rows
     assert ["128", "32", "1", "less", "than", "a", "batch:", "to", "80", "x", "48"] in rows
     assert any("2 images are below minimum_image_size" in line for line in accelerator.said)
-    assert args.datasets[0].merged == {(80, 48): (64, 64), (32, 128): (48, 80)}
+    assert data.datasets[0].merged == {(80, 48): (64, 64), (32, 128): (48, 80)}
     kept = toy_sized(tmp_path / "f", "--disable_bucket_pruning", "--train_batch_size", 4)
-    plan_buckets(kept, Accelerator())
-    assert kept.datasets[0].merged == {}
+    assert plan_buckets(kept.args, kept.data, Accelerator()).datasets[0].merged == {}
 
 
 def test_the_table_looks_at_headers_alone(tmp_path):
@@ -589,8 +637,8 @@ def test_the_table_looks_at_headers_alone(tmp_path):
         "--bucket_alignment",
         16,
     ]
-    args, accelerator = parse("--train_shards_path_or_url", shard, *flags), Accelerator()
-    plan_buckets(args, accelerator)
+    run, accelerator = parse("--train_shards_path_or_url", shard, *flags), Accelerator()
+    plan_buckets(run.args, run.data, accelerator)
     assert [line.split() for line in accelerator.said][2:] == [["80", "48", "2"]]
 
 
@@ -602,17 +650,18 @@ def test_no_table_where_discovery_is_skipped_or_data_are_remote(tmp_path):
         ["--train_shards_path_or_url", "pipe:false", "--crop_aspect", "preserve"],
     ):
         accelerator = Accelerator()
-        plan_buckets(parse(*words), accelerator)
+        run = parse(*words)
+        plan_buckets(run.args, run.data, accelerator)
         assert accelerator.said == []
     looked_at = backend(tmp_path, entry(folder, skip_file_discovery=""))
-    plan_buckets(parse("--data_backend_config", looked_at), accelerator)
+    run = parse("--data_backend_config", looked_at)
+    plan_buckets(run.args, run.data, accelerator)
     assert accelerator.said
 
 
 def test_images_of_small_buckets_are_cut_for_another(tmp_path):
-    args = toy_sized(many(tmp_path / "f", {(64, 64): 5, (32, 128): 1}), "--train_batch_size", 4)
-    plan_buckets(args, Accelerator())
-    found = samples_of(args)
+    run = toy_sized(many(tmp_path / "f", {(64, 64): 5, (32, 128): 1}), "--train_batch_size", 4)
+    found = samples_of(replace(run, data=plan_buckets(run.args, run.data, Accelerator())))
     assert {sample.bucket for name, sample in found.items() if name != "faults"} == {(64, 64)}
     assert found["32_128_000"].size_ids[:2] == (32, 128) and found["32_128_000"].pixels.shape == (3, 64, 64)
 
@@ -622,18 +671,18 @@ def test_images_of_small_buckets_are_cut_for_another(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def open_stream(args, batch_size, state=None, workers=0, process=0, processes=1, lanes=None, buffer=16) -> Batches:
-    parts = [(i, part) for i, dataset in enumerate(args.datasets) for part in dataset.parts * (dataset.repeats + 1)]
+def open_stream(run, batch_size, state=None, workers=0, process=0, processes=1, lanes=None, buffer=16) -> Batches:
+    parts = [(i, part) for i, dataset in enumerate(run.data.datasets) for part in dataset.parts * (dataset.repeats + 1)]
     planned, workers = plan_lanes(len(parts), processes, workers, lanes)
     stream = ShardStream(
-        parts, open_readers(args), seed=0, batch_size=batch_size, process=process, processes=processes, lanes=planned,
-        shuffle_buffer=buffer, state=state,
+        parts, open_readers(run.args, run.data), seed=0, batch_size=batch_size, process=process, processes=processes,
+        lanes=planned, shuffle_buffer=buffer, state=state,
     )  # fmt: skip
     return Batches(stream, workers)
 
 
-def batches_of(args, batch_size: int, count: int, **options):
-    source = open_stream(args, batch_size, **options)
+def batches_of(run, batch_size: int, count: int, **options):
+    source = open_stream(run, batch_size, **options)
     return [next(source) for _ in range(count)]
 
 
@@ -725,8 +774,8 @@ def rare(folder: Path):
 
 
 def test_a_rare_bucket_is_filled_up_after_a_bounded_wait(tmp_path, capsys):
-    args = rare(tmp_path / "f")
-    source = open_stream(args, 2)
+    run = rare(tmp_path / "f")
+    source = open_stream(run, 2)
     lone, other_noise = [], []
     for _ in range(3 * PATIENCE):
         batch = next(source)
@@ -739,22 +788,22 @@ def test_a_rare_bucket_is_filled_up_after_a_bounded_wait(tmp_path, capsys):
 
 
 def test_resuming_around_a_batch_that_was_filled_up(tmp_path):
-    args = rare(tmp_path / "f")
-    whole = open_stream(args, 2)
+    run = rare(tmp_path / "f")
+    whole = open_stream(run, 2)
     expected = [told(next(whole)) for _ in range(400)]
     at = next(i for i, batch in enumerate(expected) if batch[0][2][4:] == (48, 80))
     for stop in (at - 1, at, at + 1):
-        source = open_stream(args, 2)
+        source = open_stream(run, 2)
         for _ in range(stop):
             next(source)
-        later = open_stream(args, 2, state=json.loads(json.dumps(source.state())))
+        later = open_stream(run, 2, state=json.loads(json.dumps(source.state())))
         assert [told(next(later)) for _ in range(400 - stop)] == expected[stop:]
 
 
 def test_one_bucket_reads_in_the_order_of_the_sequence(mixed):
     """As it was before there were buckets: batch k of process p has the samples p, p + P, ... from k on."""
-    one = replace(mixed.datasets[0], rules=Rules(64, alignment=16, crop_style="center"))
-    square = Namespace(**vars(mixed) | {"datasets": [one]})
+    one = replace(mixed.data.datasets[0], rules=Rules(64, alignment=16, crop_style="center"))
+    square = replace(mixed, data=replace(mixed.data, datasets=(one,)))
     for processes in (1, 2):
         for process in range(processes):
             for k, batch in enumerate(batches_of(square, 4, 12, process=process, processes=processes)):
@@ -762,17 +811,17 @@ def test_one_bucket_reads_in_the_order_of_the_sequence(mixed):
 
 
 def test_open_batches_takes_repeats_and_names_the_source(tmp_path, folder):
-    args = parse("--data_backend_config", backend(tmp_path, entry(folder, repeats=1)), "--train_batch_size", 2)
+    run = parse("--data_backend_config", backend(tmp_path, entry(folder, repeats=1)), "--train_batch_size", 2)
     accelerator = Accelerator()
     accelerator.num_processes = 9
     with pytest.raises(SystemExit, match="--data_backend_config: 8 shards cannot feed 9 processes"):
-        open_batches(args, accelerator, open_readers(args), None)
+        open_batches(run.args, run.data, accelerator, open_readers(run.args, run.data), None)
     accelerator.num_processes = 8
-    assert open_batches(args, accelerator, open_readers(args), None).stream.lanes == 8
+    assert open_batches(run.args, run.data, accelerator, open_readers(run.args, run.data), None).stream.lanes == 8
 
 
 def test_headers_are_read_fast(tmp_path):
-    args = toy_sized(many(tmp_path / "f", {(64, 64): 300}))
+    run = toy_sized(many(tmp_path / "f", {(64, 64): 300}))
     started = time.process_time()
-    plan_buckets(args, Accelerator())
+    plan_buckets(run.args, run.data, Accelerator())
     assert time.process_time() - started < 2.0

@@ -19,9 +19,13 @@ from safetensors import safe_open
 import train_lcm_distill_sd as script
 from common import cache
 from common.cache import TensorStore, identity, text_key, weights_identity
+from common.data.buckets import Rules
+from common.data.datasets import Data, Dataset
+from common.data.encoder import Encoders, open_encoder
+from common.data.samples import open_readers
 from common.data.shards import expand_shards, read_shard
 from common.data.sources import Files
-from common.data.stream import ShardPass
+from common.data.stream import ShardPass, open_batches
 from tests.helpers import encoded, launch, tiny_pipeline, toy_shards, write_shard
 
 
@@ -414,3 +418,75 @@ def test_images_of_a_small_bucket_have_a_record_of_their_own(teacher, several, t
     assert (records(tmp_path / "vae_a"), records(tmp_path / "vae_b"), loads["vae"]) == (8 + 4, 4, 0)
     _, _, loads = opened_several(teacher, several("--train_batch_size", 4), tmp_path / "o")
     assert (records(tmp_path / "vae_a"), loads["vae"]) == (8 + 4, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoders of any model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stand_ins(calls: list[str], vae=None) -> Encoders:
+    """A model on pixels, and prompts as their lengths."""
+
+    def loads(name, value):
+        calls.append(name)
+        return value
+
+    def encode_pixels(network, pixels):
+        calls.append(f"pixels {len(pixels)}")
+        assert network is vae and pixels.min() >= -1.0 and pixels.max() <= 1.0
+        return {"pixels": pixels}
+
+    return Encoders(
+        load_vae=lambda: loads("vae", vae),
+        encode_pixels=encode_pixels,
+        load_text=lambda: loads("text", None),
+        encode_prompts=lambda network, prompts: {"length": torch.tensor([float(len(prompt)) for prompt in prompts])},
+        latents_identity={"vae": "none", "dtype": torch.float32},
+        text_identity={"text": "lengths"},
+    )
+
+
+def opened_by_hand(shards: str, folder: Path, caches: str):
+    settings = {"interpolation_type": "bilinear", "random_flip": False, "seed": 0, "train_batch_size": 4}
+    settings |= {"output_dir": str(folder), "cache_dir_vae": None, "compress_disk_cache": False}
+    args = Namespace(**settings, vae_encode_batch_size=3, dataloader_num_workers=0)
+    rules = Rules(16, alignment=16, crop_style="center")
+    data = Data("--shards", (Dataset("shards", expand_shards(shards), rules),), caches, 16)
+    calls = []
+    readers = open_readers(args, data)
+    encoder, readers = open_encoder(args, data, readers, stand_ins(calls), Accelerator(), ["a prompt"])
+    return encoder, open_batches(args, data, Accelerator(), readers, None), calls
+
+
+@pytest.mark.parametrize("caches", ["fill", "ondemand", "off"])
+def test_networks_that_are_none_are_loaded_once(shards, tmp_path, caches):
+    encoder, batches, calls = opened_by_hand(shards, tmp_path / "o", caches)
+    assert (calls.count("vae"), calls.count("text")) == ((1, 1) if caches == "fill" else (0, 0))
+    calls.clear()
+    for _ in range(4):
+        samples = next(batches)
+        assert encoder.encode_images(samples)["pixels"].shape == (4, 3, 16, 16)
+        lengths = encoder.encode_text([sample.caption for sample in samples])["length"]
+        assert lengths.tolist() == [len(sample.caption) for sample in samples]
+    assert [calls.count(name) for name in ("vae", "text")] == ([0, 0] if caches == "fill" else [1, 1])
+    assert bool([call for call in calls if call.startswith("pixels")]) == (caches != "fill")
+    encoder.flush()
+    assert (tmp_path / "o").exists() == (caches != "off")
+    _, _, calls = opened_by_hand(shards, tmp_path / "o", "fill" if caches == "ondemand" else caches)
+    # the prompt beside the captions is met for the first time
+    assert calls == {"fill": [], "ondemand": ["text"], "off": []}[caches]
+
+
+def test_stores_have_the_names_of_what_shaped_them(shards, tmp_path):
+    """Names that runs before this one gave: what they encoded is found again."""
+    encoder, batches, _ = opened_by_hand(shards, tmp_path, "ondemand")
+    geometry = [
+        ["resolution", 16.0], ["resolution_type", "pixel"], ["alignment", 16], ["decimals", 2], ["minimum", None],
+        ["maximum", None], ["downsample", None], ["crop", True], ["crop_aspect", "square"], ["crop_style", "center"],
+        ["fixed_size_ids", False], "bilinear", False, None,
+    ]  # fmt: skip
+    name = identity(vae="none", geometry=geometry, dtype=torch.float32)
+    assert encoder.latents[0].folder == tmp_path / "cache" / "vae" / name
+    assert encoder.text.folder == tmp_path / "cache" / "text" / identity(text="lengths")
+    assert [reader.cache for reader in batches.stream.readers] == encoder.latents

@@ -1,13 +1,16 @@
 """Shards full of faults, the order of samples, and what becomes of an image."""
 
+import bz2
 import gzip
 import http.server
 import io
 import json
+import lzma
 import os
 import pickle
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -16,16 +19,19 @@ import threading
 import zlib
 from argparse import Namespace
 from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from common.data import shards as shards_module
 from common.data.buckets import Rules
-from common.data.datasets import Dataset
+from common.data.datasets import Data, Dataset, open_shards
 from common.data.samples import ImageReader, NoGoodSamples
 from common.data.shards import expand_shards, read_shard
 from common.data.sources import count_samples
@@ -227,7 +233,7 @@ def test_one_shard_is_read_again_after_its_end(tmp_path, workers):
     assert len(epochs[0]) == 8 and sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
 
 
-def test_order_and_crops_do_not_depend_on_where_the_data_lies(tmp_path, shards):
+def test_order_and_crops_do_not_depend_on_where_the_data_are(tmp_path, shards):
     """A run may be resumed on a machine where the same shards have another path."""
     copies = [shutil.copy(shard, tmp_path) for shard in shards]
     wide = partial(reader, center_crop=False, random_flip=True)
@@ -284,27 +290,136 @@ def test_lanes():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_pipe_and_http(tmp_path, shards):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(Path(shards[0]).parent)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        url = f"http://127.0.0.1:{server.server_address[1]}/0.tar"
-        local = [key for key, _ in read_shard(shards[0])]
-        assert [key for key, _ in read_shard(url)] == local
-        assert [key for key, _ in read_shard(f"pipe:cat '{shards[0]}'")] == local
-        assert [m for _, m in read_shard(url + ".missing")] == ["unreadable shard"]
-    finally:
-        server.shutdown()
-    faults = [members for _, members in read_shard(f"pipe:cat '{shards[0]}'; exit 3") if isinstance(members, str)]
-    assert faults == ["shard's command failed"]
-
-
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
 
-def test_braces_and_counts(shards):
+@contextmanager
+def served(folder: Path, handler=Quiet):
+    """The address of a server of a folder's files."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+
+
+def keys_of(shard: str) -> list[str]:
+    """Keys of a shard without a fault."""
+    samples = list(read_shard(shard))
+    assert not any(isinstance(members, str) for _, members in samples)
+    return [key for key, _ in samples]
+
+
+def test_pipe_and_http(shards):
+    local = keys_of(shards[0])
+    with served(Path(shards[0]).parent) as address:
+        assert keys_of(f"{address}/0.tar") == local
+        assert causes(f"{address}/0.tar.missing") == ["unreadable shard"]
+    assert keys_of(f"pipe:cat '{shards[0]}'") == local
+
+
+@pytest.mark.parametrize("command", ["cat {}; exit 3", "cat {}; sleep 0.2; exit 3", "cat {}; kill -KILL $$"])
+def test_a_command_that_fails_is_counted_and_what_it_wrote_is_kept(shards, command):
+    """However early it fails: gopen's own pipe would drop what is still in the buffer."""
+    samples = list(read_shard("pipe:" + command.format(shards[0])))
+    assert [key for key, _ in samples[:8]] == keys_of(shards[0])
+    assert [members for _, members in samples[8:]] == ["shard's command failed"]
+    assert causes("pipe:exit 3") == ["unreadable shard"]
+    assert causes(f"pipe:cat {shards[0]} | head -c 3000; exit 3") == ["truncated shard"]
+
+
+def test_a_shard_that_is_left_early_ends_its_command(tmp_path, shards):
+    samples = read_shard(f"pipe:cat {shards[0]} /dev/zero && touch {tmp_path}/end")
+    next(samples)
+    samples.close()
+    assert not (tmp_path / "end").exists()
+
+
+class Busy(Quiet):
+    """Asks the first caller to come again."""
+
+    asked = 0
+
+    def do_GET(self):  # noqa: N802
+        Busy.asked += 1
+        if Busy.asked == 1:
+            self.send_error(503)
+        else:
+            super().do_GET()
+
+
+def test_a_server_that_is_busy_is_asked_again(shards):
+    with served(Path(shards[0]).parent, Busy) as address:
+        assert keys_of(f"{address}/0.tar") == keys_of(shards[0]) and Busy.asked == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "program", "words"),
+    [
+        ("gs://bucket/0.tar", "gsutil", "cat"),
+        ("s3://bucket/with a space.tar", "aws", "s3 cp"),
+        ("ais://bucket/0.tar", "ais", "get"),
+    ],
+)
+def test_stores_are_read_by_their_own_programs(tmp_path, monkeypatch, shards, url, program, words):
+    with monkeypatch.context() as empty:
+        empty.setenv("PATH", str(tmp_path))
+        with pytest.raises(ValueError, match=f"read by the program {program}, which is not installed"):
+            open_shards(url)
+    stand_in = tmp_path / program
+    stand_in.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {tmp_path}/words\ncat {shards[0]}\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert open_shards(url) == [url] and keys_of(url) == keys_of(shards[0])
+    said = (tmp_path / "words").read_text().splitlines()
+    assert said[: len(words.split())] == words.split() and url in said
+
+
+@pytest.mark.parametrize("token", [None, "secret"])
+def test_shards_of_the_hub(monkeypatch, shards, token):
+    asked = []
+
+    class Asked(Quiet):
+        def do_GET(self):  # noqa: N802
+            asked.append(self.headers["Authorization"])
+            super().do_GET()
+
+    with served(Path(shards[0]).parent, Asked) as address:
+        for module in (huggingface_hub, shards_module):
+            monkeypatch.setattr(module, "get_token", lambda: token)
+        place = Namespace(repo_id="me/mine", path_in_repo="0.tar", repo_type="dataset", revision="main")
+        monkeypatch.setattr(huggingface_hub.HfFileSystem, "resolve_path", lambda self, path: place)
+        monkeypatch.setattr(huggingface_hub.HfFileSystem, "url", lambda self, path: f"{address}/0.tar")
+        monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda **_: f"{address}/0.tar")
+        assert keys_of("hf://datasets/me/mine/0.tar") == keys_of(shards[0])
+        assert asked == [token and f"Bearer {token}"]
+
+    def fails(*_):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfFileSystem, "resolve_path", fails)
+    monkeypatch.setattr(huggingface_hub.HfFileSystem, "url", fails)
+    assert causes("hf://datasets/me/mine/0.tar") == ["unreadable shard"]
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_compressed_shards(tmp_path, shards, kind):
+    path = tmp_path / f"0.tar.{kind}"
+    opener = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}[kind]
+    with opener(path, "wb") as file:
+        file.write(Path(shards[0]).read_bytes())
+    assert keys_of(str(path)) == keys_of(f"pipe:cat {path}") == keys_of(shards[0])
+    assert count_samples([str(path)]) == 8
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert causes(path)[-1] in ("truncated shard", "unreadable shard") and len(causes(path)) == 1
+    assert count_samples([str(path)]) < 8
+
+
+def test_lists_and_counts(tmp_path, monkeypatch, shards):
     folder = str(Path(shards[0]).parent)
     assert expand_shards(folder + "/{0..7}.tar") == shards
     assert expand_shards("a{0..1}.tar::pipe:cat b{2,3}.tar") == [
@@ -313,8 +428,35 @@ def test_braces_and_counts(shards):
         "pipe:cat b2.tar",
         "pipe:cat b3.tar",
     ]
+    assert expand_shards("{a,b{0..1}}.tar::c{{x,y}1,z}.tar") == ["a.tar", "b0.tar", "b1.tar", "cx1.tar", "cy1.tar", "cz.tar"]  # fmt: skip  # noqa: E501
     assert count_samples(shards) == 64
     assert count_samples([*shards, "pipe:cat x"]) is None
+    monkeypatch.setenv("WDS_DATA", "${WHERE}/{0..1}.tar")
+    monkeypatch.setenv("WDS_WHERE", folder)
+    assert expand_shards("${DATA}::file:" + shards[2]) == shards[:3]
+    monkeypatch.delenv("WDS_WHERE")
+    with pytest.raises(ValueError, match="the environment variable WDS_WHERE is not set"):
+        expand_shards("${DATA}")
+    monkeypatch.setenv("GOPEN_REWRITE", f"gs://bucket=/{folder[1:]}")
+    assert open_shards("gs://bucket/{0..1}.tar") == shards[:2]  # local ones
+
+
+def test_a_list_in_a_file(tmp_path, shards):
+    folder = Path(shards[0]).parent
+    for name in ("shards.txt", "shards.list"):
+        path = tmp_path / name
+        path.write_text(f"# two and two\n{folder}/{{0..1}}.tar\n\n  {shards[2]}::{shards[3]} \n")
+        assert open_shards(str(path)) == shards[:4]
+        assert open_shards(f"{shards[7]}::{path}") == [shards[7], *shards[:4]]
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    for spec, named in (
+        (tmp_path / "empty.txt", "no shards in it"),
+        (tmp_path / "none.txt", "No such file"),
+        ("az://account/0.tar", "does not exist .1 of 1.; no URL of az: can be read"),
+        (f"{folder}/{{6..9}}.tar", "8.tar does not exist .2 of 4."),
+    ):
+        with pytest.raises(ValueError, match=named):
+            open_shards(str(spec))
 
 
 def test_members_in_folders_and_directories(tmp_path):
@@ -366,7 +508,7 @@ def test_crop_offset_is_the_crop_that_was_taken():
     assert same[0] == same[1]
 
 
-def test_a_mirrored_crop_knows_where_it_lies():
+def test_a_mirrored_crop_knows_where_it_was_taken():
     image = corners(64, 32)
     mirrored = np.asarray(image.resize((32, 16), Image.Resampling.BILINEAR))[:, ::-1]
     flips = 0
@@ -462,37 +604,38 @@ class Cut(Quiet):
 
 
 def test_a_connection_that_breaks_is_a_truncated_shard(shards):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Cut, directory=str(Path(shards[0]).parent)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        assert causes(f"http://127.0.0.1:{server.server_address[1]}/0.tar") == ["truncated shard"]
-    finally:
-        server.shutdown()
+    with served(Path(shards[0]).parent, Cut) as address:
+        assert causes(f"{address}/0.tar") == ["truncated shard"]
 
 
-def test_ctrl_c_does_not_reach_the_program_behind_a_pipe(tmp_path, shards):
-    """A terminal sends it to the whole process group, and the shard would look truncated in the last checkpoint."""
+def test_what_stops_a_run_does_not_stop_the_program_behind_a_shard(tmp_path, monkeypatch, shards):
+    """A terminal sends Ctrl-C to all processes of a group, and the shard would look cut off in the last checkpoint."""
     list(read_shard(f"pipe:cut -d ' ' -f 5 /proc/$$/stat > {tmp_path}/group; cat {shards[0]}"))
     assert int((tmp_path / "group").read_text()) != os.getpgrp()
+    stand_in = tmp_path / "curl"
+    code = "import os, signal, sys\nos.kill(os.getpid(), signal.SIGINT)\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    stand_in.write_text(f"#!{sys.executable}\n{code}sys.stdout.buffer.write(open({shards[0]!r}, 'rb').read())\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert len(keys_of("https://somewhere/0.tar")) == 8
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGINT, signal.SIGTERM}
 
 
-def datasets(shards) -> list[Dataset]:
-    return [Dataset("shards", shards, reader().rules)]
+def data_of(shards) -> Data:
+    return Data("--shards", (Dataset("shards", shards, reader().rules),), "off", None)
 
 
 @pytest.mark.parametrize(("workers", "kept"), [(0, 0), (1, 1), (2, 2), (3, 2), (4, 4), (7, 4)])
 def test_resuming_with_another_number_of_workers(shards, workers, kept):
     """The lanes of a run stay: each must have one reader, or samples come twice and others never."""
-    args = Namespace(
-        datasets=datasets(shards), data_source="--shards", dataloader_num_workers=0, seed=0, train_batch_size=4
-    )
+    args, data = Namespace(dataloader_num_workers=0, seed=0, train_batch_size=4), data_of(shards)
     said = []
     one = Namespace(num_processes=1, process_index=0, print=said.append)
-    expected = captions(open_batches(args, one, [reader()], None), 30)
-    source = open_batches(args, one, [reader()], None)
+    expected = captions(open_batches(args, data, one, [reader()], None), 30)
+    source = open_batches(args, data, one, [reader()], None)
     captions(source, 5)
     args.dataloader_num_workers = workers
-    later = open_batches(args, one, [reader()], source.state())
+    later = open_batches(args, data, one, [reader()], source.state())
     assert later.parts == max(kept, 1) and bool(said) == (workers != kept)
     assert captions(later, 25) == expected[20:]
 
@@ -500,12 +643,10 @@ def test_resuming_with_another_number_of_workers(shards, workers, kept):
 def test_resuming_with_processes_that_do_not_fit_is_refused(shards):
     source = batches(shards)
     next(source)
-    args = Namespace(
-        datasets=datasets(shards), data_source="--shards", dataloader_num_workers=0, seed=0, train_batch_size=4
-    )
+    args, data = Namespace(dataloader_num_workers=0, seed=0, train_batch_size=4), data_of(shards)
     three = Namespace(num_processes=3, process_index=0, print=print)
     with pytest.raises(SystemExit, match="8 lanes of the checkpoint's data cannot be split over 3 processes"):
-        open_batches(args, three, [reader()], source.state())
+        open_batches(args, data, three, [reader()], source.state())
 
 
 def test_steps_of_a_run_given_in_epochs(tmp_path, monkeypatch):

@@ -7,7 +7,9 @@ import json
 import random
 from argparse import Namespace
 from collections import Counter
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,10 +23,18 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load
 
-from common.cache import text_key
-from common.data.buckets import Rules
-from common.data.clips import ClipReader, latent_frames, open_clip_readers, pixel_frames
-from common.data.datasets import check_data_flags, plan_buckets
+from common.cache import TensorStore, text_key, weights_identity
+from common.data.buckets import Rules, latent_frames, pixel_frames
+from common.data.clips import (
+    CaptionReader,
+    ClipReader,
+    clip_size,
+    open_caption_readers,
+    open_clip_readers,
+    save_clip,
+)
+from common.data.datasets import Data, open_data, plan_buckets
+from common.data.encoder import Encoders, open_encoder
 from common.data.samples import BadSample
 from common.data.sources import part_fingerprint, read_part, split_folder, split_prompts
 from common.data.stream import open_batches
@@ -147,7 +157,7 @@ def test_a_clip_as_long_as_it_must_be_and_one_frame_less(kind):
 
 def test_packets_that_are_no_frames(monkeypatch):
     """A container that promises more than it shows: the start is drawn again among what there is."""
-    monkeypatch.setattr("common.video.count_frames", lambda files: 1000)
+    monkeypatch.setattr("common.data.clips.count_frames", lambda files: 1000)
     assert greys(read(clip("mkv", 6), 5, 1, "center")) in ([0, 1, 2, 3, 4], [1, 2, 3, 4, 5])
     with pytest.raises(BadSample, match="fewer than 9 frames"):
         read(clip("mkv", 6), 9)
@@ -263,8 +273,9 @@ def test_bad_clips_by_their_cause(tmp_path, monkeypatch):
 
 
 def test_latent_frames():
-    assert [latent_frames(frames) for frames in (1, 5, 81, 121)] == [1, 2, 21, 31]
-    assert all(latent_frames(pixel_frames(count)) == count for count in range(1, 100))
+    assert [latent_frames(frames, 4) for frames in (1, 5, 81, 121)] == [1, 2, 21, 31]
+    assert [latent_frames(frames, 8) for frames in (1, 9, 81, 121)] == [1, 2, 11, 16]
+    assert all(latent_frames(pixel_frames(count, 8), 8) == count for count in range(1, 100))
 
 
 def blocks(per_block, first=False, training=21):
@@ -285,6 +296,8 @@ def blocks(per_block, first=False, training=21):
     ],
 )
 def test_clips_are_cut_to_whole_blocks(frames, settings, fitted):
+    from common.dmd_flags import fit_to_blocks
+
     assert fit_to_blocks("num_frames", frames, settings) == fitted
     assert [f"cut to --num_training_frames {settings.num_training_frames}, {fitted} frames" in note for note in settings.notes] == [True] * (fitted != frames)  # fmt: skip  # noqa: E501
 
@@ -299,6 +312,8 @@ def test_clips_are_cut_to_whole_blocks(frames, settings, fitted):
     ],
 )
 def test_an_error_says_which_numbers_of_frames_do(frames, settings, named):
+    from common.dmd_flags import fit_to_blocks
+
     with pytest.raises(ValueError, match=named):
         fit_to_blocks("num_frames", frames, settings)
 
@@ -308,17 +323,25 @@ def test_an_error_says_which_numbers_of_frames_do(frames, settings, named):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def parse(*words):
+@dataclass
+class Opened:
+    """What a script that trains on clips has after parsing."""
+
+    args: Namespace
+    data: Data
+    notes: list[str]
+
+    def readers(self, reader_class=ClipReader):
+        return open_clip_readers(self.args, self.data, reader_class)
+
+
+def parse(*words, frames_per_latent=4) -> Opened:
     """As a script does that trains on clips."""
     parser = argparse.ArgumentParser()
     for name in ("pretrained_teacher_model", "pretrained_t5_model_name_or_path", "teacher_revision", "train_prompts"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--resolution", type=float, default=480)
     parser.add_argument("--max_sequence_length", type=int, default=512)
-    parser.add_argument("--num_frame_per_block", type=int, default=0)
-    parser.add_argument("--independent_first_frame", action="store_true")
-    parser.add_argument("--num_training_frames", type=int, default=21)
-    parser.add_argument("--validation_num_video_frames", type=int, default=81)
     add_shared_flags(parser)
     add_bucket_flags(parser)
     add_video_flags(parser)
@@ -327,9 +350,8 @@ def parse(*words):
     args = parse_with_config(parser, [str(word) for word in words], family="wan", method="dmd")
     check_shared_flags(parser, args)
     rules = check_bucket_flags(parser, args)
-    check_data_flags(parser, args, rules)
-    check_clip_flags(parser, args)
-    return args
+    data, notes = open_data(parser, args, rules, frames_per_latent)
+    return Opened(args, data, args.notes + notes)
 
 
 @pytest.fixture()
@@ -363,9 +385,9 @@ def folder(tmp_path):
 SMALL = ["--resolution", 32, "--resolution_type", "pixel"]
 
 
-def samples_of(args) -> dict:
+def samples_of(run: Opened, reader_class=ClipReader) -> dict:
     found, faults = {}, Counter()
-    for dataset, one in zip(args.datasets, open_clip_readers(args), strict=True):
+    for dataset, one in zip(run.data.datasets, run.readers(reader_class), strict=True):
         for key, members in itertools.chain.from_iterable(map(read_part, dataset.parts)):
             name = key.rpartition("/")[2]
             try:
@@ -401,13 +423,11 @@ def test_the_documents_dataset_with_a_folder(tmp_path, folder, capsys):
     entry = json.loads((Path(__file__).parent / "configs" / "dmd_wan.dataset.json").read_text())
     path = tmp_path / "multidatabackend.json"
     path.write_text(json.dumps(entry | {"instance_data_dir": str(folder)}))
-    flags = ["--data_backend_config", path, "--resolution", 1000, "--num_frame_per_block", 3]
-    args = parse(*flags)
-    dataset, rules = args.datasets[0], args.datasets[0].rules
-    assert (dataset.num_frames, dataset.frame_interval, dataset.repeats) == (81, 1, 0)  # of 121
-    assert any("num_frames 121: 31 latent frames" in note for note in args.notes)
+    run = parse("--data_backend_config", path, "--resolution", 1000)
+    dataset, rules = run.data.datasets[0], run.data.datasets[0].rules
+    assert (dataset.num_frames, dataset.frame_interval, dataset.repeats) == (121, 1, 0)
     assert (rules.resolution, rules.resolution_type, rules.crop, rules.minimum) == (480, "pixel_area", False, None)
-    assert dataset.cache_dir_vae == "cache/wan-dmd" and len(samples_of(args)["faults"]) == 1
+    assert dataset.cache_dir_vae == "cache/wan-dmd" and len(samples_of(run)["faults"]) == 1
 
 
 def test_datasets_have_their_own_frames(tmp_path, folder, refused):
@@ -417,14 +437,14 @@ def test_datasets_have_their_own_frames(tmp_path, folder, refused):
         path.write_text(json.dumps([{"instance_data_dir": str(folder)} | entry for entry in entries]))
         return ["--data_backend_config", path, *SMALL]
 
-    one, two = parse(*written({"id": "a", "num_frames": 5, "frame_interval": 2}, {"id": "b"})).datasets
+    one, two = parse(*written({"id": "a", "num_frames": 5, "frame_interval": 2}, {"id": "b"})).data.datasets
     assert (one.num_frames, one.frame_interval, two.num_frames, two.frame_interval) == (5, 2, 81, 1)
     for entry, named in (
         ({"num_frames": 120}, "num_frames 120: must be 4k + 1, as 117 or 121"),
         ({"num_frames": 0}, "num_frames 0: must be 4k + 1, as 1 or 5"),
-        ({"num_frames": 81.5}, "num_frames 81.5, and must have one of type int"),
+        ({"num_frames": 81.5}, "num_frames is 81.5, and must be of type int"),
         ({"frame_interval": 0}, "frame_interval 0: must be at least 1"),
-        ({"dataset_type": "image"}, "dataset_type 'image', and this script trains on videos"),
+        ({"dataset_type": "image"}, "dataset_type is 'image', and this script trains on videos"),
         ({"num_frame": 81}, "unknown key 'num_frame', did you mean 'num_frames'?"),
     ):
         assert named in refused(*written(entry))
@@ -432,9 +452,9 @@ def test_datasets_have_their_own_frames(tmp_path, folder, refused):
     assert "no clips (mp4, webm" in refused(*written({"instance_data_dir": str(tmp_path / "empty")}))
     assert "no clips (mp4, webm" in refused("--train_data_dir", tmp_path / "empty")
     assert "--num_frames 80: must be 4k + 1, as 77 or 81" in refused("--train_data_dir", folder, "--num_frames", 80)
-    assert "--validation_num_video_frames 4: must be 4k + 1, as 1 or 5" in refused(
-        "--train_data_dir", folder, "--validation_num_video_frames", 4
-    )
+    with pytest.raises(SystemExit):
+        parse("--train_data_dir", folder, "--num_frames", 5, frames_per_latent=8)
+    assert parse("--train_data_dir", folder, "--num_frames", 9, frames_per_latent=8).data.datasets[0].num_frames == 9
     assert "are read for images alone" in refused("--dataset_name", "owner/name")
 
 
@@ -457,13 +477,37 @@ class Accelerator:
     wait_for_everyone = staticmethod(lambda: None)
 
 
+def test_captions_alone_have_the_clips_sizes(folder, tmp_path):
+    """No clip is decoded, no cache of latents is read; geometry keeps their stores apart from those of latents."""
+    run = parse("--train_data_dir", folder, *SMALL, "--num_frames", 13)  # longer than the clips
+    found = samples_of(run, CaptionReader)
+    assert {name: sample.bucket for name, sample in found.items() if name != "faults"} == {
+        "first": (13, 32, 48), "a_second": (13, 48, 32), "walk": (13, 32, 48),
+    }  # fmt: skip
+    assert found["walk"].latents == {} and found["walk"].pixels is None
+    [one], [clips] = open_caption_readers(run.args, run.data), run.readers()
+    store = TensorStore(tmp_path / "store")
+    assert one.with_cache(store) is one and one.geometry() == ["captions", *clips.geometry()]
+    cached = clips.with_cache(store, filling=True)
+    assert (cached.cache, cached.filling, clips.cache) == (store, True, None)
+
+
+@pytest.mark.parametrize("fps", [16, 24])
+def test_a_saved_clip_has_its_frames_and_its_pace(tmp_path, fps):
+    save_clip(np.stack([frame(i, 33, 49) for i in range(5)]) / 255.0, tmp_path / "a" / "clip.mp4", fps)
+    with av.open(str(tmp_path / "a" / "clip.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == fps and sum(1 for _ in container.decode(stream)) == 5
+        assert (stream.height, stream.width) == (32, 48)
+
+
 def test_batches_of_clips_from_shards(tmp_path, capsys):
     """Each batch is of one shape; bad clips are counted by cause; buckets are counted from the first frames."""
-    args = parse("--train_shards_path_or_url", shards(tmp_path / "s"), *SMALL, "--num_frames", 9)
-    plan_buckets(args, Accelerator())
+    run = parse("--train_shards_path_or_url", shards(tmp_path / "s"), *SMALL, "--num_frames", 9)
+    plan_buckets(run.args, run.data, Accelerator(), clip_size)
     shown = capsys.readouterr().out
     assert "48     32       4" in shown and "32     48       2" in shown  # the clip of three frames among them
-    batches = open_batches(args, Accelerator(), open_clip_readers(args), None)
+    batches = open_batches(run.args, run.data, Accelerator(), run.readers(), None)
     seen = set()
     for _ in range(6):
         batch = next(batches)
@@ -488,9 +532,9 @@ def prompts(tmp_path):
 
 def test_prompts_alone_have_the_shapes_of_validation(prompts, refused, tmp_path):
     flags = ["--train_prompts", prompts, "--num_frames", 9, "--resolution", 480, "--resolution_type"]
-    args = parse(*flags, "pixel", "--validation_resolution", "832x480,480x832")
-    assert args.datasets[0].sizes == ((480, 832), (832, 480)) and args.num_samples == 4
-    batches = open_batches(args, Accelerator(), open_clip_readers(args), None)
+    run = parse(*flags, "pixel", "--validation_resolution", "832x480,480x832")
+    assert run.data.datasets[0].sizes == ((480, 832), (832, 480)) and run.data.samples == 4
+    batches = open_batches(run.args, run.data, Accelerator(), run.readers(), None)
     seen, sizes = set(), set()
     for _ in range(20):
         batch = next(batches)
@@ -501,8 +545,8 @@ def test_prompts_alone_have_the_shapes_of_validation(prompts, refused, tmp_path)
     assert set(batches.faults) == {"caption is not UTF-8"}
     # 480 x 480 pixels in the shape of 1280 x 704: 647 x 356
     wide = parse(*flags, "pixel_area", "--validation_resolution", "1280x704")
-    assert wide.datasets[0].sizes == ((352, 640),)
-    assert parse(*flags, "pixel_area").datasets[0].sizes == ((480, 480),)
+    assert wide.data.datasets[0].sizes == ((352, 640),)
+    assert parse(*flags, "pixel_area").data.datasets[0].sizes == ((480, 480),)
     assert "--train_prompts: no.txt: No such file" in refused("--train_prompts", "no.txt")
     (tmp_path / "none.txt").write_text("\n \n")
     assert "no prompts in it" in refused("--train_prompts", tmp_path / "none.txt")
@@ -532,25 +576,21 @@ def teacher(tmp_path_factory):
 
 
 def opened(teacher, *flags, dtype=torch.float32):
-    """Encoder after filling, readers, and how often each network was loaded."""
-    args = parse(*flags, "--pretrained_teacher_model", teacher, "--dataloader_num_workers", 0)
-    readers = open_clip_readers(args)
-    encoder = wan.open_encoder(args, readers, Accelerator.device, dtype, dtype)
-    loads = Counter()
-    for name in ("load_vae", "load_text"):
-        plain = getattr(encoder, name)
-        setattr(encoder, name, lambda name=name, plain=plain: loads.update([name]) or plain())
-    if encoder.latents is not None:
-        for one, store in zip(readers, encoder.latents, strict=True):
-            one.cache = store
-    if args.caches == "fill":
-        for one in readers:
-            one.filling = True
-        encoder.fill(Accelerator, args.datasets, readers, ["", "negative"], 0)
-        for one in readers:
-            one.filling = False
-        encoder.release()
-    return args, encoder, readers, loads
+    """The run, its encoder after filling, readers, and how often each network was loaded."""
+    run = parse(*flags, "--pretrained_teacher_model", teacher, "--dataloader_num_workers", 0)
+    args, loads, device = run.args, Counter(), Accelerator.device
+    length, texts = args.max_sequence_length, args.pretrained_t5_model_name_or_path
+    encoders = Encoders(
+        load_vae=lambda: loads.update(["load_vae"]) or wan.load_vae(args, device, dtype),
+        encode_pixels=wan.encode_pixels,
+        load_text=lambda: loads.update(["load_text"]) or wan.load_text_encoder(args, device, dtype),
+        encode_prompts=partial(wan.encode_prompts, length=length),
+        latents_identity={"vae": weights_identity(str(teacher), "vae", None), "dtype": dtype},
+        text_identity={"text": texts or str(teacher), "dtype": dtype, "length": length},
+        text_length=length,
+    )
+    encoder, readers = open_encoder(args, run.data, run.readers(), encoders, Accelerator(), ["", "negative"])
+    return run, encoder, readers, loads
 
 
 def test_embeddings_are_the_pipelines(teacher):
@@ -585,12 +625,12 @@ def test_latents_are_the_pipelines(teacher):
 
 def test_a_full_cache_loads_neither_network(teacher, folder, tmp_path):
     flags = ["--train_data_dir", folder, *SMALL, "--num_frames", 9, "--output_dir", tmp_path / "out"]
-    args, encoder, readers, loads = opened(teacher, *flags)
+    run, encoder, readers, loads = opened(teacher, *flags)
     assert loads == {"load_vae": 1, "load_text": 1}
     assert len(encoder.latents[0].index) == 3
     assert len(encoder.text.index) == 4 + 2  # captions, "", negative
-    args, encoder, readers, loads = opened(teacher, *flags)
-    samples = samples_of_readers(args, readers)
+    run, encoder, readers, loads = opened(teacher, *flags)
+    samples = samples_of_readers(run, readers)
     tall = samples["a_second"]
     latents = encoder.encode_images([tall])["latents"]
     text = encoder.encode_text([tall.caption, ""])["prompt_embeds"]
@@ -598,15 +638,15 @@ def test_a_full_cache_loads_neither_network(teacher, folder, tmp_path):
     assert not text[0, 7:].any() and text[0, :7].any(-1).all() and not text[1, 1:].any()
     # what is kept is what would be encoded now
     _, fresh, readers, _ = opened(teacher, *flags, "--vae_cache_disable")
-    again = samples_of_readers(args, readers)["a_second"]
+    again = samples_of_readers(run, readers)["a_second"]
     assert again.pixels is not None
     torch.testing.assert_close(fresh.encode_images([again])["latents"], latents, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fresh.encode_text([tall.caption, ""])["prompt_embeds"], text)
 
 
-def samples_of_readers(args, readers) -> dict:
+def samples_of_readers(run, readers) -> dict:
     samples = {}
-    for dataset, one in zip(args.datasets, readers, strict=True):
+    for dataset, one in zip(run.data.datasets, readers, strict=True):
         for key, members in itertools.chain.from_iterable(map(read_part, dataset.parts)):
             samples[key.rpartition("/")[2]] = one(members, "v", key.rpartition("/")[2])
     return samples
@@ -623,11 +663,11 @@ def test_only_valid_tokens_are_on_the_disk(teacher, prompts, tmp_path):
 def test_prompts_alone_never_load_the_vae(teacher, prompts, tmp_path, capsys):
     flags = ["--train_prompts", prompts, "--num_frames", 9, "--output_dir", tmp_path / "out"]
     prompts.write_text("a red ball\na blue box\n")
-    args, encoder, readers, loads = opened(teacher, *flags)
+    run, encoder, readers, loads = opened(teacher, *flags)
     assert loads == {"load_text": 1} and not (tmp_path / "out" / "cache" / "vae").exists()
     assert "caches: 0 latents, 4 prompts" in capsys.readouterr().out
-    args, encoder, readers, loads = opened(teacher, *flags)
-    samples = list(samples_of_readers(args, readers).values())
+    run, encoder, readers, loads = opened(teacher, *flags)
+    samples = list(samples_of_readers(run, readers).values())
     assert encoder.encode_images(samples) == {}
     assert encoder.encode_text([sample.caption for sample in samples])["prompt_embeds"].shape == (2, 512, 16)
     assert loads == {}
@@ -638,14 +678,14 @@ def test_prompts_alone_never_load_the_vae(teacher, prompts, tmp_path, capsys):
 
 def test_on_demand_keeps_what_is_met(teacher, folder, tmp_path):
     flags = ["--train_data_dir", folder, *SMALL, "--num_frames", 9, "--output_dir", tmp_path, "--vae_cache_ondemand"]
-    args, encoder, readers, loads = opened(teacher, *flags)
+    run, encoder, readers, loads = opened(teacher, *flags)
     assert loads == {}
-    sample = samples_of_readers(args, readers)["walk"]
+    sample = samples_of_readers(run, readers)["walk"]
     first = encoder.encode_images([sample])["latents"]
     encoder.encode_text([sample.caption])
     encoder.flush()
-    args, encoder, readers, loads = opened(teacher, *flags)
-    sample = samples_of_readers(args, readers)["walk"]
+    run, encoder, readers, loads = opened(teacher, *flags)
+    sample = samples_of_readers(run, readers)["walk"]
     assert sample.pixels is None and torch.equal(encoder.encode_images([sample])["latents"], first)
     encoder.encode_text([sample.caption])
     assert loads == {}

@@ -152,7 +152,7 @@ def frames_of(args, entry: dict, where: str, frames_per_latent: int | None) -> d
 
 
 def open_shards(spec: str) -> list[str]:
-    """Shards of a list, after a look whether they can be read: local ones must be there, and programs for others."""
+    """The shards of a list. Local ones must exist, and the programs that read the others must be installed."""
     shards = expand_shards(spec)
     if not shards:
         raise ValueError(f"{spec}: no shards in it")

@@ -149,12 +149,11 @@ class SampleEncoder:
 def open_encoder(
     args, data: Data, readers: list, encoders: Encoders, accelerator, prompts: list[str]
 ) -> tuple[SampleEncoder, list]:
-    """The encoder of samples, and the readers with their caches, which are full unless flags or the data say otherwise.
+    """The encoder of samples, and the readers with their caches. Caches that are filled before training are full then.
 
     `prompts` are texts to be cached besides the samples' own.
     """
-    latents, text = None, None
-    filling = readers
+    latents, text, filling = None, None, []
     if data.caches != "off":
         latents, text = open_stores(args, data, readers, encoders)
         filling = [reader.with_cache(store, filling=True) for reader, store in zip(readers, latents, strict=True)]

@@ -1,4 +1,4 @@
-"""One sample: image and caption, from the members of a shard or what stands for them.
+"""One sample, image and caption, from the members that a shard or another part of a dataset has of it.
 
 Nothing is decoded but images, text and JSON. A bad sample is skipped and counted by its cause.
 """
@@ -27,24 +27,15 @@ CAPTION_MEMBERS = ("text", "txt", "caption")
 JSON_CAPTION_KEYS = ("caption", "text", "txt", "prompt")
 PICKLES = ("pyd", "pkl", "pickle", "pth", "pt")
 
-
-RESAMPLING = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "nearest": Image.Resampling.NEAREST,
-    "nearest_exact": Image.Resampling.NEAREST,
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+RESAMPLING = {kind.name.lower(): kind for kind in Image.Resampling} | {"nearest_exact": Image.Resampling.NEAREST}
 
 
 class BadSample(Exception):
     """A sample that cannot be used; the message is the cause that the report counts."""
 
 
-class NoGoodSamples(Exception):
-    """Every shard was read to its end without one sample that can be used."""
+class NoGoodSamples(SystemExit):
+    """Raised when every shard was read to its end and none has a sample that can be used."""
 
 
 @dataclass
@@ -135,7 +126,7 @@ class ImageReader:
     filling: bool = False  # ask the cache's index alone
     dataset: int = 0
     caption_strategy: str | None = None
-    merged: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # buckets, and where they go instead
+    merged: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # small buckets, and where they go
 
     def __call__(self, members: dict[str, bytes], visit: str, name: str = "") -> Sample:
         """The sample of these members. `visit` seeds every random number of this visit; `name` is the file's."""
@@ -238,7 +229,7 @@ def open_image(data: bytes, header_only: bool = False) -> tuple[Image.Image, tup
 
 
 def open_readers(args, data) -> list[ImageReader]:
-    """A reader for each dataset."""
+    """A reader for each dataset of the data, which are a common.data.datasets.Data."""
     return [
         ImageReader(
             dataset.rules, args.interpolation_type, args.random_flip, args.seed, dataset=i,

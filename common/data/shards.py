@@ -1,7 +1,6 @@
 """Tar files of samples, as WebDataset has them: members of one stem make a sample."""
 
 import lzma
-import os
 import shlex
 import signal
 import tarfile
@@ -10,10 +9,9 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-import yaml
 from huggingface_hub import HfFileSystem, get_token
-from webdataset.gopen import Pipe, gopen, gopen_schemes, set_options
-from webdataset.shardlists import expand, expand_urls
+from webdataset.gopen import Pipe, gopen, gopen_schemes, rewrite_url, set_options
+from webdataset.shardlists import expand_urls
 
 SHARD_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
 
@@ -21,7 +19,7 @@ IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp")
 VIDEO_MEMBERS = ("mp4", "webm", "mkv", "mov", "m4v", "avi", "gif", "webp")  # webp: an animated one
 MOST_MEMBER_BYTES = 1 << 28
 
-# The program that reads URLs of a scheme. Those of `pipe:` are the user's; gopen has s3: only where USE_AIS_FOR says so.
+# The program that reads URLs of a scheme; of pipe: it is the user's. gopen has s3: only where USE_AIS_FOR says so.
 PROGRAMS = {"gopen_pipe": None, "gopen_gsutil": "gsutil", "gopen_ais": "ais"}  # else curl
 READ_BY = {"s3": "aws"} | {scheme: PROGRAMS.get(f.__name__, "curl") for scheme, f in gopen_schemes.items()}
 del READ_BY["__default__"]
@@ -39,11 +37,11 @@ def is_local(part) -> bool:
 def expand_shards(spec: str) -> list[str]:
     """Paths and URLs of a list as webdataset has it: `::` between entries, braces, ${NAME} for the variable WDS_NAME.
 
-    An entry may be a file of shards, in which each line is such a list: .txt or .list, or webdataset's .yaml.
+    An entry may be a file, .txt or .list, in which each line is such a list.
     """
     shards = []
     for entry in expand_line(spec):
-        if is_local(entry) and Path(entry).suffix in (".txt", ".list", ".yaml", ".yml"):
+        if is_local(entry) and Path(entry).suffix in (".txt", ".list"):
             shards += [shard for line in read_list(Path(entry)) for shard in expand_line(line)]
         else:
             shards.append(entry)
@@ -52,7 +50,7 @@ def expand_shards(spec: str) -> list[str]:
 
 def expand_line(line: str) -> list[str]:
     try:
-        shards = expand_urls(line)
+        shards = map(rewrite_url, expand_urls(line))  # as gopen would, here to know what is local
     except AssertionError as error:
         name = str(error).rpartition("wds_")[2]
         raise ValueError(f"{line}: the environment variable {name} is not set") from None
@@ -60,34 +58,12 @@ def expand_line(line: str) -> list[str]:
 
 
 def read_list(path: Path) -> list[str]:
-    """Lines of a text file, without comments; or the shards of a YAML file."""
+    """Lines of a text file, without empty ones and comments."""
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix in (".yaml", ".yml"):
-            return yaml_shards(yaml.safe_load(text))
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is no list of shards: {reason}") from None
-    lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
-
-
-def yaml_shards(spec: dict) -> list[str]:
-    """Shards of webdataset's YAML: `datasets`, each with `shards`, in `buckets` and behind a `prefix`.
-
-    webdataset 1.0.2 still has its own reader of this format, but refuses to run it, as obsolete.
-    """
-    shards = []
-    for dataset in spec["datasets"]:
-        if odd := sorted({*spec, *dataset} - {"datasets", "prefix", "buckets", "name", "shards"}):
-            raise ValueError(f"{odd[0]} is not taken, an epoch visits each shard once")
-        urls, buckets = dataset["shards"], dataset.get("buckets", spec.get("buckets")) or ""
-        [bucket] = [buckets] if isinstance(buckets, str) else buckets
-        for url in [urls] if isinstance(urls, str) else urls:
-            shards.append(expand(spec.get("prefix", "")) + os.path.join(expand(bucket), expand(url)))
-    return shards
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,9 +85,10 @@ class StrictTarInfo(tarfile.TarInfo):
 
 
 def open_shard(shard: str):
-    """A readable binary stream. What is not local is opened by webdataset's gopen.
+    """A readable binary stream. What is not local is read by a command that webdataset's gopen runs.
 
-    gopen runs a command: of `pipe:` the user's, else curl (with its retries), gsutil or ais, which must be installed.
+    That is curl (with its retries), gsutil or ais, or of `pipe:` the user's own. What stops a run must not stop the
+    command too, or the shard would look cut off in the last checkpoint.
     """
     if is_local(shard):
         return open(shard, "rb")
@@ -119,12 +96,15 @@ def open_shard(shard: str):
         shard = f"pipe:aws s3 cp {shlex.quote(shard)} -"
     if scheme_of(shard) == "hf" and get_token() is None:
         shard = HfFileSystem().url(shard)  # gopen would send the token "None"
-    # The command inherits the mask: what stops a run must not cut the shard off before the last checkpoint is saved.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        stream = gopen(shard, "rb")
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if scheme_of(shard) == "pipe":  # gopen's, but in a session of its own: shells do not keep signals blocked
+        command = shard.partition(":")[2]
+        stream = Pipe(command, mode="rb", shell=True, bufsize=8192, ignore_status=[141], start_new_session=True)
+    else:
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # for the command
+        try:
+            stream = gopen(shard, "rb")
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     # Else a read raises as soon as the command has failed, and what it wrote before that is lost or not, by chance.
     set_options(stream, ignore_errors=True)
     return stream

@@ -1,4 +1,4 @@
-"""Where samples come from: shards, folders of images or clips, tables, files of prompts.
+"""Sources of samples: shards, folders of images or clips, tables, files of prompts.
 
 A source is a list of parts: a shard, some files of a folder, some rows of a table, some prompts. A part yields
 (key, members) for each of its samples, members by extension as a shard has them, or (key, cause) for one that cannot
@@ -27,7 +27,7 @@ from common.data.shards import (
 
 EXIF_ORIENTATION = 0x0112
 
-PARTS, MOST_FILES = 64, 1024  # a folder's parts, and the files in one, of which the cache makes one file
+PARTS, MOST_FILES = 64, 1024  # of a folder: its parts, and files in a part, whose latents make one file of the cache
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Rows:
     """Some rows of a parquet file, one row group of it, or of a dataset of the package `datasets`."""
 
     path: str
-    table: object  # that dataset, or None for a file
+    table: object  # the dataset, or None for a file
     start: int  # row group, or first row
     samples: int
     image_column: str
@@ -106,11 +106,11 @@ def count_part(part) -> int:
         return len(part.files)
     if isinstance(part, Rows):
         return part.samples
-    return len(part.prompts) if isinstance(part, Prompts) else len(count_keys(part))
+    return len(part.prompts) if isinstance(part, Prompts) else count_keys(part)
 
 
 def image_size(source) -> tuple[int, int]:
-    """(height, width), from the header alone."""
+    """(height, width) of an image, from its header alone."""
     with Image.open(source) as image:
         return true_size(image, header_only=True)
 
@@ -135,7 +135,7 @@ def true_size(image: Image.Image, header_only: bool = False) -> tuple[int, int]:
     """(height, width) of the upright image: EXIF may say that it is stored on its side."""
     width, height = image.size
     if header_only and image.format == "PNG" and "exif" not in image.info:
-        return height, width  # to look for more would decode it
+        return height, width  # EXIF behind the pixels is found only by decoding them
     return (width, height) if image.getexif().get(EXIF_ORIENTATION, 1) >= 5 else (height, width)
 
 
@@ -147,7 +147,7 @@ def true_size(image: Image.Image, header_only: bool = False) -> tuple[int, int]:
 def split_folder(folder: str, captions: dict[str, str | list[str]] | None = None, kind: str = "image") -> list[Files]:
     """Parts of all images or clips in a folder and its subfolders, or of those with a caption.
 
-    Which file is in which part follows from the names alone, mixed, for neighbours are often alike.
+    The parts follow from the names alone. Names are mixed first, because neighbours are often alike.
     """
     if captions is None:
         names = []
@@ -161,12 +161,14 @@ def split_folder(folder: str, captions: dict[str, str | list[str]] | None = None
         names = list(captions)
     names.sort()
     names = [names[i] for i in np.random.default_rng(len(names)).permutation(len(names))]
-    size = min(MOST_FILES, -(-len(names) // PARTS))
     captions = captions or {}
-    return [
-        Files(folder, tuple((name, captions.get(name)) for name in names[start : start + size]))
-        for start in range(0, len(names), max(size, 1))
-    ]
+    return [Files(folder, tuple((names[i], captions.get(names[i])) for i in part)) for part in split(len(names))]
+
+
+def split(count: int) -> list[range]:
+    """Numbers of so many samples, in parts of one size."""
+    size = max(1, min(MOST_FILES, -(-count // PARTS)))
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def has_kind(name: str, kind: str) -> bool:
@@ -233,8 +235,7 @@ def split_prompts(path: str) -> list[Prompts]:
     lines = [line for line in lines if line]
     if not lines:
         raise ValueError(f"{path}: no prompts in it")
-    size = min(MOST_FILES, -(-len(lines) // PARTS))
-    return [Prompts(start, tuple(lines[start : start + size])) for start in range(0, len(lines), size)]
+    return [Prompts(part.start, tuple(lines[part.start : part.stop])) for part in split(len(lines))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,11 +275,7 @@ def split_hub_dataset(name: str, config: str | None, cache_dir: str | None, imag
         raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}") from None
     check_columns(name, table.column_names, image_column, caption_column)
     table = table.cast_column(image_column, datasets.Image(decode=False))
-    size = min(MOST_FILES, -(-len(table) // PARTS))
-    return [
-        Rows(name, table, start, min(size, len(table) - start), image_column, caption_column)
-        for start in range(0, len(table), max(size, 1))
-    ]
+    return [Rows(name, table, part.start, len(part), image_column, caption_column) for part in split(len(table))]
 
 
 def check_columns(name: str, columns: list[str], image_column: str, caption_column: str):

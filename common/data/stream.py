@@ -7,7 +7,7 @@ processes and workers read it. Every sample carries a cursor, the place in its l
 
 A process reads a batch's number of samples at a time, and each sample waits in its bucket until there is a batch of
 them. Which samples make which batch thus follows from the sequence alone. A checkpoint needs, of each lane, the cursor
-before its first sample that was not used, and which later ones were: all that waited is read again.
+before its first sample that was not used, and the later samples that were: those that waited are read again.
 """
 
 import itertools
@@ -51,13 +51,25 @@ def plan_lanes(shards: int, processes: int, workers: int, lanes: int | None = No
 class ShardStream(IterableDataset):
     """This process's share of the endless sequence; each item is one worker's part of one read, a list of samples.
 
-    `shards` are pairs of a dataset's number and a part of it, `readers` are the datasets'.
+    `shards` are pairs of a dataset's number and a part of it, `readers` are the datasets'. Errors
+    begin with `source`, the flag that named the data.
     """
 
     def __init__(
-        self, shards, readers, *, seed, batch_size, process, processes, lanes, shuffle_buffer=1000, state=None
+        self,
+        shards,
+        readers,
+        *,
+        seed,
+        batch_size,
+        process,
+        processes,
+        lanes,
+        shuffle_buffer=1000,
+        state=None,
+        source="data",
     ):
-        self.shards, self.readers, self.seed = shards, readers, seed
+        self.shards, self.readers, self.seed, self.source = shards, readers, seed, source
         self.batch_size, self.process, self.processes, self.lanes = batch_size, process, processes, lanes
         self.block = max(1, shuffle_buffer // lanes)
         state = state or {"starts": {}, "used": []}
@@ -120,7 +132,7 @@ class ShardStream(IterableDataset):
                 if len(barren) == len(self.shards):
                     causes = ", ".join(f"{count} x {cause}" for cause, count in faults.most_common())
                     raise NoGoodSamples(
-                        f"no usable sample in any of {len(self.shards)} shards: {causes or 'all empty'}"
+                        f"{self.source}: no usable sample in any of {len(self.shards)} shards: {causes or 'all empty'}"
                     )
             first_place = 0
 
@@ -150,6 +162,7 @@ def outlive_signals(worker: int):
 
 
 def end_when_parent_says():
+    """Wait for the parent's own SIGTERM, and end this process."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -228,7 +241,7 @@ class Batches:
 def open_batches(args, data, accelerator, readers: list[ImageReader], state, sharing: int = 1) -> Batches:
     """Batches of the datasets; `sharing` processes next to each other work on the same samples."""
     processes = accelerator.num_processes // sharing
-    # A dataset's parts stand there once for each of its visits in an epoch, so that those are spread over it.
+    # A dataset's parts are listed once for each of its visits in an epoch, so that the visits are spread over it.
     shards = [(i, part) for i, dataset in enumerate(data.datasets) for part in dataset.parts * (dataset.repeats + 1)]
     try:
         resumed = state["lanes"] if state else None
@@ -239,13 +252,13 @@ def open_batches(args, data, accelerator, readers: list[ImageReader], state, sha
         accelerator.print(f"--dataloader_num_workers: {len(shards)} shards feed only {workers} in {lanes} lanes")
     stream = ShardStream(
         shards, readers, seed=args.seed, batch_size=args.train_batch_size, lanes=lanes, state=state,
-        process=accelerator.process_index // sharing, processes=processes,
+        process=accelerator.process_index // sharing, processes=processes, source=data.source,
     )  # fmt: skip
     return Batches(stream, workers)
 
 
 def gather_states(batches, accelerator, sharing: int = 1) -> tuple[dict, Counter]:
-    """Place in the data and samples skipped, of all processes; once of those that are `sharing` their samples."""
+    """The place in the data and the samples skipped, of all processes; those that share samples count once."""
     states = gather_object([batches.state()])[::sharing]
     starts = {lane: start for state in states for lane, start in state["starts"].items()}
     used = sorted(position for state in states for position in state["used"])
