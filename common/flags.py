@@ -415,10 +415,10 @@ def read_setting(action: argparse.Action, key: str, value, where: str):
         values = value if isinstance(value, list) else [value]
         if all(isinstance(each, int | float) and not isinstance(each, bool) for each in values):
             value = ",".join(map(str, values))
-    # Of JSON a number's type is its own; what a function parses is text
+    # A flag of another type parses text
     kind = action.type if action.type in (int, float) else str
     check_value(key, value, Key(tuple(action.choices) if action.choices else kind), where)
-    try:
-        return action.type(value) if action.type else value
+    try:  # numbers stay as JSON has them, 512 and not 512.0: names of caches tell them apart
+        return action.type(value) if action.type and isinstance(value, str) else value
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"{where}: {key} {error}") from None
