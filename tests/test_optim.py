@@ -36,7 +36,7 @@ def steps_of(make) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
 def test_adamw_is_torchs(name):
-    """On a CPU, where the one of 8 bits is not to be had."""
+    """On a CPU 8-bit AdamW is plain AdamW."""
     ours = steps_of(lambda p: make_optimizer(name, p, 0.1, (0.8, 0.95), 0.2, 1e-3, CPU))
     theirs = steps_of(lambda p: torch.optim.AdamW(p, 0.1, (0.8, 0.95), 1e-3, 0.2, fused=False))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)

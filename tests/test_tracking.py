@@ -1,4 +1,4 @@
-"""Means of what the loop measures, and what trackers are told: read back from what they wrote."""
+"""Means of values, and runs in trackers, read back from the trackers' files."""
 
 import io
 import json
