@@ -65,12 +65,12 @@ GIF_SIDE, GIF_MILLISECONDS = 256, 60  # longest side of a clip in TensorBoard, a
 
 
 def public_settings(args) -> dict:
-    """Flags for trackers and the model card, as given or filled in, but for secrets. Of a file they have the path alone."""
+    """Flags for trackers and the model card, as given or filled in, without secrets. A file is shown by its path."""
     return {name: value for name, value in vars(args).items() if name not in SECRETS}
 
 
 def installed(tracker: str) -> bool:
-    """Whether the package is there, which accelerate knows, and can be imported, as a folder `wandb` of old runs can."""
+    """Whether the package is there, as accelerate says, and can be imported, as a folder `wandb` of old runs can."""
     try:
         return tracker in map(str, get_available_trackers()) and bool(importlib.import_module(tracker))
     except ImportError:
