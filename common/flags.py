@@ -308,7 +308,7 @@ def check_shared_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 
 def check_ranges(parser, args, at_least_one=(), not_negative=(), positive=(), below_one=(), share=()):
-    """Each group by its rule; a flag that is not given and has no default passes."""
+    """Checks each group of flags by its rule; a flag that is None passes."""
     for names, fits, rule in (
         (at_least_one, lambda value: value >= 1, "must be at least 1"),
         (not_negative, lambda value: 0 <= value < math.inf, "must not be negative"),
@@ -323,7 +323,7 @@ def check_ranges(parser, args, at_least_one=(), not_negative=(), positive=(), be
 
 
 def bucket_rules(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Rules, list[str]]:
-    """The rules of sizes that these flags give, and notes for the user."""
+    """Checks the flags of sizes. Returns their rules, and notes for the user."""
     if args.dataset_config_name and not args.dataset_name:
         parser.error(f"--dataset_config_name {args.dataset_config_name}: needs --dataset_name")
     check_ranges(parser, args, at_least_one=("bucket_alignment",), positive=("resolution",))
@@ -415,10 +415,10 @@ def read_setting(action: argparse.Action, key: str, value, where: str):
         values = value if isinstance(value, list) else [value]
         if all(isinstance(each, int | float) and not isinstance(each, bool) for each in values):
             value = ",".join(map(str, values))
-    # Of JSON a number's type is its own; what a function parses is text
+    # A flag of another type parses text
     kind = action.type if action.type in (int, float) else str
     check_value(key, value, Key(tuple(action.choices) if action.choices else kind), where)
-    try:
-        return action.type(value) if action.type else value
+    try:  # numbers stay as JSON has them, 512 and not 512.0: names of caches tell them apart
+        return action.type(value) if action.type and isinstance(value, str) else value
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"{where}: {key} {error}") from None

@@ -197,7 +197,7 @@ def quantize(network: torch.nn.Module, precision: str, where) -> torch.nn.Module
     """Converts weights of Linear layers to 8 bits, in place, on the device `where`; all others keep their precision."""
     if precision == "no_change":
         return network
-    # It warns of kernels for other GPUs, and peft of merging adapters, which nothing here does
+    # torchao warns of kernels for other GPUs, and peft of merging adapters, which nothing here does
     logging.getLogger("torchao").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass.*")
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_

@@ -26,7 +26,7 @@ class Lion(torch.optim.Optimizer):
 
 
 def optimizer_name(args) -> str:
-    """Which of adamw, adamw8bit and lion the flags mean: adamw_bf16 is adamw, as trained weights are fp32 here."""
+    """adamw, adamw8bit or lion, from the flags. adamw_bf16 is adamw, as trained weights and moments are fp32."""
     return "adamw8bit" if args.use_8bit_adam else args.optimizer.removeprefix("optimi-").removesuffix("_bf16")
 
 

@@ -46,7 +46,7 @@ def check_value(key: str, value, wanted: Key, where: str):
             raise ValueError(f"{where}: {key} is {value!r}, and must be one of {', '.join(kind)}")
     elif not has_type(value, kind):
         raise ValueError(f"{where}: {key} is {value!r}, and must be of type {kind.__name__}")
-    elif wanted.least is not None and value < wanted.least:
+    elif wanted.least is not None and not value >= wanted.least:  # also NaN
         raise ValueError(f"{where}: {key} is {value!r}, and must be at least {wanted.least:g}")
 
 

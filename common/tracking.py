@@ -65,12 +65,12 @@ GIF_SIDE, GIF_MILLISECONDS = 256, 60  # longest side of a clip in TensorBoard, a
 
 
 def public_settings(args) -> dict:
-    """The flags as they were given or filled in, for trackers and the model card. Of files the path alone is shown."""
+    """Flags for trackers and the model card, as given or filled in, without secrets. A file is shown by its path."""
     return {name: value for name, value in vars(args).items() if name not in SECRETS}
 
 
 def installed(tracker: str) -> bool:
-    """Whether accelerate finds the package, and it can be imported; import alone also takes a folder named `wandb`."""
+    """Whether the package is there, as accelerate says, and can be imported, as a folder `wandb` of old runs can."""
     try:
         return tracker in map(str, get_available_trackers()) and bool(importlib.import_module(tracker))
     except ImportError:
@@ -92,13 +92,13 @@ def check_trackers(parser, report_to: str):
 
 
 class Tracking:
-    """What trackers, webhook and OUTPUT_DIR/validation are told; of all processes only the main one tells."""
+    """Reports of the main process to trackers, to the webhook, and to OUTPUT_DIR/validation."""
 
     def __init__(self, args, accelerator, steps: int):
         self.accelerator, self.steps = accelerator, steps
         self.folder = Path(args.output_dir, "validation")
         self.webhook = Webhook(args.webhook_config if accelerator.is_main_process else None)
-        settings = {  # what all trackers take
+        settings = {  # numbers and text are what all trackers take
             name: value if isinstance(value, int | float | str) else str(value)
             for name, value in public_settings(args).items()
         }

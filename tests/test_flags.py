@@ -190,7 +190,7 @@ def test_a_config_has_the_flags_types(config):
     args, _ = parse(*config(settings))
     assert (args.report_steps, args.validation_num_inference_steps) == ([1, 3], [4])
     assert args.validation_resolution == [(32, 64)] and (args.cast, args.random_flip, args.seed) == (False, True, 42)
-    assert args.betas == [0.0, 0.5] and all(type(number) is float for number in [*args.betas, args.learning_rate])
+    assert (args.betas, args.learning_rate) == ([0.0, 0.5], 1.0)
     assert parse(*config({"validation_resolution": 64}))[0].validation_resolution == [(64, 64)]
 
 

@@ -1,4 +1,4 @@
-"""Means of what the loop measures, and what trackers are told: read back from what they wrote."""
+"""Means of values, and runs in trackers, read back from the trackers' files."""
 
 import io
 import json
@@ -112,6 +112,27 @@ def test_a_run_in_tensorboard(tmp_path):
         assert np.abs(np.asarray(moving.convert("RGB")) / 255.0 - CLIP[i]).mean() < 0.02
     assert np.array_equal(np.asarray(Image.open(tmp_path / "validation" / "grid-000002.png")), np.asarray(PICTURE))
     assert not any(b"hf_secret" in path.read_bytes() for path in (tmp_path / "logs").rglob("*") if path.is_file())
+
+
+def test_a_run_in_trackio(tmp_path, monkeypatch):
+    """With a package that stands in for it."""
+    logged = []
+    made = SimpleNamespace(Image=lambda picture: ("image", picture.size), Video=lambda path: ("video", path))
+    monkeypatch.setitem(sys.modules, "trackio", made)
+    tracker = SimpleNamespace(name="trackio", log=lambda values, step: logged.append((values, step)))
+    accelerator = SimpleNamespace(is_main_process=True, trackers=[tracker], init_trackers=lambda *given: None)
+    told = Tracking(SimpleNamespace(**FLAGS | {"output_dir": str(tmp_path)}), accelerator, steps=2)
+    told.picture(PICTURE, "grid", 2)
+    told.clip(CLIP, tmp_path / "clip.mp4", "clip", 2)
+    assert logged == [({"grid": ("image", (8, 6))}, 2), ({"clip": ("video", str(tmp_path / "clip.mp4"))}, 2)]
+
+
+def test_other_processes_show_nothing(tmp_path):
+    accelerator = SimpleNamespace(is_main_process=False, init_trackers=lambda *given: None)
+    told = Tracking(SimpleNamespace(**FLAGS | {"output_dir": str(tmp_path)}), accelerator, steps=2)
+    told.picture(PICTURE, "grid", 2)
+    told.clip(CLIP, tmp_path / "clip.mp4", "clip", 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_large_clips_are_smaller_in_tensorboard():
