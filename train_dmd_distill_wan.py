@@ -78,6 +78,7 @@ from common.networks import (
     active_adapter,
     adapter_layers,
     adapter_weights,
+    precision_name,
     quantize,
     speed_up,
     weights_copy,
@@ -165,9 +166,9 @@ def parse_args(argv=None):
     add("--real_score_guidance_scale", type=float, default=3.0, metavar="S", help="of the teacher: uncond + S * (cond - uncond)")
     add("--fake_score_guidance_scale", type=float, default=0.0, metavar="S", help="of the fake score, likewise; 0 for none")
     add("--fake_score_lr", type=float, default=1e-5, help="constant; that of the student is --learning_rate")
-    add("--fake_score_weight_decay", type=float, default=0.01)
-    add("--fake_score_betas", type=float, nargs=2, default=[0.9, 0.999], metavar="BETA")
-    add("--fake_score_eps", type=float, default=1e-8)
+    add("--fake_score_weight_decay", type=float, default=0.01, help="of its AdamW")
+    add("--fake_score_betas", type=float, nargs=2, default=[0.9, 0.999], metavar="BETA", help="of its AdamW")
+    add("--fake_score_eps", type=float, default=1e-8, help="of its AdamW")
     add("--fake_score_grad_clip", type=float, default=1.0, help="as --max_grad_norm, for the fake score")
     add("--timestep_shift", type=float, default=1.0, help="of the timesteps at which rollouts are judged, towards noise; 1 is uniform")
     add("--min_timestep_ratio", type=float, default=0.02, help="these timesteps are at least 1000 times this")
@@ -199,7 +200,7 @@ def parse_args(argv=None):
         tracker_project_name="text2video-distill",
     )  # fmt: skip
     add_model_flags(parser)
-    hide_flags(parser, *NO_JOB)
+    hide_flags(parser, *NO_JOB, "validation_num_inference_steps")
 
     args = parse_with_config(parser, argv, family=FAMILY, method="dmd", recipe=toy_recipe)
     notes = check_shared_flags(parser, args)
@@ -505,7 +506,7 @@ def encoders(args, device, dtype: torch.dtype) -> Encoders:
         },
         text_identity=lambda: {
             "text": [weights_identity(source["model"], f, source["revision"]) for f in ("text_encoder", "tokenizer")],
-            "dtype": dtype, "precision": args.text_encoder_1_precision, "length": args.max_sequence_length,
+            "dtype": dtype, "precision": precision_name(args.text_encoder_1_precision), "length": args.max_sequence_length,
             "ftfy": is_ftfy_available(),
         },
         text_length=args.max_sequence_length,
@@ -844,7 +845,8 @@ def planned_setup(args, data, method, dtype: torch.dtype) -> Setup:
         validation=(latent_frames(method.validation_frames, FRAMES_PER_LATENT), *(side // factor for side in shown)),
         text_length=text_rows(args), model_type=args.model_type, lora_rank=args.lora_rank or 0,
         lora_targets=tuple(name.strip() for name in (args.lora_target_modules or LORA_TARGETS).split(",")), dtype=dtype,
-        base_precision=args.base_model_precision, text_precision=args.text_encoder_1_precision,
+        base_precision=precision_name(args.base_model_precision),
+        text_precision=precision_name(args.text_encoder_1_precision),
         optimizer=optimizer_name(args), checkpointing=args.gradient_checkpointing,
         accumulation=args.gradient_accumulation_steps, block_lengths=tuple(lengths) if len(lengths) > 1 else (),
         ema={"cpu": "cpu", "accelerator": "gpu"}[args.ema_device] if args.use_ema else "none", caches=data.caches,

@@ -175,7 +175,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from common.cache import weights_identity
 from common.flags import hide_flags
-from common.networks import guidance_embedding
+from common.networks import guidance_embedding, precision_name
 
 FAMILY = "sd"  # model_family of config files
 PIPELINE = StableDiffusionPipeline
@@ -299,7 +299,10 @@ def encoders(args, device, dtype: torch.dtype) -> Encoders:
         text_identity=lambda: {
             "text": [weights_identity(teacher_of(args), folder, args.teacher_revision) for folder in folders],
             "dtype": dtype,
-            "precisions": [args.text_encoder_1_precision, args.text_encoder_2_precision],
+            "precisions": [
+                precision_name(args.text_encoder_1_precision),
+                precision_name(args.text_encoder_2_precision),
+            ],
         },
     )
 

@@ -181,7 +181,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjecti
 
 from common.cache import weights_identity
 from common.flags import add_bucket_flags, bucket_rules
-from common.networks import guidance_embedding
+from common.networks import guidance_embedding, precision_name
 
 FAMILY = "sdxl"  # model_family of config files
 PIPELINE = StableDiffusionXLPipeline
@@ -310,7 +310,10 @@ def encoders(args, device, dtype: torch.dtype) -> Encoders:
         text_identity=lambda: {
             "text": [weights_identity(teacher_of(args), folder, args.teacher_revision) for folder in folders],
             "dtype": dtype,
-            "precisions": [args.text_encoder_1_precision, args.text_encoder_2_precision],
+            "precisions": [
+                precision_name(args.text_encoder_1_precision),
+                precision_name(args.text_encoder_2_precision),
+            ],
         },
     )
 

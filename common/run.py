@@ -22,7 +22,7 @@ def start_run(args, notes: list[str], **options) -> tuple[Accelerator, torch.dty
     """
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
-        log_with=tracker_names(args.report_to),
+        log_with=tracker_names(args.report_to) or None,
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
         **options,
     )

@@ -17,7 +17,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from common.dmd_flags import check_clip_flags, fit_to_blocks
+from common.dmd_flags import fit_to_blocks
 from diffusers import WanPipeline, WanVideoToVideoPipeline
 from PIL import Image
 from safetensors import safe_open
@@ -296,7 +296,6 @@ def blocks(per_block, first=False, training=21):
     ],
 )
 def test_clips_are_cut_to_whole_blocks(frames, settings, fitted):
-    from common.dmd_flags import fit_to_blocks
 
     assert fit_to_blocks("num_frames", frames, settings) == fitted
     assert [f"cut to --num_training_frames {settings.num_training_frames}, {fitted} frames" in note for note in settings.notes] == [True] * (fitted != frames)  # fmt: skip  # noqa: E501
@@ -312,7 +311,6 @@ def test_clips_are_cut_to_whole_blocks(frames, settings, fitted):
     ],
 )
 def test_an_error_says_which_numbers_of_frames_do(frames, settings, named):
-    from common.dmd_flags import fit_to_blocks
 
     with pytest.raises(ValueError, match=named):
         fit_to_blocks("num_frames", frames, settings)

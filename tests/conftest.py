@@ -1,0 +1,77 @@
+"""Fixtures that several test modules share. Folders of a session's fixtures are read and never written."""
+
+import signal
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from tests.helpers import tiny_pipeline, tiny_sdxl_pipeline, tiny_wan_pipeline, toy_shards
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+torch.set_num_threads(1)  # tests run side by side, and small tensors gain nothing
+
+
+def reset_accelerate():
+    """Forgets accelerate's global state, so that a script can run once more in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """A script in this process leaves neither accelerate's global state nor its signal handlers behind."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield reset_accelerate
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    reset_accelerate()
+
+
+@pytest.fixture(scope="session")
+def sd_teachers(tmp_path_factory):
+    """A Stable Diffusion folder with random weights for each prediction type."""
+    return {name: tiny_pipeline(tmp_path_factory.mktemp(name), name) for name in PREDICTION_TYPES}
+
+
+@pytest.fixture(scope="session")
+def sd_teacher(sd_teachers):
+    return sd_teachers["epsilon"]
+
+
+@pytest.fixture(scope="session")
+def sdxl_teacher(tmp_path_factory):
+    return tiny_sdxl_pipeline(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="session")
+def wan_teacher(tmp_path_factory):
+    return tiny_wan_pipeline(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture(scope="session")
+def small_shards(tmp_path_factory):
+    """A folder of two shards with eight toy pictures each, {00000..00001}.tar."""
+    folder = tmp_path_factory.mktemp("shards")
+    toy_shards(folder, shards=2, samples=8)
+    return folder
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """`watch(module, name)`: the list of (arguments, result) of every call of a module's function from now on."""
+
+    def watch(module, name: str) -> list[tuple]:
+        calls, original = [], getattr(module, name)
+
+        def watched(*arguments, **options):
+            result = original(*arguments, **options)
+            calls.append((arguments, result))
+            return result
+
+        monkeypatch.setattr(module, name, watched)
+        return calls
+
+    return watch
