@@ -2,11 +2,14 @@
 
 import signal
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 
-from tests.helpers import tiny_pipeline, tiny_sdxl_pipeline, tiny_wan_pipeline, toy_shards
+from tests.helpers import HookServer, clip_folder, tiny_pipeline, tiny_sdxl_pipeline, tiny_wan_pipeline, toy_shards
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -75,3 +78,38 @@ def watch(monkeypatch):
         return calls
 
     return watch
+
+
+@pytest.fixture
+def logged(monkeypatch) -> list[tuple[int, dict]]:
+    """(step, values) of all that goes to the trackers from now on, in place of them."""
+    found = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: found.append((step, values)))
+    return found
+
+
+@pytest.fixture
+def server():
+    """A server that keeps what is posted to its `url`, in `received`."""
+    server = HookServer()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory, sd_teacher):
+    """A folder of a CLIP with random weights."""
+    return clip_folder(tmp_path_factory.mktemp("clip"), sd_teacher)
+
+
+@pytest.fixture
+def two_shapes(tmp_path):
+    """Flags of a folder of eight images in two buckets, 40x24 and 24x40 pixels at resolution 32."""
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        pixels = rng.integers(0, 255, (40, 64, 3) if i % 2 else (64, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text(f"number {i}")
+    return f"--train_data_dir {tmp_path / 'images'} --resolution_type pixel_area --crop_aspect preserve"

@@ -1,10 +1,14 @@
 """Small pipelines with random weights, shards, and runs of the scripts, for all tests."""
 
+import http.server
 import io
+import json
 import os
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -23,6 +27,9 @@ from diffusers import (
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -30,6 +37,7 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.toy.make import add_member, draw, make_tokenizer
 
@@ -219,3 +227,42 @@ def launch(script: str, *flags, processes: int = 1, fsdp=False, check: bool = Tr
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def clip_folder(folder: Path, teacher: Path) -> Path:
+    """A CLIP with random weights and the teacher's tokenizer."""
+    torch.manual_seed(3)  # whose scores are not 0
+    tokenizer = AutoTokenizer.from_pretrained(teacher, subfolder="tokenizer")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {
+        "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = sizes | {"image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+class Hook(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):  # noqa: N802
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(self.server.delay)
+        self.server.received.append(json.loads(body))
+        self.send_response(self.server.status)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+class HookServer(http.server.ThreadingHTTPServer):
+    """Keeps what is posted to it; `delay` is that of its answers, `status` their code."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Hook)
+        self.received, self.delay, self.status = [], 0.0, 200
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/hook"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()

@@ -1,0 +1,554 @@
+"""The SDXL script's model: what the networks are told, a whole step in float64, starts, and exports.
+
+What both LCM scripts do alike is tested on the SD script; the tests of their text hold them to it.
+"""
+
+import gc
+import io
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import wandb
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+import train_lcm_distill_sdxl as script
+from common.networks import adapters_off
+from tests.helpers import ROOT, tiny_autoencoder, tiny_sdxl_pipeline, write_shard
+from tests.lcm import SHORT, TWO_STEPS, Runner, check_weights, lcm_in_float64, perturb, randomize_adapters
+
+ODD_SIZE = (257, 515)  # height and width of an original; bf16 has neither
+CONFIGS = ROOT / "tests" / "configs"
+
+
+@pytest.fixture(scope="module")
+def sdxl_teachers(sdxl_teacher, tmp_path_factory):
+    """By prediction type, and one whose empty prompt is encoded."""
+    v_prediction = tiny_sdxl_pipeline(tmp_path_factory.mktemp("v_prediction"), "v_prediction")
+    encodes = tiny_sdxl_pipeline(tmp_path_factory.mktemp("encodes"), force_zeros=False)
+    return {"epsilon": sdxl_teacher, "v_prediction": v_prediction, "encodes": encodes}
+
+
+@pytest.fixture
+def lcm(sdxl_teacher, small_shards, tmp_path, monkeypatch, one_process):
+    """`lcm.run(flags)`: a short run in this test's folder; `lcm.parse(flags)`: what its main takes."""
+    monkeypatch.chdir(small_shards)
+    return Runner(script, tmp_path, sdxl_teacher, one_process, "--bucket_alignment 8")
+
+
+@pytest.fixture
+def odd_shard(tmp_path):
+    """Samples of an odd size."""
+    rng = torch.Generator().manual_seed(0)
+    samples = []
+    for i in range(4):
+        file = io.BytesIO()
+        pixels = torch.randint(0, 256, (*ODD_SIZE, 3), generator=rng, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(file, "png")
+        samples.append({"png": file.getvalue(), "txt": f"noise {i}".encode()})
+    return write_shard(tmp_path / "odd.tar", samples)
+
+
+def tiny_conditions(batch: int = 2) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(4)
+    sizes = torch.tensor([[32.0, 40.0, 0.0, 4.0, 32.0, 32.0]]).repeat(batch, 1)
+    embeds = torch.randn(batch, 32, 40, generator=rng)
+    return {"prompt_embeds": embeds, "text_embeds": torch.randn(batch, 20, generator=rng), "time_ids": sizes}
+
+
+def tiny_inputs():
+    return torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(4)), torch.tensor([999, 19])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm, restated
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sdxl_conditions(pipe, sample) -> tuple[dict, dict]:
+    """By the pipeline's own encoding; whether the empty prompt is zeros is its own business."""
+    embeds, no_embeds, pooled, no_pooled = pipe.encode_prompt(
+        sample.caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
+    sizes = torch.tensor([[32.0, 40.0, 0.0, 4.0, 32.0, 32.0]], dtype=torch.float64)  # of the shards, cut to 32x32
+    return (
+        {"encoder_hidden_states": embeds, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}},
+        {"encoder_hidden_states": no_embeds, "added_cond_kwargs": {"text_embeds": no_pooled, "time_ids": sizes}},
+    )
+
+
+@pytest.mark.parametrize("teacher", ["epsilon", "v_prediction", "encodes"])
+def test_training_steps_equal_the_algorithm_restated_in_float64(teacher, lcm, sdxl_teachers, watch):
+    args, data, _ = lcm.parse(TWO_STEPS, sdxl_teachers[teacher])
+    losses, student, target = lcm_in_float64(script, args, data, StableDiffusionXLPipeline, sdxl_conditions)
+    ours = watch(script, "consistency_loss")
+    out = lcm.run(TWO_STEPS, sdxl_teachers[teacher])
+    torch.testing.assert_close([loss.item() for _, loss in ours], losses, rtol=5e-5, atol=0)
+    start = load_file(sdxl_teachers[teacher] / "unet" / "diffusion_pytorch_model.safetensors")
+    check_weights(out, start, student, target)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the networks are told
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_size_ids_reach_the_sinusoid_in_fp32_in_a_bf16_run(lcm, odd_shard, monkeypatch):
+    """bf16 makes 256 of 257 and 516 of 515."""
+    seen = []
+
+    def listen(teacher, student, target):
+        for network in (teacher, student, target):
+            network.add_time_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+
+    perturb(monkeypatch, script, listen)
+    lcm.run(f"--mixed_precision bf16 --train_shards_path_or_url {odd_shard}")
+    resized = round(515 * 32 / 257)
+    ids = torch.tensor([257.0, 515.0, 0.0, (resized - 32) // 2, 32.0, 32.0])
+    for values, batch in zip(seen[:3], (8, 4, 4), strict=True):  # teacher with both prompts, target, student
+        assert values.dtype == torch.float32 and torch.equal(values.view(batch, 6), ids.repeat(batch, 1))
+
+
+@pytest.mark.parametrize("teacher", ["epsilon", "encodes"])
+def test_the_empty_prompt_is_what_the_teacher_s_pipeline_says(teacher, lcm, sdxl_teachers, watch):
+    calls = watch(script, "predict")
+    lcm.run("--proportion_empty_prompts 0.5 --train_batch_size 8", sdxl_teachers[teacher])
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_teachers[teacher])
+    _, embeds, _, pooled = pipe.encode_prompt("anything", device="cpu")
+    assert (embeds.abs().max() == 0) == (teacher == "epsilon")
+    (_, _, _, both, *_), _ = calls[0]
+    for name, expected in (("prompt_embeds", embeds), ("text_embeds", pooled)):
+        rows = both[name]
+        torch.testing.assert_close(rows[8:], expected.expand_as(rows[8:]), rtol=0, atol=1e-6)
+        dropped = [torch.allclose(row, expected[0], rtol=0, atol=1e-6) for row in rows[:8]]
+        assert 0 < sum(dropped) < 8  # dropped prompts are this too
+    assert torch.equal(both["time_ids"][:8], both["time_ids"][8:])
+
+
+def test_prompts_are_encoded_as_by_the_pipeline(lcm, sdxl_teacher):
+    prompts = ["a small red circle", "at the top on a blue background " * 20]  # the latter is cut off
+    encoders = script.load_text_encoders(lcm.args(), torch.device("cpu"), torch.float32)
+    ours = script.encode_prompts(encoders, prompts)
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_teacher)
+    embeds, _, pooled, _ = pipe.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)
+    torch.testing.assert_close(ours, {"prompt_embeds": embeds, "text_embeds": pooled})
+
+
+def test_pictures_are_the_pipeline_s_own_at_any_size(lcm, sdxl_teacher):
+    """Generated from embeddings, at a bucket's size, they are those that a user gets from the prompt."""
+    prompt = "a large white cross on the left"
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_teacher)
+    embeds, no_embeds, pooled, no_pooled = pipe.encode_prompt(prompt, device="cpu")
+    (ours,) = script.generate(
+        lcm.args(), pipe.vae, pipe.unet, pipe.scheduler, {"prompt_embeds": embeds, "text_embeds": pooled},
+        {"prompt_embeds": no_embeds, "text_embeds": no_pooled}, 3, 4.0, 7, (48, 32), None,
+    )  # fmt: skip
+    noise = torch.Generator().manual_seed(7)
+    stock = pipe(prompt, height=48, width=32, num_inference_steps=3, guidance_scale=4.0, generator=noise).images[0]
+    assert ours.size == (32, 48) and ours.tobytes() == stock.tobytes()
+
+
+@pytest.mark.parametrize("override", [False, True])
+def test_the_vae_is_in_fp32_unless_another_is_given(override, lcm, sdxl_teacher, watch, tmp_path):
+    other = AutoencoderKL.from_pretrained(sdxl_teacher, subfolder="vae")
+    torch.nn.init.normal_(other.decoder.conv_out.weight, generator=torch.Generator().manual_seed(0))
+    other.save_pretrained(tmp_path / "vae")
+    encoded, generated = watch(script, "encode_pixels"), watch(script, "generate")
+    lcm.run("--mixed_precision bf16" + f" --pretrained_vae_model_name_or_path {tmp_path / 'vae'}" * override)
+    for vae in (encoded[0][0][0], generated[0][0][1]):
+        assert vae.dtype == (torch.bfloat16 if override else torch.float32)
+        same = torch.allclose(vae.decoder.conv_out.weight.float(), other.decoder.conv_out.weight, atol=2e-2)
+        assert same == override
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Student, teacher, exports
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_student_starts_as_its_teacher_for_every_w(lcm):
+    teacher, student, target = script.load_networks(lcm.args(), Accelerator(), torch.float32)
+    x, t = tiny_inputs()
+    expected = script.predict(teacher, x, t, tiny_conditions())
+    for w in (1.0, 12.0):
+        for network in (student, target):
+            assert torch.equal(script.predict(network, x, t, tiny_conditions(), torch.full((2,), w)), expected)
+
+
+@pytest.mark.parametrize("flags", ["--lora_rank 4", "--use_dora", "--lora_rank 4 --mixed_precision bf16"])
+def test_without_adapters_the_network_is_the_teacher_bit_for_bit(flags, lcm):
+    args = lcm.args(flags)
+    dtype = torch.bfloat16 if args.mixed_precision else torch.float32
+    teacher, student, target = script.load_networks(args, Accelerator(), dtype)
+    assert teacher is student is target
+    randomize_adapters(student)
+    base = script.load_teacher(args, dtype)
+    base.to(memory_format=torch.contiguous_format if args.use_dora else torch.channels_last)
+    x, t = tiny_inputs()
+    cond = {name: v if name == "time_ids" else v.to(dtype) for name, v in tiny_conditions().items()}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        expected = script.predict(base, x, t, cond)
+        with adapters_off(student):
+            assert torch.equal(script.predict(student, x, t, cond), expected)
+        assert (script.predict(student, x, t, cond) - expected).abs().mean() > 1e-2
+
+
+def outputs_of(network, teacher, out, **weights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a network, of its teacher, and of its teacher's pipeline with the LoRA in the folder `out`."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(teacher)
+    (x, t), cond = tiny_inputs(), tiny_conditions()
+    with torch.no_grad():
+        base = script.predict(pipe.unet, x, t, cond)
+        pipe.load_lora_weights(out, **weights)
+        return script.predict(network.eval(), x, t, cond), base, script.predict(pipe.unet.eval(), x, t, cond)
+
+
+@pytest.mark.parametrize("flags", ["--lora_rank 4 --lora_alpha 8", "--lora_rank 4 --lora_alpha 8 --use_dora"])
+def test_an_exported_lora_loads_in_the_stock_pipeline(flags, lcm, sdxl_teacher, monkeypatch):
+    networks = perturb(monkeypatch, script, randomize_adapters)
+    out = lcm.run(f"{flags} --max_train_steps 2 --learning_rate 1e-2")
+    ours, base, loaded = outputs_of(networks[1], sdxl_teacher, out)
+    assert (loaded - base).abs().mean() > 1e-2
+    torch.testing.assert_close(loaded, ours, rtol=0, atol=1e-6)
+
+
+def test_the_kohya_file_is_the_lora_in_stabilitys_names(lcm, sdxl_teacher, monkeypatch):
+    networks = perturb(monkeypatch, script, randomize_adapters)
+    targets = "to_q,to_v,ff.net.2,conv1,conv_shortcut,time_emb_proj"
+    out = lcm.run(f"--lora_rank 4 --lora_alpha 8 --export_formats diffusers,kohya --lora_target_modules {targets}")
+    keys = load_file(out / "kohya_lora.safetensors").keys()
+    assert all(key.startswith(("lora_unet_input_", "lora_unet_middle_", "lora_unet_output_")) for key in keys)
+    ours, _, loaded = outputs_of(networks[1], sdxl_teacher, out, weight_name="kohya_lora.safetensors")
+    torch.testing.assert_close(loaded, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "error"), [("int8-quanto", 0.02), ("fp8-torchao", 0.1)])
+def test_a_lora_of_a_base_in_8_bits_loads_on_the_plain_one(precision, error, lcm, sdxl_teacher, monkeypatch):
+    networks = perturb(monkeypatch, script, lambda network, *_: randomize_adapters(network, std=0.1))
+    out = lcm.run(f"--lora_rank 4 --base_model_precision {precision} --learning_rate 1e-2")
+    frozen = [m.weight for m in networks[1].modules() if type(m) is torch.nn.Linear and not m.weight.requires_grad]
+    assert {type(weight).__name__ for weight in frozen} == {"Int8Tensor" if "int8" in precision else "Float8Tensor"}
+    ours, base, loaded = outputs_of(networks[1], sdxl_teacher, out)
+    assert (loaded - base).norm() > 0.2 * base.norm()
+    assert (loaded - ours).norm() < error * loaded.norm()
+
+
+@pytest.mark.parametrize("where", ["cpu", "accelerator"])
+def test_weights_are_brought_to_8_bits_where_asked(where, lcm, monkeypatch):
+    places, meta = [], torch.device("meta")
+    monkeypatch.setattr(script, "quantize", lambda network, precision, place: places.append(str(place)))
+    args = lcm.args(f"--lora_rank 2 --base_model_precision int8-torchao --quantize_via {where}")
+    script.load_text_encoders(args, meta, torch.float32)
+    script.load_networks(args, SimpleNamespace(device=meta, print=print), torch.float32)
+    assert places == ["cpu" if where == "cpu" else "meta"] * 3
+
+
+def test_an_exported_student_is_a_network_and_where_asked_a_whole_pipeline(lcm, monkeypatch):
+    networks = perturb(monkeypatch, script, lambda *_: None)
+    out = lcm.run("--num_ddim_timesteps 25 --learning_rate 1e-2 --export_pipeline")
+    target = networks[2].state_dict()
+    unet = UNet2DConditionModel.from_pretrained(out)
+    assert unet.config.time_cond_proj_dim == 256
+    assert all(torch.equal(value, target[name]) for name, value in unet.state_dict().items())
+    pipe = StableDiffusionXLPipeline.from_pretrained(out)
+    assert isinstance(pipe.scheduler, LCMScheduler) and pipe.scheduler.config.original_inference_steps == 25
+    assert pipe.config.force_zeros_for_empty_prompt and pipe.unet.config.time_cond_proj_dim == 256
+    assert all(torch.equal(value, target[name]) for name, value in pipe.unet.state_dict().items())
+    picture = pipe("a red circle", height=32, width=32, num_inference_steps=2, guidance_scale=9.0).images[0]
+    assert picture.size == (32, 32)
+
+
+@pytest.mark.parametrize("flags", ["--model_type full", "--lora_rank 4"])
+def test_the_card_says_how_to_use_the_model_what_made_it_and_how_good_it_is(flags, lcm, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_lcm_distill_sdxl.py", *flags.split(), "--seed", "42"])
+    out = lcm.run(f"{flags} --num_ddim_timesteps 25 --report_steps 1,3 --validation_prompt= ")
+    card = (out / "README.md").read_text()
+    assert f"accelerate launch train_lcm_distill_sdxl.py {flags} --seed 42\n" in card
+    settings = json.loads(re.search(r"```json\n(.*?)```", card, re.DOTALL)[1])
+    assert (settings["num_ddim_timesteps"], settings["report_steps"], settings["w_max"]) == (25, [1, 3], 15.0)
+    assert "![samples](samples.png)" in card and Image.open(out / "samples.png").width > 4 * 128  # a prompt a column
+    scheduler = LCMScheduler.from_pretrained(out, subfolder="scheduler")
+    assert scheduler.config.original_inference_steps == 25
+    assert f'LCMScheduler.from_pretrained("{out}", subfolder="scheduler")' in card
+    # Without asking nothing but the student is written
+    assert not {"model_index.json", "unet", "vae", "text_encoder"} & {path.name for path in out.iterdir()}
+
+    rows = json.loads((out / "report.json").read_text())
+    samplers = [("teacher", 50), ("teacher", 1), ("teacher", 3), ("student", 1), ("student", 3)]
+    assert [(row["sampler"], row["steps"]) for row in rows] == samplers
+    assert all(f"| {row['sampler']} | {row['steps']} | {row['distance']:.4f} |" in card for row in rows)
+    plot = np.asarray(Image.open(out / "report.png"))
+    lines = [(plot == np.array(colour)).all(-1).sum() for colour in ((0x88, 0x88, 0x88), (0xC0, 0x30, 0x20))]
+    assert min(lines) > 100 and "![steps against quality](report.png)" in card  # teacher's and student's
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Caches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flags", "there"), [("", False), ("--vae_cache_disable", True)])
+def test_with_full_caches_neither_vae_nor_text_encoders_are_there(flags, there, lcm, monkeypatch):
+    """While training, in the run that fills them and in the next."""
+    kinds, found = (AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection), []
+
+    def encoders() -> list:
+        gc.collect()
+        return [thing for thing in gc.get_objects() if type(thing) in kinds]
+
+    before = encoders()
+    known = set(map(id, before))
+    monkeypatch.setattr(
+        Accelerator, "log", lambda *_, **__: found.append({type(e) for e in encoders() if id(e) not in known})
+    )
+    for _ in range(2):
+        lcm.run(flags)
+    assert found == [set(kinds) if there else set()] * 2
+
+
+def test_from_a_cache_the_teacher_is_told_what_it_is_told_without(two_shapes, lcm, tmp_path, watch):
+    """Latents, both text encoders' embeddings, size ids: streamed, while filling, from what was filled, on demand."""
+    calls, told = watch(script, "predict"), []
+    flags = f"--train_batch_size 2 --max_train_steps 6 --learning_rate 1e-6 {two_shapes}"
+    lcm.flags = [*SHORT.split(), "--bucket_alignment", "8"]
+    on_demand = f"--vae_cache_ondemand --compress_disk_cache --cache_dir_vae {tmp_path}"
+    for mode in ("--vae_cache_disable", "", "", on_demand):
+        calls.clear()
+        lcm.run(f"{flags} {mode}")
+        told.append([{"x": x, "t": t} | cond for (_, x, t, cond, *_), _ in calls[::3]])  # teacher, target, student
+    assert {tuple(step["x"].shape[2:]) for step in told[0]} == {(5, 3), (3, 5)}
+    assert {tuple(step["time_ids"][0].tolist()) for step in told[0]} == {(64, 40, 0, 0, 40, 24), (40, 64, 0, 0, 24, 40)}
+    for other in told[1:]:
+        torch.testing.assert_close(other, told[0], rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may be added to a run, where SDXL is another matter than SD
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_negative_prompt_reaches_the_teachers_pictures_in_both_embeddings(lcm, sdxl_teacher, watch):
+    calls = watch(script, "generate")
+    lcm.run("--validation_negative_prompt blue --validation_resolution 48x32", benchmark=True)
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_teacher)
+    embeds, _, pooled, _ = pipe.encode_prompt("blue", device="cpu", do_classifier_free_guidance=False)
+    (student, _), (teacher, pictures) = calls
+    assert student[5]["prompt_embeds"].abs().max() == student[5]["text_embeds"].abs().max() == 0
+    torch.testing.assert_close(teacher[5], {"prompt_embeds": embeds, "text_embeds": pooled}, rtol=0, atol=1e-5)
+    assert {picture.size for picture in pictures} == {(48, 32)}
+
+
+def test_previews_go_to_the_webhook(lcm, server, tmp_path):
+    tiny_autoencoder(tmp_path / "tiny")
+    (tmp_path / "hook.json").write_text(json.dumps({"webhook_url": server.url}))
+    flags = f"--validation_preview --validation_preview_steps 2 --validation_preview_model {tmp_path / 'tiny'}"
+    out = lcm.run(f"{flags} --validation_num_inference_steps 4 --webhook_config {tmp_path / 'hook.json'}")
+    pictures = {m["name"]: m["level"] for m in server.received if m["type"] == "picture"}
+    previews = [f"preview-4-steps-step0{i}" for i in (1, 2, 4)]
+    assert list(pictures.items()) == [*((name, "debug") for name in previews), ("grid", "info")]
+    assert len(list((out / "validation").glob("preview-4-steps-*.png"))) == 3
+
+
+def test_each_text_encoder_has_its_precision(lcm):
+    embeds = []
+    for flags in ("", "--text_encoder_1_precision int8-torchao", "--text_encoder_2_precision fp8-torchao"):
+        args = lcm.args(flags)
+        encoders = script.load_text_encoders(args, torch.device("cpu"), torch.float32)
+        layers = [next(m for m in encoder.modules() if isinstance(m, torch.nn.Linear)) for _, encoder in encoders]
+        wanted = {"int8-torchao": "Int8Tensor", "fp8-torchao": "Float8Tensor", "no_change": "Parameter"}
+        assert [type(layer.weight).__name__ for layer in layers] == [
+            wanted[args.text_encoder_1_precision],
+            wanted[args.text_encoder_2_precision],
+        ]
+        with torch.no_grad():
+            embeds.append(script.encode_prompts(encoders, ["a small red circle"])["prompt_embeds"][0])
+    plain, first, second = embeds  # [77, 16 + 24]
+    assert torch.equal(first[:, 16:], plain[:, 16:]) and torch.equal(second[:, :16], plain[:, :16])
+    for found, places in ((first, slice(0, 16)), (second, slice(16, 40))):
+        assert 0 < (found - plain)[:, places].norm() / plain[:, places].norm() < 0.2
+
+
+@pytest.mark.parametrize("cache", ["", "--vae_cache_disable"])
+def test_what_is_held_out_is_of_all_datasets(cache, lcm, watch, tmp_path, capsys):
+    """Two datasets of the same images with other rules: neither trains on what is held out."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            Image.new("RGB", (48, 32) if i % 2 else (32, 48), (40 * i, 0, 0)).save(tmp_path / name / f"{i}.png")
+            (tmp_path / name / f"{i}.txt").write_text(f"colour {i}")
+    entry = {"type": "local", "resolution_type": "pixel"}
+    datasets = [
+        entry | {"id": "a", "instance_data_dir": str(tmp_path / "a"), "resolution": 32},
+        entry | {"id": "b", "instance_data_dir": str(tmp_path / "b"), "resolution": 32, "crop": False},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(datasets))
+    evaluated, opened = watch(script, "held_out_loss"), watch(script, "open_batches")
+    lcm.flags = SHORT.split()
+    lcm.run(
+        f"--data_backend_config {tmp_path / 'data.json'} {cache} --eval_steps 2 --eval_samples 3 --max_train_steps 2"
+        " --lora_rank 2 --train_batch_size 1"
+    )
+    batches, trained = opened[0][1], set()
+    for _ in range(20):
+        trained |= {sample.key.partition("-")[0] for sample in next(batches)}
+    held_out = [sample for (*_, samples, _), _ in evaluated for sample in samples]
+    keys = {sample.key.partition("-")[0] for sample in held_out}
+    assert len(held_out) == len(keys) == 3 and len(trained) == 3 and not keys & trained
+    assert "held out for --eval_steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["", "--model_type lora"])
+def test_the_first_line_of_the_readme_is_the_toy_recipe(flags):
+    args = script.parse_args(["--w_min", "1", "--w_max", "12", *flags.split()])[0]
+    assert args.pretrained_teacher_model is None and script.teacher_of(args) == str(ROOT / "tests" / "toy" / "sdxl")
+    assert (args.w_min, args.w_max, args.resolution) == (1.0, 12.0, 64)
+    without = script.parse_args(flags.split())[0]
+    assert vars(without) == vars(args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys of config files: each changes what is trained
+# ---------------------------------------------------------------------------------------------------------------------
+
+RATE = 1e-3
+BASE = {
+    "model_type": "lora", "lora_rank": 2, "learning_rate": RATE, "lr_warmup_steps": 0, "max_train_steps": 2,
+    "train_batch_size": 2, "resolution": 32, "bucket_alignment": 8, "center_crop": True, "validation_step_interval": 0,
+    "validation_num_inference_steps": 1, "validation_prompt": "red", "disable_benchmark": True, "report_steps": "",
+    "checkpoint_step_interval": 0, "report_to": "none",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    return {f"cache_dir_{kind}": str(tmp_path_factory.mktemp(kind)) for kind in ("vae", "text")}
+
+
+@pytest.fixture
+def train(sdxl_teacher, small_shards, caches, tmp_path, monkeypatch, one_process):
+    """`train(settings)`: a short run by a config file; the weights that it trained."""
+    monkeypatch.chdir(small_shards)
+
+    def train(**settings) -> dict[str, torch.Tensor]:
+        config = {"pretrained_model_name_or_path": str(sdxl_teacher), "output_dir": str(tmp_path / "out")}
+        config |= {"train_shards_path_or_url": "{00000..00001}.tar"} | caches | BASE | settings
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        try:
+            script.main(*script.parse_args(["--config", str(tmp_path / "config.json")]))
+        finally:
+            one_process()
+        return load_file(tmp_path / "out" / f"checkpoint-{config['max_train_steps']}" / "student.safetensors")
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, dict]:
+    """Weights that others are compared with, by the settings they were trained with."""
+    return {}
+
+
+def distance(a: dict, b: dict) -> float:
+    """The largest of any weight's."""
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize(
+    ("changed", "beside"),
+    [
+        ({"num_ddim_timesteps": 25}, {}),
+        ({"w_min": 10.0}, {}),
+        ({"w_max": 4.0}, {}),
+        ({"loss_type": "huber"}, {}),
+        ({"huber_c": 0.1}, {"loss_type": "huber"}),
+        ({"timestep_scaling_factor": 0.001}, {}),
+        ({"learning_rate": RATE / 2}, {}),
+        ({"lr_scheduler": "linear"}, {}),
+        ({"lr_warmup_steps": 2}, {"lr_scheduler": "constant_with_warmup"}),
+        ({"lora_alpha": 8}, {}),
+        ({"lora_dropout": 0.5}, {}),
+        ({"optimizer": "optimi-lion"}, {}),
+        ({"adam_beta1": 0.5}, {}),
+        ({"adam_beta2": 0.5}, {}),
+        ({"adam_weight_decay": 0.5}, {}),
+        ({"adam_epsilon": 1e-3}, {}),
+        ({"max_grad_norm": 1e-6}, {}),
+        ({"seed": 7}, {}),
+        ({"train_batch_size": 1}, {}),
+        ({"base_model_precision": "int8-quanto"}, {}),
+        ({"text_encoder_1_precision": "int8-quanto"}, {}),
+        ({"text_encoder_2_precision": "int8-quanto"}, {}),
+    ],
+    ids=lambda settings: ",".join(settings) or "alone",
+)
+def test_a_setting_changes_what_is_trained(changed, beside, train, plain):
+    key = json.dumps(beside)
+    if key not in plain:
+        plain[key] = train(**beside)
+    assert distance(train(**beside, **changed), plain[key]) > 1e-3 * RATE
+
+
+def test_other_settings_do_not(train):
+    """So that the test above does not see what is random."""
+    others = {"checkpoints_total_limit": 3, "validation_prompt": "blue", "compress_disk_cache": True}
+    assert distance(train(**others), train()) == 0.0
+
+
+def test_accumulated_batches_are_one_large_batch(train):
+    same = {"adam_epsilon": 1e-3}  # else Adam makes whole steps of rounding errors
+    large = train(**same, train_batch_size=4)
+    assert distance(train(**same, train_batch_size=2, gradient_accumulation_steps=2), large) < 1e-3 * RATE
+    assert distance(train(**same, train_batch_size=2), large) > 1e-2 * RATE
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("lora", 6), ("full", None)])
+def test_the_student_is_of_the_kind_and_rank_that_was_asked_for(kind, rank, train):
+    weights = train(model_type=kind, lora_rank=rank, max_train_steps=1)
+    if rank:
+        assert all(value.shape[0 if "lora_A" in name else 1] == rank for name, value in weights.items())
+    else:
+        assert "time_embedding.cond_proj.weight" in weights and not any("lora" in name for name in weights)
+
+
+def test_adamw_bf16_keeps_steps_that_bf16_would_lose(train, sdxl_teacher):
+    """In bf16 a weight of 0.1 and its neighbour are 5e-4 apart; trained weights and moments are fp32."""
+    full = {"model_type": "full", "lora_rank": None, "optimizer": "adamw_bf16", "mixed_precision": "bf16"}
+    weights = train(**full, learning_rate=1e-6, max_train_steps=1, adam_weight_decay=0.0)
+    start = load_file(sdxl_teacher / "unet" / "diffusion_pytorch_model.safetensors")
+    large = torch.cat([(weights[name] - value)[value.abs() > 0.1] for name, value in start.items()]).abs()
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert len(large) > 1000 and (large > 0.5e-6).float().mean() > 0.9 and large.max() < 1.1e-6
+
+
+@pytest.mark.parametrize("key", ["gradient_checkpointing", "use_gradient_checkpointing"])
+def test_gradient_checkpointing_computes_twice_and_trains_the_same(key, train, monkeypatch):
+    calls = []
+
+    def count(teacher, *_):
+        teacher.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+
+    perturb(monkeypatch, script, count)
+    without = train(max_train_steps=1)
+    assert calls.count(True) == 1  # the student's
+    calls.clear()
+    assert distance(train(max_train_steps=1, **{key: True}), without) < 1e-3 * RATE
+    assert calls.count(True) == 2  # and once more for its backward
+
+
+def test_wandb_gets_the_names_of_project_and_run(train, monkeypatch):
+    def init(**settings):
+        raise RuntimeError(settings["project"], settings["name"])
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(RuntimeError) as stop:
+        train(report_to="wandb", tracker_project_name="lcm", tracker_run_name="4step")
+    assert stop.value.args == ("lcm", "4step")
