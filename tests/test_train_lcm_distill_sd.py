@@ -1,10 +1,14 @@
 """The SD script: its algorithm in float64, its networks and draws, and what a run shows and leaves behind."""
 
+import contextlib
+import copy
 import gc
+import itertools
 import json
 import math
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_lcm_distill_sd as script
 from common.networks import adapters_off
+from common.optim import update_ema
 from common.report import ClipScore
+from common.solvers import DDIMSolver, boundary_scalings
 from tests.helpers import tiny_autoencoder
 from tests.lcm import TWO_STEPS, Runner, check_weights, lcm_in_float64, perturb, randomize_adapters
 
@@ -59,6 +65,110 @@ def test_training_steps_equal_the_algorithm_restated_in_float64(prediction_type,
     torch.testing.assert_close([loss.item() for _, loss in ours], losses, rtol=5e-5, atol=0)
     assert logged[-1][1]["loss"] == pytest.approx(sum(losses) / 2, rel=5e-5)
     check_weights(out, load_file(teacher / "unet" / "diffusion_pytorch_model.safetensors"), student, target)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An ideal teacher: of a Gaussian mixture the best denoiser and its probability flow are known
+# ---------------------------------------------------------------------------------------------------------------------
+
+MEANS, DEVIATION = torch.tensor([-1.5, 0.0, 1.2]), 0.3  # of three equal modes
+
+
+def abar_table() -> torch.Tensor:
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+
+
+def ideal_clean(x, alpha, sigma):
+    """E[x0 | x_t] where the data are a mixture of Gaussians: the best that a teacher can say. x, alpha, sigma: [B]"""
+    means = MEANS.to(x.dtype)
+    variance = (alpha**2 * DEVIATION**2 + sigma**2)[:, None]
+    offsets = x[:, None] - alpha[:, None] * means
+    weights = (-(offsets**2) / (2 * variance)).softmax(1)
+    return (weights * (means + alpha[:, None] * DEVIATION**2 / variance * offsets)).sum(1)
+
+
+def flow_map(x, t: int):
+    """Where the probability flow takes x from t to 0: Heun's method in float64 over every timestep, not DDIM's."""
+    abar = abar_table().double()
+    x = x.double()
+    # In y = x / alpha and s = sigma / alpha the flow is dy/ds = E[eps | x].
+    scales = ((1 - abar) / abar).sqrt()
+    alphas = abar.sqrt()
+    y = x / alphas[t]
+
+    def slope(y, i):
+        alpha = alphas[i].expand(len(y))
+        return (y - ideal_clean(y * alpha, alpha, alpha * scales[i])) / scales[i]
+
+    for i in range(t, 0, -1):
+        ds = scales[i - 1] - scales[i]
+        first = slope(y, i)
+        y = y + ds * 0.5 * (first + slope(y + ds * first, i - 1))
+    return (y * alphas[0]).float()
+
+
+class Ideal(torch.nn.Module):
+    """The ideal clean sample; a student adds a small network to it that starts at zero: it starts as its teacher."""
+
+    def __init__(self, trained: bool):
+        super().__init__()
+        self.alphas, self.sigmas = abar_table().sqrt(), (1 - abar_table()).sqrt()
+        self.layers = None
+        if trained:
+            widths = (10, 96, 96, 1)
+            layers = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+            torch.nn.init.zeros_(layers[-1].weight)
+            torch.nn.init.zeros_(layers[-1].bias)
+            self.layers = torch.nn.Sequential(layers[0], torch.nn.SiLU(), layers[1], torch.nn.SiLU(), layers[2])
+
+    def forward(self, x, t):
+        alpha, sigma = self.alphas[t], self.sigmas[t]
+        clean = ideal_clean(x, alpha, sigma)
+        if self.layers is None:
+            return clean
+        waves = [x, sigma, alpha] + [f(k * x) for k in (1.0, 2.0, 4.0) for f in (torch.sin, torch.cos)] + [x * alpha]
+        return clean + sigma * self.layers(torch.stack(waves, 1))[:, 0]
+
+
+@pytest.mark.slow
+def test_training_on_an_ideal_teacher_converges_to_its_flow(monkeypatch):
+    """Mean error of the one-step map falls below 0.08, from 0.3 and more of the teacher's own one step."""
+    monkeypatch.setattr(script, "predict", lambda network, x, t, cond, w=None: network(x, t))
+    args = SimpleNamespace(
+        timestep_scaling_factor=10.0, lora_dropout=None, diff2flow_loss=False, loss_type="huber", huber_c=0.01
+    )
+    torch.manual_seed(0)
+    teacher, student, solver = Ideal(False), Ideal(True), DDIMSolver(abar_table(), 50, "sample")
+    target = copy.deepcopy(student).requires_grad_(False)
+    trained = list(student.parameters())
+    networks = script.Networks(teacher, student, student, target, trained, target, lora=False)
+    accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
+    steps, count = 8000, 512
+    optimizer = torch.optim.Adam(trained, 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rng = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        latents = MEANS[torch.randint(3, (count,), generator=rng)] + DEVIATION * torch.randn(count, generator=rng)
+        index, w = torch.randint(50, (count,), generator=rng), torch.full((count,), 5.0)
+        eps = torch.randn(count, generator=rng)
+        loss = script.lcm_loss(args, accelerator, networks, solver, {}, {}, latents, index, w, eps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        update_ema(list(target.parameters()), trained, 0.95)
+
+    def error(network, x, t: int) -> float:
+        times = torch.full((len(x),), t)
+        c_skip, c_out = boundary_scalings(times, args.timestep_scaling_factor)
+        with torch.no_grad():
+            return (c_skip * x + c_out * network(x, times) - flow_map(x, t)).abs().mean().item()
+
+    alpha, sigma = solver.alphas[599], solver.sigmas[599]
+    noisy = alpha * MEANS.repeat(500) + sigma * torch.randn(1500, generator=rng)
+    for t, x in ((999, torch.randn(2000, generator=rng)), (599, noisy)):
+        assert error(teacher, x, t) > 0.3
+        assert error(target, x, t) < 0.08
 
 
 # ---------------------------------------------------------------------------------------------------------------------

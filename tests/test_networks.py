@@ -1,0 +1,242 @@
+"""Networks: the guidance embedding, adapters on and off, averages, attention kernels, compilation, 8 bits."""
+
+import argparse
+import importlib.util
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_dispatch import attention_backend
+from peft import LoraConfig
+
+from common import networks
+from common.networks import (
+    active_adapter,
+    adapter_layers,
+    adapter_weights,
+    adapters_off,
+    check_precision,
+    dropout_off,
+    guidance_embedding,
+    precision_name,
+    quantize,
+    speed_up,
+    weights_copy,
+    weights_exchanged,
+    with_uncond,
+)
+from tests.helpers import tiny_unet
+
+
+def inputs():
+    rng = torch.Generator().manual_seed(4)
+    return torch.randn(2, 4, 4, 4, generator=rng), torch.tensor([999, 19]), torch.randn(2, 32, 16, generator=rng)
+
+
+def unet(*adapters: str, seed: int = 0, dropout: float = 0.0):
+    """With adapters that do something, each something else."""
+    torch.manual_seed(seed)
+    network = tiny_unet().requires_grad_(False).eval()
+    for name in adapters:
+        config = LoraConfig(r=2, lora_alpha=2, lora_dropout=dropout, target_modules=["to_q", "to_v", "conv1"])
+        network.add_adapter(config, name)
+    for name, p in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    return network
+
+
+@torch.no_grad()
+def output(network) -> torch.Tensor:
+    x, t, cond = inputs()
+    return network(x, t, cond).sample
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conditions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [256, 255, 32, 7])
+def test_the_guidance_embedding_is_what_the_pipeline_feeds(dim):
+    pipeline_embedding = StableDiffusionPipeline.get_guidance_scale_embedding
+    guidance_scale = 1 + torch.linspace(0.0, 15.0, 31)
+    w = guidance_scale - 1  # as the pipeline does
+    assert torch.equal(guidance_embedding(w, dim), pipeline_embedding(None, w, dim))
+
+
+def test_the_second_half_of_a_batch_has_the_empty_prompt_and_all_else_of_the_first():
+    cond = {"embeds": torch.ones(2, 3), "sizes": torch.tensor([[1.0], [2.0]])}
+    both = with_uncond(cond, {"embeds": torch.zeros(1, 3)})
+    assert both["embeds"].tolist() == [[1.0] * 3] * 2 + [[0.0] * 3] * 2
+    assert both["sizes"].tolist() == [[1.0], [2.0], [1.0], [2.0]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several networks in one
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_off_inside_and_on_again_after_an_error():
+    network = unet("default")
+    plain, adapted = output(unet()), output(network)
+    assert (adapted - plain).abs().mean() > 1e-2
+    with adapters_off(network):
+        assert torch.equal(output(network), plain)
+    with adapters_off(network, wanted=False):
+        assert torch.equal(output(network), adapted)
+    with pytest.raises(KeyError), adapters_off(network):
+        raise KeyError
+    assert torch.equal(output(network), adapted)
+
+
+def test_only_the_adapter_that_is_asked_for_acts_and_gradients_stay_as_they_are():
+    network = unet("first", "second")
+    layers, plain = adapter_layers(network), output(unet())
+    assert len(layers) == sum(name.endswith("base_layer") for name, _ in network.named_modules()) > 5
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    before, found = output(network), {}
+    for name in ("first", "second", "none of this name"):
+        with active_adapter(layers, name):
+            found[name] = output(network)
+            assert {name for name, p in network.named_parameters() if p.requires_grad} == trained
+    assert torch.equal(found["none of this name"], plain)
+    assert all((a - b).abs().mean() > 1e-3 for a, b in itertools.combinations(found.values(), 2))
+    assert torch.equal(output(network), before)
+    weights = adapter_weights(network, "first")
+    assert list(weights) == [
+        name.replace(".", "/") for name, _ in network.named_parameters() if ".first." in name
+    ] and len(weights) == 2 * len(layers)
+
+
+def test_dropout_is_where_a_gradient_is_or_nowhere():
+    network = unet("default", dropout=0.5).train()
+    layers = adapter_layers(network)
+
+    def repeats() -> bool:
+        x, t, cond = inputs()
+        return torch.equal(network(x, t, cond).sample, network(x, t, cond).sample)
+
+    assert not repeats()
+    with dropout_off(network):
+        assert repeats()
+    assert network.training and not repeats()
+    with dropout_off(network, wanted=False):
+        assert not repeats()
+    with active_adapter(layers, "default"):
+        assert not repeats()
+    with torch.no_grad(), active_adapter(layers, "default"):
+        assert repeats()
+    assert not repeats()
+
+
+def test_a_copy_of_the_trained_weights_changes_places_with_them():
+    network = unet("default")
+    copies = weights_copy(network, "cpu")
+    trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    assert list(copies) == [name.replace(".", "/") for name, _ in trained]
+    assert not any(p.requires_grad for p in copies.parameters())
+    before, params = output(network), [p for _, p in trained]
+    for p in copies.parameters():
+        p.mul_(0.5)
+    assert torch.equal(output(network), before)  # a copy
+    own = [p.clone() for p in params]
+    with pytest.raises(KeyError), weights_exchanged(params, list(copies.parameters())):
+        assert all(torch.equal(p, 0.5 * value) for p, value in zip(params, own, strict=True))
+        assert all(torch.equal(p, value) for p, value in zip(copies.parameters(), own, strict=True))
+        raise KeyError
+    assert torch.equal(output(network), before)
+    assert all(torch.equal(p, 0.5 * value) for p, value in zip(copies.parameters(), own, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fast(network, said=None, **flags):
+    usual = {"attention_mechanism": "diffusers", "enable_xformers_memory_efficient_attention": False, "compile": False}
+    said = [] if said is None else said
+    speed_up(SimpleNamespace(**usual | flags), (network, network), ("BasicTransformerBlock",), said.append)
+    return network
+
+
+def test_another_attention_mechanism_computes_the_attention(monkeypatch):
+    with attention_backend("native"):  # what is set inside is set for all networks, and put back at the end
+        other = fast(unet(), attention_mechanism="_native_math")
+    used, dispatch = [], networks.dispatch_attention_fn
+
+    def watched(*arguments, backend):
+        used.append(backend.value)
+        return dispatch(*arguments, backend=backend)
+
+    monkeypatch.setattr(networks, "dispatch_attention_fn", watched)
+    plain = fast(unet())
+    expected = output(plain)
+    assert used == []
+    found = output(other)
+    assert set(used) == {"_native_math"} and len(used) == sum(
+        name.endswith("attn1") or name.endswith("attn2") for name, _ in plain.named_modules()
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_an_attention_mechanism_that_is_not_there_is_one_sentence():
+    with pytest.raises(SystemExit, match="--attention_mechanism sage: "):
+        fast(unet(), attention_mechanism="sage")
+
+
+def test_what_cannot_be_had_is_said(monkeypatch):
+    said = []
+    monkeypatch.setattr(networks, "is_xformers_available", lambda: False)
+    fast(unet(), said, enable_xformers_memory_efficient_attention=True)
+    assert said == ["--enable_xformers_memory_efficient_attention: not installed, PyTorch's SDPA is in use"]
+
+
+def test_named_blocks_alone_are_compiled_once_and_frozen_weights_are_not_exchanged(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    network = fast(unet("default"), compile=True)
+    blocks = [module for module in network.modules() if type(module).__name__ == "BasicTransformerBlock"]
+    assert compiled == blocks and len(blocks) > 2
+    ignored = set(network._ddp_params_and_buffers_to_ignore)
+    assert ignored == {name for name, p in network.named_parameters() if not p.requires_grad}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8 bits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind", "error"),
+    [("int8-torchao", "Int8Tensor", 0.02), ("int8-quanto", "Int8Tensor", 0.02), ("fp8-torchao", "Float8Tensor", 0.1)],
+)
+def test_linear_layers_are_in_8_bits_and_all_else_as_it_was(precision, kind, error):
+    network, plain = quantize(unet(), precision, "cpu"), unet()
+    kinds = {type(m.weight).__name__ for m in network.modules() if type(m) is torch.nn.Linear}
+    assert kinds == {kind}
+    others = [(m, n) for m, n in zip(network.modules(), plain.modules(), strict=True) if type(m) is torch.nn.Conv2d]
+    assert others and all(torch.equal(m.weight, n.weight) for m, n in others)
+    assert 1e-6 < (output(network) - output(plain)).norm() / output(plain).norm() < error
+
+
+def test_without_a_precision_nothing_changes():
+    network = unet()
+    assert quantize(network, "no_change", "meta") is network and torch.equal(output(network), output(unet()))
+    assert precision_name("int8-quanto") == "int8-torchao" and precision_name("fp8-torchao") == "fp8-torchao"
+
+
+def test_without_torchao_there_is_one_sentence(monkeypatch, capsys):
+    names = ("base_model_precision", "text_encoder_1_precision", "text_encoder_2_precision")
+    plain = SimpleNamespace(**dict.fromkeys(names, "no_change"))
+    wanted = SimpleNamespace(**vars(plain) | {"base_model_precision": "fp8-torchao"})
+    parser, find = argparse.ArgumentParser(), importlib.util.find_spec
+    assert check_precision(parser, wanted) == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else find(name))
+    assert check_precision(parser, plain) == []
+    with pytest.raises(SystemExit):
+        check_precision(parser, wanted)
+    assert "--base_model_precision fp8-torchao: needs torchao" in capsys.readouterr().err

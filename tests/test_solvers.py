@@ -1,0 +1,174 @@
+"""Solvers and samplers against diffusers' own schedulers."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler
+
+from common.solvers import (
+    DDIMSolver,
+    boundary_scalings,
+    expand_to,
+    noised,
+    sampled_x_t,
+    student_scheduler,
+    to_x0_eps,
+)
+
+PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
+
+
+def ddim(prediction_type: str = "epsilon", **settings) -> DDIMScheduler:
+    """Stable Diffusion's, on the grid T - 1, T - 1 - k, ... that latent consistency models use."""
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        timestep_spacing="trailing", prediction_type=prediction_type, **settings,
+    )  # fmt: skip
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DDIM
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [50, 8, 1000])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_solver_step_is_a_step_of_ddim(prediction_type, steps):
+    scheduler = ddim(prediction_type)
+    scheduler.set_timesteps(steps)
+    solver = DDIMSolver(scheduler.alphas_cumprod, steps, prediction_type)
+    assert solver.timesteps.tolist() == scheduler.timesteps.tolist()[::-1]
+
+    out, x_t = noise(steps, 4, 3, seed=1), noise(steps, 4, 3, seed=2)
+    t, index = solver.timesteps, torch.arange(steps)
+    x0, eps = solver.x0_eps(out, x_t, t)
+    x_prev = solver.step(x0, eps, index)
+    expected = [scheduler.step(out[i], t[i].item(), x_t[i]) for i in index]
+    # The same fp32 operations in the same order, so bit for bit.
+    assert torch.equal(x0, torch.stack([e.pred_original_sample for e in expected]))
+    assert torch.equal(x_prev, torch.stack([e.prev_sample for e in expected]))
+
+
+def test_the_solver_ends_at_the_first_timestep():
+    solver = DDIMSolver(ddim().alphas_cumprod, 50)
+    assert solver.timesteps_prev[:2].tolist() == [0, 19] and solver.timesteps[-1] == 999
+
+
+def test_solver_tables_are_fp32_whatever_the_schedule_is():
+    solver = DDIMSolver(ddim().alphas_cumprod.double(), 50)
+    assert {solver.alphas.dtype, solver.sigmas.dtype} == {torch.float32}
+    assert solver.step(noise(2, 4), noise(2, 4), torch.tensor([0, 49])).dtype == torch.float32
+
+
+def test_a_solver_moves_with_all_its_tables():
+    solver = DDIMSolver(ddim().alphas_cumprod, 50).to("meta")
+    assert {value.device.type for value in vars(solver).values() if torch.is_tensor(value)} == {"meta"}
+
+
+@pytest.mark.parametrize("steps", [0, 30, 999, 1001])
+def test_steps_that_do_not_divide_the_timesteps_are_refused(steps):
+    with pytest.raises(ValueError, match=f"--num_ddim_timesteps {steps}: must divide the teacher's 1000 timesteps"):
+        DDIMSolver(ddim().alphas_cumprod, steps)
+
+
+def test_noise_cannot_be_predicted_where_nothing_but_noise_is():
+    abar = ddim(rescale_betas_zero_snr=True).alphas_cumprod
+    with pytest.raises(ValueError, match="predicts noise at zero terminal SNR"):
+        DDIMSolver(abar, 50)
+    solver, t = DDIMSolver(abar, 50, "v_prediction"), torch.tensor([999])
+    x0, eps = solver.x0_eps(noise(1, 4), noise(1, 4, seed=1), t)
+    assert torch.isfinite(x0).all() and torch.isfinite(solver.step(x0, eps, torch.tensor([49]))).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_prediction_type_is_refused():
+    with pytest.raises(ValueError, match="'flow'.*epsilon, v_prediction or sample"):
+        to_x0_eps(noise(1, 2), noise(1, 2), torch.ones(1), torch.ones(1), "flow")
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_clean_sample_and_noise_make_up_x_t(prediction_type):
+    abar = ddim().alphas_cumprod[torch.tensor([0, 19, 500, 999])]
+    alpha, sigma, x_t = abar.sqrt(), (1 - abar).sqrt(), noise(4, 8, seed=1)
+    x0, eps = to_x0_eps(noise(4, 8), x_t, alpha, sigma, prediction_type)
+    torch.testing.assert_close(expand_to(alpha, x_t) * x0 + expand_to(sigma, x_t) * eps, x_t, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_conversion_is_fp32_for_bf16_outputs(prediction_type):
+    alpha, sigma, x_t = torch.full((1,), 0.9), torch.full((1,), 0.1**0.5), noise(1, 100)
+    out = noise(1, 100, seed=1).bfloat16()
+    in_bf16 = to_x0_eps(out, x_t, alpha, sigma, prediction_type)
+    in_fp32 = to_x0_eps(out.float(), x_t, alpha, sigma, prediction_type)
+    for ours, expected in zip(in_bf16, in_fp32, strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, expected)
+
+
+def test_conversions_and_noising_against_float64():
+    """Also that fp32 tables keep sigma where bf16 loses 5% of it."""
+    solver = DDIMSolver(ddim().alphas_cumprod, 50)
+    rng = np.random.default_rng(0)
+    latents, eps = rng.normal(size=(1, 4)), rng.normal(size=(1, 4))
+    for t in (19, 500, 999):
+        a = float(np.prod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000)[: t + 1] ** 2))
+        x_t = a**0.5 * latents + (1 - a) ** 0.5 * eps
+        v = a**0.5 * eps - (1 - a) ** 0.5 * latents
+        alpha, sigma = solver.alphas[t].reshape(1), solver.sigmas[t].reshape(1)
+        assert sigma.item() == pytest.approx((1 - a) ** 0.5, rel=1e-4)
+        ours = noised(torch.tensor(latents), torch.tensor(eps), torch.tensor([t]), solver)
+        np.testing.assert_allclose(ours.numpy(), x_t, atol=2e-4)
+        for kind, out in (("epsilon", eps), ("v_prediction", v), ("sample", latents)):
+            x0, found = to_x0_eps(torch.tensor(out), torch.tensor(x_t), alpha, sigma, kind)
+            # epsilon divides by alpha, 0.07 at t = 999
+            np.testing.assert_allclose(x0.numpy(), latents, atol=2e-4)
+            np.testing.assert_allclose(found.numpy(), eps, atol=2e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The student's own sampler
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaling", [10.0, 1.0, 0.01])
+def test_boundary_scalings_are_those_of_the_scheduler_that_ships_with_the_student(scaling):
+    args = SimpleNamespace(num_ddim_timesteps=25, timestep_scaling_factor=scaling)
+    scheduler = student_scheduler(args, ddim("v_prediction"))
+    assert isinstance(scheduler, LCMScheduler) and scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.config.original_inference_steps == 25
+    t = torch.arange(1000)
+    expected = [scheduler.get_scalings_for_boundary_condition_discrete(float(i)) for i in t]
+    for ours, theirs in zip(boundary_scalings(t, scaling), zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(ours.double(), torch.tensor(theirs, dtype=torch.float64), rtol=3e-7, atol=0)
+
+
+def test_the_consistency_function_keeps_what_is_at_timestep_0():
+    c_skip, c_out = boundary_scalings(torch.tensor([0]), 10.0)
+    assert (c_skip.item(), c_out.item()) == (1.0, 0.0)
+
+
+def test_a_rollout_is_one_step_of_the_students_own_sampler():
+    """Against LCMScheduler, for a student that says x0 = 0.3 x; boundary scalings are 0 and 1 at these timesteps."""
+    lcm = LCMScheduler(beta_schedule="scaled_linear", prediction_type="sample", clip_sample=False)
+    solver = DDIMSolver(lcm.alphas_cumprod, 50)
+    rng = torch.Generator().manual_seed(0)
+    x_t, latents, eps, renoise = (torch.randn(4, 4, 2, 2, generator=rng) for _ in range(4))
+    index, offset = torch.tensor([10, 20, 40, 49]), torch.tensor([5, 0, 20, 3])
+    found = sampled_x_t(lambda x, t: 0.3 * x, solver, x_t, latents, eps, index, offset, renoise)
+    for i, above in ((0, 15), (2, 49)):
+        t, t_above = (solver.timesteps[place].item() for place in (index[i], above))
+        lcm.set_timesteps(timesteps=[t_above, t])
+        x = lcm.add_noise(latents[i], eps[i], torch.tensor([t_above]))
+        x0 = lcm.step(0.3 * x, t_above, x).denoised
+        expected = lcm.add_noise(x0, renoise[i], torch.tensor([t]))
+        torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[1], x_t[1]) and torch.equal(found[3], x_t[3])  # not rolled out; nothing lies above
