@@ -9,9 +9,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
-from tests.helpers import HookServer, clip_folder, tiny_pipeline, tiny_sdxl_pipeline, tiny_wan_pipeline, toy_shards
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+from tests.helpers import (
+    HookServer,
+    clip_folder,
+    teacher_like,
+    tiny_pipeline,
+    tiny_sdxl_pipeline,
+    tiny_wan_pipeline,
+    toy_shards,
+)
 
 torch.set_num_threads(1)  # tests run side by side, and small tensors gain nothing
 
@@ -34,14 +40,19 @@ def one_process(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def sd_teachers(tmp_path_factory):
-    """A Stable Diffusion folder with random weights for each prediction type."""
-    return {name: tiny_pipeline(tmp_path_factory.mktemp(name), name) for name in PREDICTION_TYPES}
+def sd_teacher(tmp_path_factory):
+    """A Stable Diffusion folder with random weights."""
+    return tiny_pipeline(tmp_path_factory.mktemp("epsilon"))
 
 
 @pytest.fixture(scope="session")
-def sd_teacher(sd_teachers):
-    return sd_teachers["epsilon"]
+def sd_teachers(sd_teacher, tmp_path_factory):
+    """The same for each prediction type."""
+    others = {
+        name: teacher_like(sd_teacher, tmp_path_factory.mktemp(name), prediction_type=name)
+        for name in ("v_prediction", "sample")
+    }
+    return {"epsilon": sd_teacher} | others
 
 
 @pytest.fixture(scope="session")

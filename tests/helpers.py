@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -125,6 +126,16 @@ def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", **scheduler) -
         sd_scheduler(prediction_type, **scheduler), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def teacher_like(teacher: Path, folder: Path, force_zeros: bool = True, **scheduler) -> Path:
+    """A copy of a pipeline's folder with other settings of its scheduler."""
+    shutil.copytree(teacher, folder, dirs_exist_ok=True)
+    changes = {"scheduler/scheduler_config.json": scheduler}
+    changes["model_index.json"] = {} if force_zeros else {"force_zeros_for_empty_prompt": False}
+    for name, settings in changes.items():
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | settings))
     return folder
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from common import optim
-from common.optim import DECAYS, Lion, average_gradients, make_optimizer, make_schedule, optimizer_name
+from common.optim import DECAYS, Lion, average_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
 
 CPU = torch.device("cpu")
 
@@ -48,6 +48,17 @@ def test_lion_has_its_settings():
     assert not torch.equal(ours, steps_of(lambda p: Lion(p, 0.1, (0.8, 0.95), 0.0)))
 
 
+def test_lion_takes_two_steps_by_hand():
+    p = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = Lion([p], lr=0.1, betas=(0.9, 0.5), weight_decay=0.2)
+    p.grad = torch.tensor([2.0])
+    optimizer.step()
+    assert p.item() == pytest.approx(1.0 * (1 - 0.02) - 0.1)  # m = 0.5 * 2 = 1
+    p.grad = torch.tensor([-3.0])
+    optimizer.step()  # 0.9 * 1 + 0.1 * -3 = 0.6 > 0
+    assert p.item() == pytest.approx(0.88 * 0.98 - 0.1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedules
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,6 +96,11 @@ def test_a_schedule_warms_up_and_decays_once_to_its_end(name):
     assert all(a > b > 6e-4 for a, b in itertools.pairwise(init[4:10]))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def test_gradients_of_processes_that_share_samples_are_summed(monkeypatch):
     """Of 4 processes each 2 share: what all_reduce has summed is divided by 2."""
     params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
@@ -96,3 +112,14 @@ def test_gradients_of_processes_that_share_samples_are_summed(monkeypatch):
     assert all(torch.equal(p.grad, torch.full((2,), 2.0)) for p in params)
     average_gradients(params, 1)
     assert all(torch.equal(p.grad, torch.full((2,), 2.0)) for p in params)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Moving average
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_ema_is_the_moving_average():
+    target, source = [torch.tensor([1.0, -2.0]), torch.tensor([4.0])], [torch.tensor([3.0, 0.0]), torch.tensor([0.0])]
+    update_ema(target, source, 0.75)
+    assert [value for tensor in target for value in tensor.tolist()] == [1.5, -1.5, 3.0]

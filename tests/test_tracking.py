@@ -1,7 +1,13 @@
-"""Means of values, and runs in trackers, read back from the trackers' files."""
+"""Means of values, runs read back from the trackers' files, and what is posted to the user's URL.
 
+Whatever answers at that URL neither stops nor slows a run.
+"""
+
+import argparse
+import base64
 import io
 import json
+import socket
 import struct
 import sys
 import time
@@ -15,7 +21,7 @@ from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
 from common import tracking
-from common.tracking import TRACKERS, Means, Tracking, public_settings, tracker_names
+from common.tracking import TRACKERS, Means, Tracking, Webhook, public_settings, tracker_names, webhook_errors
 from tests.helpers import ROOT
 
 FLAGS = {
@@ -26,6 +32,47 @@ FLAGS = {
 PICTURE = Image.fromarray(np.arange(8 * 6 * 3, dtype=np.uint8).reshape(6, 8, 3))
 BLOCK = 32 * 1024  # bytes of a block in wandb's files
 CLIP = np.linspace(0.0, 1.0, 5 * 16 * 32 * 3, dtype=np.float32).reshape(5, 16, 32, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Means
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class OneProcess:
+    def reduce(self, tensor, how):
+        assert how == "sum"
+        return tensor
+
+
+class TwoProcesses:
+    """The other one has added 10 to a, and nothing to b."""
+
+    def reduce(self, tensor, how):
+        return tensor + torch.tensor([[10.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+
+
+def test_means_are_of_what_was_added_since_the_last_read():
+    means = Means(["a", "b", "c"], "cpu")
+    for value in (1.0, 2.0, 6.0):
+        means.add("a", torch.tensor(value, requires_grad=True))
+    means.add("b", torch.tensor(1.0))
+    means.add("b", torch.tensor(4.0), weight=2.0)
+    assert means.read(OneProcess()) == {"a": 3.0, "b": 3.0}
+    means.add("a", torch.tensor(4.0))
+    assert means.read(TwoProcesses()) == {"a": 7.0}
+    assert means.read(OneProcess()) == {}
+
+
+def test_gaps_go_to_the_range_of_their_timestep():
+    means = Means([*map(tracking.gap_name, tracking.GAP_RANGES)], "cpu")
+    means.add_gaps(torch.tensor([1.0, 2.0, 3.0, 5.0, 8.0]), torch.tensor([20.0, 249.9, 250.0, 980.0, 1000.0]))
+    assert means.read(OneProcess()) == {"gap/0-250": 1.5, "gap/250-500": 3.0, "gap/750-1000": 6.5}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trackers
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def report(folder, tracker: str, **flags):
@@ -114,16 +161,21 @@ def test_a_run_in_tensorboard(tmp_path):
     assert not any(b"hf_secret" in path.read_bytes() for path in (tmp_path / "logs").rglob("*") if path.is_file())
 
 
-def test_a_run_in_trackio(tmp_path, monkeypatch):
+def test_a_run_in_trackio_and_every_other_tracker(tmp_path, monkeypatch):
     """With a package that stands in for it."""
-    logged = []
+    logged, added = [], []
     made = SimpleNamespace(Image=lambda picture: ("image", picture.size), Video=lambda path: ("video", path))
     monkeypatch.setitem(sys.modules, "trackio", made)
     tracker = SimpleNamespace(name="trackio", log=lambda values, step: logged.append((values, step)))
-    accelerator = SimpleNamespace(is_main_process=True, trackers=[tracker], init_trackers=lambda *given: None)
+    writer = SimpleNamespace(add_image=lambda name, picture, step, dataformats: added.append((name, step)))
+    writer.file_writer = SimpleNamespace(add_summary=lambda summary, step: added.append((summary.value[0].tag, step)))
+    tensorboard = SimpleNamespace(name="tensorboard", writer=writer)
+    trackers = [tensorboard, tracker, tensorboard]
+    accelerator = SimpleNamespace(is_main_process=True, trackers=trackers, init_trackers=lambda *given: None)
     told = Tracking(SimpleNamespace(**FLAGS | {"output_dir": str(tmp_path)}), accelerator, steps=2)
     told.picture(PICTURE, "grid", 2)
     told.clip(CLIP, tmp_path / "clip.mp4", "clip", 2)
+    assert added == [("grid", 2)] * 2 + [("clip", 2)] * 2
     assert logged == [({"grid": ("image", (8, 6))}, 2), ({"clip": ("video", str(tmp_path / "clip.mp4"))}, 2)]
 
 
@@ -166,11 +218,122 @@ def test_what_is_advised_is_what_is_pinned():
     assert {TRACKERS["tensorboard"], TRACKERS["wandb"]} < set(pins)
 
 
-def test_means():
-    means = Means(["loss", "norm", *map(tracking.gap_name, tracking.GAP_RANGES)], "cpu")
-    accelerator = SimpleNamespace(reduce=lambda sums, how: sums)
-    means.add("loss", torch.tensor(1.0))
-    means.add("loss", torch.tensor(4.0), weight=2.0)
-    means.add_gaps(torch.tensor([2.0, 4.0, 5.0]), torch.tensor([10.0, 200.0, 1000.0]))
-    assert means.read(accelerator) == pytest.approx({"loss": 3.0, "gap/0-250": 3.0, "gap/750-1000": 5.0})
-    assert means.read(accelerator) == {}
+# ---------------------------------------------------------------------------------------------------------------------
+# Webhook
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path):
+    """file(webhook_url=..., level=...): the path of a settings file."""
+
+    def write(**settings) -> str:
+        (tmp_path / "hook.json").write_text(json.dumps(settings))
+        return str(tmp_path / "hook.json")
+
+    return write
+
+
+def test_progress_and_pictures_arrive_in_order(server, file):
+    hook = Webhook(file(webhook_url=server.url, level="info"))
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    hook.send("progress", step=1, of=9, loss=0.5)
+    hook.send("picture", picture=Image.fromarray(pixels), name="grid", step=1)
+    hook.send("picture", "debug", picture=Image.fromarray(pixels), name="preview", step=1)  # below the level
+    assert hook.close() == 0
+    first, second = server.received
+    assert (first["type"], first["step"], first["of"], first["loss"]) == ("progress", 1, 9, 0.5)
+    assert "picture" not in first
+    picture = Image.open(io.BytesIO(base64.b64decode(second["picture"])))
+    assert second["name"] == "grid" and np.array_equal(np.asarray(picture), pixels)
+
+
+@pytest.mark.parametrize("level, kinds", [({}, 3), ({"level": "info"}, 2), ({"level": "error"}, 1)])
+def test_levels(level, kinds, server, file):
+    hook = Webhook(file(webhook_url=server.url, **level))
+    for kind in ("debug", "info", "error"):
+        hook.send("x", kind)
+    assert hook.close() == 0 and len(server.received) == kinds
+
+
+def closed_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}/"
+
+
+@pytest.mark.parametrize("fault", ["refusing", "500", "slow", "silent"])
+def test_a_bad_hook_costs_nothing_but_its_messages(fault, server, file, monkeypatch):
+    monkeypatch.setattr(tracking, "TIMEOUT", 0.3)
+    url, listener = server.url, None
+    if fault == "refusing":
+        url = closed_port()
+    if fault == "500":
+        server.status = 500
+    if fault == "slow":
+        server.delay = 10.0
+    if fault == "silent":  # takes the connection, never answers
+        listener = socket.create_server(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    hook = Webhook(file(webhook_url=url))
+    start = time.perf_counter()
+    for step in range(200):
+        hook.send("progress", step=step)
+    assert time.perf_counter() - start < 0.25
+    start = time.perf_counter()
+    lost = hook.close()
+    assert time.perf_counter() - start < 1.0
+    assert lost >= 150 and hook.waiting.qsize() <= tracking.MOST_WAITING  # nothing waits without bound
+    if listener:
+        listener.close()
+
+
+def test_without_settings_nothing_is_sent():
+    hook = Webhook(None)
+    hook.send("progress", step=1)
+    assert hook.close() == 0
+
+
+@pytest.mark.parametrize("error", [SystemExit("--teacher x: does not fit"), ValueError("a bug"), KeyboardInterrupt()])
+def test_what_ends_a_run_is_posted(error, server, file):
+    @webhook_errors
+    def main(args, data, notes):
+        assert (data, notes) == ("data", ["note"])
+        raise error
+
+    with pytest.raises(type(error)) as stop:
+        main(SimpleNamespace(webhook_config=file(webhook_url=server.url, level="error")), "data", ["note"])
+    assert stop.value is error
+    (message,) = server.received
+    assert (message["type"], message["level"]) == ("error", "error")
+    assert message["message"] == f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("path", [None, "gone.json"])
+def test_an_error_stays_what_it_is_where_nothing_can_be_posted(path):
+    @webhook_errors
+    def main(args):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        main(SimpleNamespace(webhook_config=path))
+
+
+BAD = [
+    ("{", "is not JSON: Expecting"),
+    ("[1]", "must be a JSON object"),
+    ('{"level": "info"}', "has no webhook_url"),
+    ('{"webhook_url": 1}', "webhook_url is 1, and must be of type str"),
+    ('{"webhook_url": "http://x", "levle": 1}', "unknown key 'levle', did you mean 'level'?"),
+    ('{"webhook_url": "ftp://x"}', "webhook_url is 'ftp://x', and must be http:// or https://"),
+    ('{"webhook_url": "http://x", "level": "loud"}', "level is 'loud', and must be one of debug, info, error"),
+]
+
+
+@pytest.mark.parametrize("text, named", BAD)
+def test_a_bad_file_is_one_sentence(text, named, tmp_path, capsys):
+    (tmp_path / "hook.json").write_text(text)
+    with pytest.raises(SystemExit):
+        tracking.check_webhook(argparse.ArgumentParser(), str(tmp_path / "hook.json"))
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "--webhook_config" in message and "hook.json" in message and named in message

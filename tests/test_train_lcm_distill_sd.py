@@ -24,7 +24,7 @@ from common.networks import adapters_off
 from common.optim import update_ema
 from common.report import ClipScore
 from common.solvers import DDIMSolver, boundary_scalings
-from tests.helpers import tiny_autoencoder
+from tests.helpers import teacher_like, tiny_autoencoder
 from tests.lcm import TWO_STEPS, Runner, check_weights, lcm_in_float64, perturb, randomize_adapters
 
 
@@ -388,21 +388,14 @@ def test_a_bf16_run_has_its_teacher_in_bf16_and_all_that_is_trained_or_summed_in
     assert {f_student.dtype, f_target.dtype, loss.dtype} == {torch.float32}
 
 
-def at_zero_terminal_snr(teacher, folder):
-    """The same teacher with a noise schedule that ends in pure noise."""
-    path = shutil.copytree(teacher, folder) / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}))
-    return folder
-
-
 def test_noise_prediction_at_zero_terminal_snr_is_refused(lcm, sd_teacher, tmp_path):
-    teacher = at_zero_terminal_snr(sd_teacher, tmp_path / "teacher")
+    teacher = teacher_like(sd_teacher, tmp_path / "teacher", rescale_betas_zero_snr=True)
     with pytest.raises(SystemExit, match="predicts noise at zero terminal SNR"):
         lcm.run("", teacher)
 
 
 def test_velocity_at_zero_terminal_snr_trains(lcm, sd_teachers, tmp_path, monkeypatch, watch):
-    teacher = at_zero_terminal_snr(sd_teachers["v_prediction"], tmp_path / "teacher")
+    teacher = teacher_like(sd_teachers["v_prediction"], tmp_path / "teacher", rescale_betas_zero_snr=True)
     original = script.draw
 
     def draw(*arguments):  # all of the batch at t = 999, where alpha is 0

@@ -1,0 +1,196 @@
+"""Beginning and end of a run, with stand-ins for all that is between."""
+
+import json
+import os
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from common import run
+from common.run import Saver, check_finite, end_run, open_repository, start_run
+
+
+def flags(folder, **more) -> SimpleNamespace:
+    usual = {
+        "mixed_precision": None, "report_to": "none", "output_dir": str(folder), "logging_dir": "logs", "seed": 3,
+        "pretrained_teacher_model": "x", "allow_tf32": False, "checkpoints_total_limit": None, "push_to_hub": False,
+        "model_type": "lora", "push_checkpoints_to_hub": False, "hub_token": None, "hub_model_id": None,
+    }  # fmt: skip
+    return SimpleNamespace(**usual | more)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beginning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_begins_with_its_notes_and_its_seed(tmp_path, capsys):
+    accelerator, dtype = start_run(flags(tmp_path), ["first", "second"], gradient_accumulation_steps=3)
+    assert capsys.readouterr().out == "first\nsecond\n"
+    assert accelerator.gradient_accumulation_steps == 3 and dtype == torch.float32
+    assert accelerator.project_configuration.logging_dir == str(tmp_path / "logs")
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_frozen_networks_have_the_precision_of_the_run(tmp_path):
+    assert start_run(flags(tmp_path, mixed_precision="bf16"), [])[1] == torch.bfloat16
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_as_the_flag_says(allowed, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=None))  # the process's own stays
+    start_run(flags(tmp_path, allow_tf32=allowed), [])
+    assert torch.backends.cuda.matmul.allow_tf32 == allowed
+
+
+def test_fp16_on_a_cpu_is_one_sentence(tmp_path, monkeypatch):
+    on_cpu = SimpleNamespace(mixed_precision="fp16", device=torch.device("cpu"), print=print)
+    monkeypatch.setattr(run, "Accelerator", lambda **_: on_cpu)
+    with pytest.raises(SystemExit, match="--mixed_precision fp16: needs a GPU; a CPU takes no or bf16"):
+        start_run(flags(tmp_path, mixed_precision="fp16"), [])
+
+
+@pytest.mark.parametrize(("teacher", "threads"), [(None, len(os.sched_getaffinity(0))), ("x", None)])
+def test_the_toy_has_all_of_the_machine(teacher, threads, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    start_run(flags(tmp_path, pretrained_teacher_model=teacher), [])
+    assert found == ([threads] if threads else [])
+
+
+@pytest.mark.parametrize(("push", "main", "there"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_the_repository_is_made_by_the_main_process_where_it_is_asked_for(push, main, there, monkeypatch):
+    monkeypatch.setattr(run, "create_hub_repository", lambda args: "owner/name")
+    found = open_repository(SimpleNamespace(push_to_hub=push), SimpleNamespace(is_main_process=main))
+    assert found == ("owner/name" if there else None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FakeBatches:
+    """Stands in for a place in the data."""
+
+    stream = SimpleNamespace(lanes=2)
+
+    def state(self) -> dict:
+        return {"lanes": 2, "starts": {0: [0, 1, 2]}, "used": [5], "faults": {"too small": 2, "no caption": 1}}
+
+
+@pytest.fixture
+def saver(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(network.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    flushed = []
+    encoder = SimpleNamespace(flush=lambda: flushed.append(True))
+    saver = Saver(
+        flags(tmp_path), Accelerator(cpu=True), {"student": network}, {"student": optimizer}, schedule, encoder,
+        FakeBatches(), {"too small": 3},
+    )  # fmt: skip
+    saver.flushed = flushed
+    return saver
+
+
+def test_a_checkpoint_knows_where_the_run_is_and_what_was_skipped(saver, tmp_path):
+    assert saver.save(4, more=[1]) == tmp_path / "checkpoint-4" and saver.flushed == [True]
+    assert {path.name for path in (tmp_path / "checkpoint-4").iterdir()} == {
+        "state.json", "student.safetensors", "student.optimizer.pt"
+    }  # fmt: skip
+    state = json.loads((tmp_path / "checkpoint-4" / "state.json").read_text())
+    assert state["stream"] == {"lanes": 2, "starts": {"0": [0, 1, 2]}, "used": [5]}
+    assert state["skipped"] == {"too small": 5, "no caption": 1}  # before the resume, and since
+    assert (state["step"], state["more"], state["scaler"]) == (4, [1], None) and "last_epoch" in state["lr_schedule"]
+    assert saver.place_in_data()[1] == Counter(state["skipped"])  # nothing is counted twice
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_run_that_has_gone_wrong_ends_and_names_its_last_good_checkpoint(value, saver, tmp_path):
+    saver.save(4)
+    check_finite(saver.args, 5, loss=1.0, norm=0.0)
+    with pytest.raises(
+        SystemExit, match=r"the norm is not finite at step 5; the last good checkpoint is .*checkpoint-4"
+    ):
+        check_finite(saver.args, 5, loss=1.0, norm=value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# End
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ended(saver, monkeypatch, **how):
+    """What is done at the end of a run, in order."""
+    done = []
+
+    def pushed(args, repository, files, message):
+        done.append((repository, files, message))
+
+    monkeypatch.setattr(run, "push_to_hub", pushed)
+
+    def call(name, result):
+        return lambda *given: (done.append(name), result)[1]
+
+    options = {"step": 4, "trained": True, "stopped": False, "all_processes": False} | how
+    end_run(
+        saver.args, saver, SimpleNamespace(end=lambda step, stopped: done.append(("tracking", step, stopped))),
+        "owner/name" if saver.args.push_to_hub else None, stop=SimpleNamespace(over=call("no more signals", None)),
+        validate=call("pictures", Image.new("RGB", (8, 8))), export=call("export", (["weights"], "import x\n")),
+        report=call("report", "| a |\n"), method="lcm", teacher="owner/teacher", **options,
+    )  # fmt: skip
+    return done
+
+
+def test_a_complete_run_leaves_checkpoint_pictures_model_and_card(saver, tmp_path, monkeypatch, capsys):
+    done = ended(saver, monkeypatch, ema_steps=7)
+    assert done == ["no more signals", "pictures", "export", "report", ("tracking", 4, False)]
+    assert json.loads((tmp_path / "checkpoint-4" / "state.json").read_text())["ema_steps"] == 7
+    assert Image.open(tmp_path / "samples.png").size == (8, 8)
+    card = (tmp_path / "README.md").read_text()
+    assert "# LCM of teacher\n" in card and 'tags: ["lcm", "lora"]' in card and "import x\n" in card and "| a |" in card
+    said = capsys.readouterr().out
+    assert f"saved {tmp_path / 'checkpoint-4'}" in said and "skipped 5 x too small\nskipped 1 x no caption" in said
+    assert f"The model is in {tmp_path}:\n\nimport x\n" in said
+
+
+def test_a_run_that_was_stopped_leaves_a_checkpoint_alone(saver, tmp_path, monkeypatch, capsys):
+    assert ended(saver, monkeypatch, stopped=True) == ["no more signals", ("tracking", 4, True)]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert "stopped by a signal; go on with --resume_from_checkpoint latest" in capsys.readouterr().out
+
+
+def test_a_run_that_has_trained_nothing_does_not_write_its_checkpoint_again(saver, tmp_path, monkeypatch, capsys):
+    saver.save(4)
+    written = (tmp_path / "checkpoint-4" / "state.json").stat().st_mtime_ns
+    assert "export" in ended(saver, monkeypatch, trained=False)
+    assert (tmp_path / "checkpoint-4" / "state.json").stat().st_mtime_ns == written
+    assert "checkpoint-4 is already there" in capsys.readouterr().out
+    ended(saver, monkeypatch, trained=False, step=5)  # resumed from another folder
+    assert (tmp_path / "checkpoint-5" / "state.json").exists()
+
+
+def test_the_hub_gets_the_model_and_what_shows_it(saver, monkeypatch):
+    saver.args.push_to_hub = True
+    (pushed,) = [each for each in ended(saver, monkeypatch) if each[0] == "owner/name"]
+    files = ["README.md", "samples.png", "report.*", "side_by_side.*", "weights"]
+    assert pushed == ("owner/name", files, "Distilled model")
+
+
+@pytest.mark.parametrize(("all_processes", "taking_part"), [(False, []), (True, ["pictures", "export", "report"])])
+def test_other_processes_take_part_where_networks_are_split(all_processes, taking_part, saver, tmp_path, monkeypatch):
+    other = SimpleNamespace(
+        is_main_process=False, num_processes=1, scaler=None, print=lambda *_: None, wait_for_everyone=lambda: None
+    )
+    monkeypatch.setattr(saver, "accelerator", other)
+    monkeypatch.setattr(run, "save_checkpoint", lambda *given: "a folder")
+    done = ended(saver, monkeypatch, all_processes=all_processes)
+    assert done == ["no more signals", *taking_part, ("tracking", 4, False)]
+    assert list(tmp_path.iterdir()) == []
