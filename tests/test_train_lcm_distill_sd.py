@@ -143,7 +143,7 @@ def test_training_on_an_ideal_teacher_converges_to_its_flow(monkeypatch):
     trained = list(student.parameters())
     networks = script.Networks(teacher, student, student, target, trained, target, lora=False)
     accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
-    steps, count = 8000, 512
+    steps, count = 5000, 512
     optimizer = torch.optim.Adam(trained, 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     rng = torch.Generator().manual_seed(1)
@@ -231,6 +231,7 @@ def test_without_adapters_the_network_is_the_teacher_bit_for_bit(flags, lcm):
         assert (student(x, t, cond).sample - expected).abs().mean() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "networks"), [("lora", 1), ("full", 3)])
 def test_memory_holds_no_more_networks_than_the_method_needs(mode, networks, lcm, monkeypatch):
     def unets() -> list:
@@ -263,6 +264,7 @@ def test_the_target_of_lora_has_no_dropout_and_the_student_has(lcm, monkeypatch)
     assert teacher and target and not student
 
 
+@pytest.mark.slow
 def test_a_lora_s_target_can_be_its_average(lcm, watch):
     flags = "--lora_rank 4 --max_train_steps 2 --learning_rate 1e-2 --checkpointing_steps 1"
     calls = watch(script, "consistency_loss")
@@ -425,6 +427,7 @@ def test_scale_lr_changes_the_optimizers_rate(flags, expected, lcm, watch):
     assert calls[0][1].param_groups[0]["lr"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_schedule_counts_optimizer_steps(accumulation, lcm, monkeypatch, logged):
     monkeypatch.setattr(script, "LOG_EVERY", 1)
@@ -433,6 +436,7 @@ def test_the_schedule_counts_optimizer_steps(accumulation, lcm, monkeypatch, log
     assert [values["lr"] for _, values in logged] == pytest.approx([0.75e-3, 0.5e-3, 0.25e-3, 0.0])
 
 
+@pytest.mark.slow
 def test_the_schedule_goes_on_after_a_resume(lcm, monkeypatch, logged):
     monkeypatch.setattr(script, "LOG_EVERY", 1)
     flags = "--lr_scheduler sine --lr_warmup_steps 1 --learning_rate 1e-3 --lr_end 1e-4 --lora_rank 2 "
@@ -456,6 +460,7 @@ def test_what_max_grad_norm_bounds(method, lcm):
         assert grads.abs().max().item() == pytest.approx(1e-4, rel=1e-5) and grads.norm() > 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proportion", [0.0, 1.0])
 def test_proportion_of_empty_prompts(proportion, lcm, sd_teacher, watch):
     calls = watch(script, "predict")
@@ -496,6 +501,7 @@ def linear_weights(network) -> list[torch.Tensor]:
     return [layer.weight for layer in layers if not layer.weight.requires_grad]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "error"), [("int8-torchao", 0.02), ("fp8-torchao", 0.1)])
 def test_a_lora_trains_on_a_base_in_8_bits_and_loads_on_the_plain_one(
     precision, error, lcm, sd_teacher, monkeypatch, watch
@@ -522,6 +528,7 @@ def test_a_lora_trains_on_a_base_in_8_bits_and_loads_on_the_plain_one(
     assert ((ours - loaded).norm() / loaded.norm()).item() < error
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_bit_for_bit(lcm):
     """With all that has random numbers or weights of its own: DoRA, 8 bits, dropout, rollouts."""
     flags = "--use_dora --lora_rank 2 --lora_dropout 0.3 --base_model_precision int8-torchao --learning_rate 1e-3"
@@ -552,6 +559,7 @@ def test_text_encoder_in_8_bits(lcm):
     assert 0 < (embeds[1] - embeds[0]).norm() / embeds[0].norm() < 0.05
 
 
+@pytest.mark.slow
 def test_embeddings_of_another_precision_are_not_taken_from_the_cache(lcm, tmp_path):
     for flags in ("", "--text_encoder_1_precision int8-torchao"):
         lcm.run(flags + f" --cache_dir_text {tmp_path / 'shared'}")
@@ -563,6 +571,7 @@ def test_embeddings_of_another_precision_are_not_taken_from_the_cache(lcm, tmp_p
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["", "--lora_rank 2 --lora_dropout 0.3"])
 def test_rolled_out_samples_are_the_students_without_gradient(kind, lcm, watch):
     flags = f"{kind} --scheduled_sampling_max_step_offset 10 --scheduled_sampling_probability "
@@ -580,6 +589,7 @@ def test_rolled_out_samples_are_the_students_without_gradient(kind, lcm, watch):
     assert torch.equal(changed, t_above > t) and changed.any()
 
 
+@pytest.mark.slow
 def test_the_flow_loss_is_on_velocities(lcm, sd_teacher, watch):
     """v = eps - x0 on the flow's own path: with x = alpha x0 + sigma eps, at the student's input."""
     networks, losses = watch(script, "predict"), watch(script, "consistency_loss")
@@ -644,6 +654,7 @@ def test_previews_are_the_half_done_samples(lcm, tmp_path, monkeypatch):
     assert any(b"preview-5-steps-step04" in data for data in events)
 
 
+@pytest.mark.slow
 def test_the_clip_scores_are_logged_and_reported(lcm, tiny_clip, tmp_path, logged, watch):
     generated = watch(script, "generate")
     (tmp_path / "prompts.json").write_text(json.dumps({"a": "a red circle", "b": "a large blue square"}))
@@ -664,6 +675,7 @@ def test_a_clip_that_is_not_there_is_known_before_training(lcm, tmp_path):
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_the_eval_loss_is_the_same_for_the_same_weights(lcm, logged):
     """Whatever the seed and the batch are; and another one for other weights."""
     found = []
@@ -678,6 +690,7 @@ def test_the_eval_loss_is_the_same_for_the_same_weights(lcm, logged):
     assert all(math.isfinite(value) and value > 0 for value in found[0].values())
 
 
+@pytest.mark.slow
 def test_held_out_samples_are_not_trained_on(lcm, monkeypatch, watch, capsys):
     evaluated = watch(script, "held_out_loss")
     trained, encode = set(), script.SampleEncoder.encode_images
@@ -696,6 +709,7 @@ def test_held_out_samples_are_not_trained_on(lcm, monkeypatch, watch, capsys):
     assert "held out for --eval_steps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluation_changes_nothing(lcm):
     """Neither pictures, evaluation nor report leaves a trace in what is trained."""
     flags = "--lora_rank 2 --lora_dropout 0.3 --learning_rate 1e-2 --max_train_steps 3"
@@ -724,6 +738,7 @@ def test_a_run_tells_its_webhook(lcm, tmp_path, server, capsys):
     assert (out / "pytorch_lora_weights.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_report_ranks_a_student_that_is_the_teacher(lcm):
     """A teacher with more steps is nearer to its own 50; table, plot and card are there."""
     out = lcm.run("--report_steps 2,25 --learning_rate 1e-30")
@@ -757,6 +772,7 @@ def test_tensorboard_gets_curves_and_pictures_and_nobody_the_token(lcm, monkeypa
     assert "grid" in events["images"] and {"loss", "lr"} <= set(events["scalars"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--lora_rank 4 --lora_alpha 8", "--lora_rank 4 --lora_alpha 8 --use_dora"])
 def test_an_exported_lora_loads_in_the_stock_pipeline(flags, lcm, sd_teacher, monkeypatch):
     """And the kohya file of it is the same LoRA."""

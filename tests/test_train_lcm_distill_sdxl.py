@@ -158,6 +158,7 @@ def test_pictures_are_the_pipeline_s_own_at_any_size(lcm, sdxl_teacher):
     assert ours.size == (32, 48) and ours.tobytes() == stock.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", [False, True])
 def test_the_vae_is_in_fp32_unless_another_is_given(override, lcm, sdxl_teacher, watch, tmp_path):
     other = AutoencoderKL.from_pretrained(sdxl_teacher, subfolder="vae")
@@ -213,6 +214,7 @@ def outputs_of(network, teacher, out, **weights) -> tuple[torch.Tensor, torch.Te
         return script.predict(network.eval(), x, t, cond), base, script.predict(pipe.unet.eval(), x, t, cond)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--lora_rank 4 --lora_alpha 8", "--lora_rank 4 --lora_alpha 8 --use_dora"])
 def test_an_exported_lora_loads_in_the_stock_pipeline(flags, lcm, sdxl_teacher, monkeypatch):
     networks = perturb(monkeypatch, script, randomize_adapters)
@@ -232,6 +234,7 @@ def test_the_kohya_file_is_the_lora_in_stabilitys_names(lcm, sdxl_teacher, monke
     torch.testing.assert_close(loaded, ours, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "error"), [("int8-quanto", 0.02), ("fp8-torchao", 0.1)])
 def test_a_lora_of_a_base_in_8_bits_loads_on_the_plain_one(precision, error, lcm, sdxl_teacher, monkeypatch):
     networks = perturb(monkeypatch, script, lambda network, *_: randomize_adapters(network, std=0.1))
@@ -268,6 +271,7 @@ def test_an_exported_student_is_a_network_and_where_asked_a_whole_pipeline(lcm, 
     assert picture.size == (32, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--model_type full", "--lora_rank 4"])
 def test_the_card_says_how_to_use_the_model_what_made_it_and_how_good_it_is(flags, lcm, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_lcm_distill_sdxl.py", *flags.split(), "--seed", "42"])
@@ -297,6 +301,7 @@ def test_the_card_says_how_to_use_the_model_what_made_it_and_how_good_it_is(flag
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "there"), [("", False), ("--vae_cache_disable", True)])
 def test_with_full_caches_neither_vae_nor_text_encoders_are_there(flags, there, lcm, monkeypatch):
     """While training, in the run that fills them and in the next."""
@@ -316,6 +321,7 @@ def test_with_full_caches_neither_vae_nor_text_encoders_are_there(flags, there, 
     assert found == [set(kinds) if there else set()] * 2
 
 
+@pytest.mark.slow
 def test_from_a_cache_the_teacher_is_told_what_it_is_told_without(two_shapes, lcm, tmp_path, watch):
     """Latents, both text encoders' embeddings, size ids: streamed, while filling, from what was filled, on demand."""
     calls, told = watch(script, "predict"), []
@@ -378,6 +384,7 @@ def test_each_text_encoder_has_its_precision(lcm):
         assert 0 < (found - plain)[:, places].norm() / plain[:, places].norm() < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["", "--vae_cache_disable"])
 def test_what_is_held_out_is_of_all_datasets(cache, lcm, watch, tmp_path, capsys):
     """Two datasets of the same images with other rules: neither trains on what is held out."""
@@ -464,6 +471,7 @@ def distance(a: dict, b: dict) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "beside"),
     [
@@ -499,12 +507,14 @@ def test_a_setting_changes_what_is_trained(changed, beside, train, plain):
     assert distance(train(**beside, **changed), plain[key]) > 1e-3 * RATE
 
 
+@pytest.mark.slow
 def test_other_settings_do_not(train):
     """So that the test above does not see what is random."""
     others = {"checkpoints_total_limit": 3, "validation_prompt": "blue", "compress_disk_cache": True}
     assert distance(train(**others), train()) == 0.0
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_large_batch(train):
     same = {"adam_epsilon": 1e-3}  # else Adam makes whole steps of rounding errors
     large = train(**same, train_batch_size=4)
@@ -521,6 +531,7 @@ def test_the_student_is_of_the_kind_and_rank_that_was_asked_for(kind, rank, trai
         assert "time_embedding.cond_proj.weight" in weights and not any("lora" in name for name in weights)
 
 
+@pytest.mark.slow
 def test_adamw_bf16_keeps_steps_that_bf16_would_lose(train, sdxl_teacher):
     """In bf16 a weight of 0.1 and its neighbour are 5e-4 apart; trained weights and moments are fp32."""
     full = {"model_type": "full", "lora_rank": None, "optimizer": "adamw_bf16", "mixed_precision": "bf16"}
@@ -531,6 +542,7 @@ def test_adamw_bf16_keeps_steps_that_bf16_would_lose(train, sdxl_teacher):
     assert len(large) > 1000 and (large > 0.5e-6).float().mean() > 0.9 and large.max() < 1.1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["gradient_checkpointing", "use_gradient_checkpointing"])
 def test_gradient_checkpointing_computes_twice_and_trains_the_same(key, train, monkeypatch):
     calls = []

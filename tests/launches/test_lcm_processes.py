@@ -4,23 +4,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train_lcm_distill_sd
 from common.cache import TensorStore
 from tests.helpers import launch
-from tests.lcm import SHORT
+from tests.lcm import SHORT, Runner
 
 pytestmark = pytest.mark.slow
 
 
-def test_two_processes_train_on_a_base_in_8_bits_as_one_does(sd_teacher, small_shards, tmp_path):
+def test_two_processes_train_on_a_base_in_8_bits_as_one_does(
+    sd_teacher, small_shards, tmp_path, monkeypatch, one_process
+):
     """Whose weights cannot be broadcast. With rollouts and evaluation, which all processes must take part in."""
-    flags = f"--pretrained_teacher_model {sd_teacher} {SHORT} --lora_rank 2 --base_model_precision int8-torchao"
-    flags += f" --train_shards_path_or_url {small_shards}/{{00000..00001}}.tar --eval_steps 1 --eval_samples 2"
-    flags += " --scheduled_sampling_max_step_offset 5 --scheduled_sampling_probability 0.5 --learning_rate 1e-3"
-    found = []
-    for processes in (1, 2):
-        more = ["--train_batch_size", 4 // processes, "--output_dir", tmp_path / str(processes)]
-        launch("train_lcm_distill_sd.py", *flags.split(), "--disable_benchmark", *more, processes=processes)
-        found.append(load_file(tmp_path / str(processes) / "checkpoint-1" / "student.safetensors"))
+    flags = "--lora_rank 2 --base_model_precision int8-torchao --eval_steps 1 --eval_samples 2 --learning_rate 1e-3"
+    flags += " --scheduled_sampling_max_step_offset 5 --scheduled_sampling_probability 0.5"
+    monkeypatch.chdir(small_shards)
+    out = Runner(train_lcm_distill_sd, tmp_path, sd_teacher, one_process).run(flags)
+    flags += f" {SHORT} --pretrained_teacher_model {sd_teacher} --disable_benchmark --train_batch_size 2"
+    flags += f" --train_shards_path_or_url {small_shards}/{{00000..00001}}.tar --output_dir {tmp_path / '2'}"
+    launch("train_lcm_distill_sd.py", *flags.split(), processes=2)
+    found = [load_file(folder / "checkpoint-1" / "student.safetensors") for folder in (out, tmp_path / "2")]
     assert found[0].keys() == found[1].keys() and any(value.any() for name, value in found[0].items() if "_B" in name)
     distances = torch.cat([(found[0][name] - found[1][name]).abs().flatten() for name in found[0]])
     assert distances.mean() < 1e-5  # a hundredth of the step
