@@ -41,7 +41,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import json
 import math
 import tempfile
 import time
@@ -55,11 +54,11 @@ from tqdm import tqdm
 from common.checkpoint import StopSignal, resume
 from common.data.buckets import check_frame_count, latent_frames, pixel_frames, target_size, targets_in_shapes
 from common.data.clips import clip_size, open_caption_readers
-from common.data.datasets import SOURCES, Data, open_data, plan_buckets
-from common.data.encoder import Encoders, SampleEncoder, open_encoder
+from common.data.datasets import Data, open_data, plan_buckets
+from common.data.encoder import SampleEncoder, open_encoder
 from common.data.stream import open_batches
 from common.draws import Draws, draw_dropped, draw_exits, score_range, score_timesteps, tied_noise
-from common.export import push_to_hub, save_comfy_lora
+from common.export import push_to_hub
 from common.flags import (
     add_bucket_flags,
     add_clip_flags,
@@ -105,7 +104,6 @@ from common.solvers import (
     flow_trajectory,
     renoise,
     roll_out,
-    stock_scheduler,
 )
 from common.tracking import GAP_RANGES, Means, Tracking, gap_name, webhook_errors
 from common.wan.parallel import check_processes, gathered, shard, wants_fsdp
@@ -372,6 +370,8 @@ def check_blocks(parser, args, data: Data) -> tuple[Data, int, list[str]]:
 # The model: a fork for another one replaces this block, and nothing else
 # =====================================================================================================================
 
+import json
+
 from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.schedulers import SchedulerMixin
@@ -381,7 +381,11 @@ from peft.utils import get_peft_model_state_dict
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from common.cache import weights_identity
+from common.data.datasets import SOURCES
+from common.data.encoder import Encoders
+from common.export import save_comfy_lora
 from common.plan.memory import PlannedModel
+from common.solvers import stock_scheduler
 from common.wan.causal import BlockCausal
 from common.wan.parallel import share_tokens
 

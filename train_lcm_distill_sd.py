@@ -33,7 +33,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -43,13 +42,13 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import StopSignal, resume
-from common.data.buckets import Rules, target_size
+from common.data.buckets import target_size
 from common.data.datasets import open_data, plan_buckets
-from common.data.encoder import Encoders, SampleEncoder, open_encoder
+from common.data.encoder import open_encoder
 from common.data.samples import open_readers
 from common.data.stream import open_batches
 from common.draws import Draws, draw_dropped, draw_rollout
-from common.export import push_to_hub, save_kohya_lora
+from common.export import push_to_hub
 from common.flags import (
     add_shared_flags,
     check_ranges,
@@ -79,8 +78,6 @@ def parse_args(argv=None):
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_teacher_model", type=str, help="folder or hub name of the pipeline; default: the toy teacher, by its own recipe")
     add("--teacher_revision", type=str, help="the teacher's branch, tag or commit on the hub")
-    add("--pretrained_vae_model_name_or_path", type=str, help="another VAE; default: the teacher's")
-    add("--revision", type=str, help="that VAE's branch, tag or commit on the hub")
 
     add = parser.add_argument_group("student").add_argument
     add("--model_type", type=str, choices=["full", "lora"], help="default: lora where a --lora_* flag or --use_dora is given, else full")
@@ -167,6 +164,8 @@ def middle_w(args) -> float:
 # The model: a fork for another one replaces this block, and nothing else
 # =====================================================================================================================
 
+import json
+
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
@@ -174,6 +173,9 @@ from peft.utils import get_peft_model_state_dict
 from transformers import AutoTokenizer, CLIPTextModel
 
 from common.cache import weights_identity
+from common.data.buckets import Rules
+from common.data.encoder import Encoders, SampleEncoder
+from common.export import save_kohya_lora
 from common.flags import hide_flags
 from common.networks import guidance_embedding, precision_name
 
@@ -190,7 +192,9 @@ TOY_SIZES = ((64, 64),)  # height, width
 
 
 def add_model_flags(parser):
-    add = parser.add_argument_group("sizes").add_argument
+    add = parser.add_argument_group("VAE and size").add_argument
+    add("--pretrained_vae_model_name_or_path", type=str, help="another VAE; default: the teacher's")
+    add("--revision", type=str, help="that VAE's branch, tag or commit on the hub")
     add("--resolution", type=int, default=512, help="training pixels, a multiple of 8")
     hide_flags(parser, "text_encoder_2_precision")
 
