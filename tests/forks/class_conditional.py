@@ -20,8 +20,7 @@ COMPILED_BLOCKS, PREVIEW_MODEL, TOY_SIZES = ("ResnetBlock2D",), None, ()
 
 
 def add_model_flags(parser):
-    add = parser.add_argument_group("sizes").add_argument
-    add("--resolution", type=int, default=64, help="training pixels, a multiple of 8")
+    parser.add_argument("--resolution", type=int, default=64, help="training pixels, a multiple of 8")
 
 
 def check_model_flags(parser, args):
@@ -36,7 +35,7 @@ def check_model_flags(parser, args):
 
 
 def toy_recipe(args):
-    raise SystemExit("--pretrained_teacher_model: is needed, there is no toy teacher of this kind")
+    raise SystemExit("--pretrained_teacher_model: is needed, there is no toy of this kind")
 
 
 def teacher_of(args) -> str:
@@ -110,12 +109,11 @@ def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
     student_scheduler(args, scheduler).save_pretrained(folder / "scheduler")
     unet.save_pretrained(folder)
     usage = (
-        f"import torch\nfrom diffusers import LCMScheduler, UNet2DModel\n\n"
+        f"import torch\nfrom diffusers import LCMScheduler, UNet2DModel\n\ntorch.set_grad_enabled(False)\n"
         f'unet = UNet2DModel.from_pretrained("{folder}")\n'
         f'scheduler = LCMScheduler.from_pretrained("{folder}", subfolder="scheduler")\nscheduler.set_timesteps(4)\n'
         f"x = torch.randn(1, 3, {args.resolution}, {args.resolution})\n"
         f"for t in scheduler.timesteps:  # the class is one of 0 to {len(CLASSES) - 1}: {', '.join(CLASSES)}\n"
-        f"    with torch.no_grad():\n"
-        f"        x = scheduler.step(unet(x, t, class_labels=torch.tensor([0])).sample, t, x).prev_sample\n"
+        f"    x = scheduler.step(unet(x, t, class_labels=torch.tensor([0])).sample, t, x).prev_sample\n"
     )
     return ["scheduler", "config.json", "diffusion_pytorch_model.safetensors"], usage
