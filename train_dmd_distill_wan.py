@@ -110,6 +110,7 @@ from common.wan.parallel import check_processes, gathered, shard, wants_fsdp
 from common.wan.report import ClipComparison, write_clips_report
 
 FLOW_STEPS = 20  # of the teacher's trajectories, and those of the student among them
+LORA_RANK = 128  # where none is given
 RECIPE_BATCH = 64  # samples of an optimizer step in the papers' recipes
 NO_JOB = (  # of the flags that scripts share
     "eval_steps", "eval_samples", "evaluation_type", "evaluation_clip_model", "validation_preview",
@@ -233,7 +234,7 @@ def check_dmd_flags(parser, args):
     args = filled(args, model_type=wanted_student(args))
     if toy:
         notes.append(f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type}).")
-    lora = {"lora_rank": 128, "lora_alpha": 128, "lora_dropout": 0.0, "lora_target_modules": LORA_TARGETS}
+    lora = {"lora_rank": LORA_RANK, "lora_alpha": LORA_RANK, "lora_dropout": 0.0, "lora_target_modules": LORA_TARGETS}
     if args.model_type == "lora":
         args = filled(args, **lora)
     elif given := [name for name in lora if getattr(args, name) is not None]:
@@ -847,7 +848,7 @@ def planned_setup(args, data, method, dtype: torch.dtype) -> Setup:
     return Setup(
         model, batch=args.train_batch_size, frames=frames - trained_from(args, frames), height=height, width=width,
         validation=(latent_frames(method.validation_frames, FRAMES_PER_LATENT), *(side // factor for side in shown)),
-        text_length=text_rows(args), model_type=args.model_type, lora_rank=args.lora_rank or 0,
+        text_length=text_rows(args), model_type=args.model_type, lora_rank=args.lora_rank or LORA_RANK,
         lora_targets=tuple(name.strip() for name in (args.lora_target_modules or LORA_TARGETS).split(",")), dtype=dtype,
         base_precision=precision_name(args.base_model_precision),
         text_precision=precision_name(args.text_encoder_1_precision),
