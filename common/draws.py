@@ -1,6 +1,7 @@
 """Random numbers of the methods. Those of a sample follow from the seed and its place in the global sequence alone,
 whatever processes there are and wherever a run was resumed."""
 
+import functools
 import hashlib
 
 import torch
@@ -23,6 +24,13 @@ class Draws:
     def __init__(self, seed: int, positions: list[int], device):
         self.rngs, self.device = [sample_generator(seed, position) for position in positions], device
 
+    @classmethod
+    def of(cls, rngs: list[torch.Generator], device):
+        """Draws by generators that are there already."""
+        draws = cls(0, [], device)
+        draws.rngs = rngs
+        return draws
+
     def integers(self, count: int) -> torch.Tensor:
         """[B] in 0..count-1, on the device."""
         return torch.stack([torch.randint(count, (), generator=rng) for rng in self.rngs]).to(self.device)
@@ -34,6 +42,10 @@ class Draws:
     def normal(self, *shape: int) -> torch.Tensor:
         """[B, *shape], on the device."""
         return torch.stack([torch.randn(shape, generator=rng) for rng in self.rngs]).to(self.device)
+
+    def keyed_normal(self, *shape: int):
+        """noise(key) -> [B, *shape], drawn when a key is first asked for, and from then on the same."""
+        return functools.cache(lambda key: self.normal(*shape))
 
 
 def draw_dropped(draws: Draws, share: float, text: dict, empty: dict) -> dict[str, torch.Tensor]:

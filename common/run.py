@@ -79,7 +79,7 @@ def check_finite(args, step: int, **values: float):
 
 
 def end_run(
-    args, saver: Saver, tracking, repository, *, step: int, trained: bool, stop, stopped: bool, validate, export,
+    args, saver: Saver, tracking, repository, *, step: int, trained: bool, stop_signal, stopped: bool, validate, export,
     report, method: str, teacher: str, all_processes: bool = False, **state,
 ):  # fmt: skip
     """Ends a run: a checkpoint always, and the model where training is complete.
@@ -94,7 +94,7 @@ def end_run(
         say(f"checkpoint-{step} is already there")
     else:
         say(f"saved {saver.save(step, **state)}")
-    stop.over()
+    stop_signal.over()
     for cause, count in saver.place_in_data()[1].most_common():
         say(f"skipped {count} x {cause}")
     if stopped:
