@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 
 def options(trained_only: bool) -> StateDictOptions:
-    """Options for a state that is gathered from all processes on the main one's CPU, or spread from there."""
+    """Options for unsharded states on the CPU: gathered in the main process, and loaded from there in each."""
     return StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only, strict=False)
 
 

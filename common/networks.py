@@ -97,12 +97,9 @@ def adapter_weights(network: torch.nn.Module, name: str) -> torch.nn.ParameterDi
 
 def weights_copy(part: torch.nn.Module, device) -> torch.nn.ParameterDict:
     """A copy of the trained weights, with which a moving average starts."""
-    copies = [
-        (name.replace(".", "/"), torch.nn.Parameter(p.detach().to(device, copy=True), requires_grad=False))
-        for name, p in part.named_parameters()
-        if p.requires_grad
-    ]
-    return torch.nn.ParameterDict(copies)
+    trained = [(name.replace(".", "/"), p) for name, p in part.named_parameters() if p.requires_grad]
+    copies = [(name, p.detach().to(device, copy=True)) for name, p in trained]
+    return torch.nn.ParameterDict([(name, torch.nn.Parameter(p, requires_grad=False)) for name, p in copies])
 
 
 @contextlib.contextmanager
@@ -189,11 +186,8 @@ def check_precision(parser, args) -> list[str]:
     if wanted and importlib.util.find_spec("torchao") is None:
         name, precision = next(iter(wanted.items()))
         parser.error(f"--{name} {precision}: needs torchao, which is not installed: pip install torchao==0.18.0")
-    return [
-        f"--{name} {given}: an alias, {precision_name(given)} is in use"
-        for name, given in wanted.items()
-        if precision_name(given) != given
-    ]
+    aliased = {name: given for name, given in wanted.items() if precision_name(given) != given}
+    return [f"--{name} {given}: an alias, {precision_name(given)} is in use" for name, given in aliased.items()]
 
 
 def quantize(network: torch.nn.Module, precision: str, where) -> torch.nn.Module:

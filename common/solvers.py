@@ -107,6 +107,7 @@ def sampled_x_t(f, solver: DDIMSolver, x_t, latents, eps, index, offset, noise):
 # Flow matching
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def shift_time(u, shift: float):
     """Time u in [0, 1], shifted towards noise: s * u / (1 + (s - 1) * u)."""
     return shift * u / (1.0 + (shift - 1.0) * u)
