@@ -18,7 +18,7 @@ MARGIN, LABEL_HEIGHT = 6, 18  # pixels
 
 
 def labelled_grid(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str]) -> Image.Image:
-    """A sheet of pictures in rows, with labels left of the rows and, wrapped, above the columns; small ones enlarged."""
+    """A sheet of pictures, enlarged if small, with labels left of the rows and, wrapped, above the columns."""
     font = ImageFont.load_default(13)
     scale = max(1, 128 // rows[0][0].height)
     width, height = rows[0][0].width * scale, rows[0][0].height * scale

@@ -152,7 +152,7 @@ def hold_out(args, data, readers: list) -> tuple[list[Sample], list]:
 
 
 def image_of(sample: Sample) -> str:
-    """Hash of a sample's image: its key without the bucket, which follows where the image is in another one's."""
+    """Hash of a sample's image. A key is this hash, followed by the bucket where that is not the image's own."""
     return sample.key.partition("-")[0]
 
 

@@ -72,7 +72,7 @@ class Saver:
 
 
 def check_finite(args, step: int, **values: float):
-    """Ends a run with a loss or gradient that is not finite, before a checkpoint holds what came of it."""
+    """Ends a run with a loss or gradient that is not finite, before a checkpoint is made of it."""
     if broken := [name for name, value in values.items() if not math.isfinite(value)]:
         last = find_checkpoint(args.output_dir, "latest")
         raise SystemExit(f"the {broken[0]} is not finite at step {step}; the last good checkpoint is {last}")
