@@ -41,7 +41,6 @@ def weights_identity(model: str, subfolder: str | None, revision: str | None) ->
 
 
 def text_key(text: str) -> str:
-    """Key of a text's record."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -96,8 +96,7 @@ def load_checkpoint(folder: Path, networks: dict, optimizers: dict) -> dict:
         weights = load_file(file)
         trained = StateDictOptions(ignore_frozen_params=name in optimizers)
         expected = get_model_state_dict(network, options=trained)  # not gathered: every process checks
-        unfit = weights.keys() ^ expected.keys()
-        unfit = unfit or {key for key in expected if expected[key].shape != weights[key].shape}
+        unfit = weights.keys() ^ expected.keys() or {k for k in expected if expected[k].shape != weights[k].shape}
         if unfit:
             raise SystemExit(
                 f"--resume_from_checkpoint {folder}: {len(unfit)} weights of the {name} do not fit this run, "
@@ -116,15 +115,14 @@ def load_checkpoint(folder: Path, networks: dict, optimizers: dict) -> dict:
 
 def resume(args, accelerator, networks: dict, optimizers: dict, lr_schedule) -> dict:
     """Loads the checkpoint that --resume_from_checkpoint names, and returns its state, or that of a new run."""
-    new, wanted = {"step": 0, "stream": None, "skipped": {}}, args.resume_from_checkpoint
-    if not wanted:
-        return new
-    folder = find_checkpoint(args.output_dir, wanted)
-    if folder is None:
+    wanted = args.resume_from_checkpoint
+    folder = find_checkpoint(args.output_dir, wanted) if wanted else None
+    if wanted and folder is None:
         accelerator.print(
-            f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir} yet, starting at step 0"
+            f"--resume_from_checkpoint {wanted}: no checkpoint in {args.output_dir} yet, starting at step 0"
         )
-        return new
+    if folder is None:
+        return {"step": 0, "stream": None, "skipped": {}}
     state = load_checkpoint(folder, networks, optimizers)
     lr_schedule.load_state_dict(state["lr_schedule"])
     if accelerator.scaler is not None:

@@ -151,8 +151,7 @@ def flow_grid(steps: list[float], count: int, shift: float) -> list[float]:
 def flow_trajectory(velocity, noise, grid: list[float], kept: list[float]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Samples on the flow from noise to data: x at each of the `kept` timesteps of the grid, and x at t = 0.
 
-    The steps are Adams and Bashforth's of second order: as many velocities as Euler's, and a third of the steps end
-    nearer to the flow than all of Euler's.
+    Steps are Adams and Bashforth's, of second order: one velocity each, as Euler's, but a third of them end nearer.
     """
     x, x_at, t_last, v_last = noise, {}, None, None
     for t, t_next in pairwise(grid):

@@ -61,7 +61,7 @@ class SampleEncoder:
 
     @torch.no_grad()
     def encode_images(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
-        """Latents of samples of one bucket, {name: [B, ...]} on the device. Encodes and caches those that are missing."""
+        """Latents of samples of one bucket, {name: [B, ...]} on the device; encodes and caches missing ones."""
         rows = [sample.latents for sample in samples]
         if self.latents is not None:  # a reader process knows no record that was added since it started
             pairs = zip(samples, rows, strict=True)
@@ -80,7 +80,7 @@ class SampleEncoder:
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Embeddings of prompts, {name: [B, ...]} on the device. Encodes and caches those that are missing."""
+        """Embeddings of prompts, {name: [B, ...]} on the device. Encodes and caches missing ones."""
         rows = {prompt: self.text.get(text_key(prompt)) if self.text is not None else None for prompt in prompts}
         if missing := [prompt for prompt, row in rows.items() if row is None]:
             encoded = self.encoders.encode_prompts(self.load(self.encoders.load_text), missing)
@@ -100,17 +100,17 @@ class SampleEncoder:
         return {name: torch.stack([padded(row[name].to(self.device)) for row in rows]) for name in names}
 
     def fill(self, accelerator, datasets: tuple[Dataset, ...], readers, prompts: list[str], workers: int):
-        """Encodes all that the caches lack, each process in its share of the parts. Parts that are marked are not read."""
+        """Encodes all that the caches lack, each process of its share of the parts. Marked parts are not read."""
         todo = [
             (i, part) for i, dataset in enumerate(datasets) if "vae" not in dataset.skip
             for part in dataset.parts if is_local(part) and not self.latents[i].is_marked(self.done_name(dataset, part))
         ]  # fmt: skip
         if accelerator.is_main_process:
             self.encode_text(prompts)
-        own_share = ShardPass(todo, readers, process=accelerator.process_index, processes=accelerator.num_processes)
+        share = ShardPass(todo, readers, process=accelerator.process_index, processes=accelerator.num_processes)
         waiting: dict[tuple, list[Sample]] = {}  # by bucket
         with tqdm(desc="filling caches", unit=" samples", disable=not accelerator.is_main_process) as bar:
-            for item in DataLoader(own_share, batch_size=None, num_workers=min(workers, len(todo))):
+            for item in DataLoader(share, batch_size=None, num_workers=min(workers, len(todo))):
                 if isinstance(item, Sample):
                     bar.update()
                     if "text" in datasets[item.dataset].skip:
@@ -146,7 +146,6 @@ class SampleEncoder:
         return f"{part_fingerprint(part)}-{captions}{merged}-{self.text.folder.name}"
 
     def flush(self):
-        """Writes records that wait in the stores."""
         for store in [*(self.latents or []), self.text]:
             if store is not None:
                 store.flush()

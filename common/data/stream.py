@@ -197,7 +197,7 @@ class Batches:
         return samples
 
     def read(self):
-        """Sorts one read's samples into their buckets, and makes batches of buckets that are full or have waited too long."""
+        """Sorts one read's samples into buckets, and makes batches of buckets that are full or have waited too long."""
         parts = [next(self.loader) for _ in range(self.parts)]
         for part in parts:
             if isinstance(part, NoGoodSamples):

@@ -70,11 +70,9 @@ class Setup:
 
     @property
     def rank(self) -> int:
-        """Rank of the adapters, 0 without adapters."""
         return self.lora_rank if self.model_type == "lora" else 0
 
     def tokens(self) -> int:
-        """Tokens of a clip."""
         frames, rows, columns = self.model.patch
         return self.frames // frames * (self.height // rows) * (self.width // columns)
 
@@ -167,10 +165,7 @@ class Meter(TorchDispatchMode):
 
 
 def give_shapes(network: torch.nn.Module, dtype: torch.dtype):
-    """Gives a network on the meta device fake tensors, as if on a CPU: trained weights in fp32, others in dtype.
-
-    To be called inside a FakeTensorMode.
-    """
+    """Gives a network, inside a FakeTensorMode, tensors as on a CPU: trained weights in fp32, others in dtype."""
     for place, module in network.named_modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -240,7 +235,6 @@ def vae_bytes(model: PlannedModel, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def text_encoder_bytes(setup: Setup) -> int:
-    """Bytes of the text encoder's weights."""
     with torch.device("meta"):
         encoder = setup.model.text_encoder()
     return frozen_bytes(encoder, setup.dtype, setup.text_precision)
@@ -265,11 +259,9 @@ def account(setup: Setup) -> dict[str, dict[str, int]]:
         f"fake score's {fake_optimizer} state": state_bytes(trained, fake_optimizer) // share,
     }
     weights |= {"EMA of the student": 4 * count // share} if setup.ema == "gpu" else {}
-    gathered = {}
-    if share > 1:
-        block = next(m for m in counted(setup.model).modules() if type(m).__name__ == setup.model.block)
-        block_bytes = sum(p.numel() for p in block.parameters()) * setup.dtype.itemsize
-        gathered = {"two blocks that FSDP has gathered": 2 * block_bytes}
+    block = next(m for m in counted(setup.model).modules() if type(m).__name__ == setup.model.block)
+    block_bytes = sum(p.numel() for p in block.parameters()) * setup.dtype.itemsize
+    gathered = {"two blocks that FSDP has gathered": 2 * block_bytes} if share > 1 else {}
 
     # The student's turn keeps the rollout's graph during forwards of teacher and fake score; then comes its backward()
     model, size, parallel = setup.model, (setup.height, setup.width), setup.context_parallel
@@ -334,10 +326,7 @@ REMEDIES: list[tuple[str, Callable[[Setup], bool], dict]] = [
 
 
 def remedies(setup: Setup, room: float) -> list[tuple[str, int]]:
-    """Flags, each on top of those before, with the bytes that the run then takes, until it fits.
-
-    Flags that save nothing are left out.
-    """
+    """Flags that save memory, each on top of those before, with the bytes that the run then takes, until it fits."""
     steps, now = [], most(setup)
     for flag, applies, changes in REMEDIES:
         if now + RESERVE <= room:
