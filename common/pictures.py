@@ -77,8 +77,7 @@ def pixels_of(picture: Image.Image) -> torch.Tensor:
 
 
 class Comparison:
-    """Pictures by student and teacher side by side, a grid for each size: a row for each number of steps, a column for
-    each prompt.
+    """Pictures by student and teacher side by side, in a grid for each size: a row per step count, a column per prompt.
 
     `pictures(which, prompts, steps, seed, size=, callback=)` generates; the teacher's never change and are kept.
     """

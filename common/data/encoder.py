@@ -44,7 +44,7 @@ class SampleEncoder:
         self.loaded = {}  # by loader; a None is not loaded again
 
     def load(self, loader):
-        """The network of this loader, which is called once."""
+        """The network of this loader, which is called once until release()."""
         if loader not in self.loaded:
             self.loaded[loader] = loader()
         return self.loaded[loader]
@@ -61,7 +61,7 @@ class SampleEncoder:
 
     @torch.no_grad()
     def encode_images(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
-        """Latents of samples of one bucket, {name: [B, ...]} on the device; encodes and caches missing ones."""
+        """Latents of samples of one bucket, {name: [B, ...]} on the device. Encodes and caches missing ones."""
         rows = [sample.latents for sample in samples]
         if self.latents is not None:  # a reader process knows no record that was added since it started
             pairs = zip(samples, rows, strict=True)

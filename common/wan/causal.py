@@ -62,8 +62,8 @@ class BlockCausalAttention(WanAttnProcessor):
         pieces = [k for k, _ in past] + [k], [v for _, v in past] + [v]
         k, v = (torch.cat(each, 1) if past else each[0] for each in pieces)
         earlier = k.shape[1] - q.shape[1]  # tokens
-        plain = not past or context.computed_again or torch.compiler.is_compiling()
-        with contextlib.nullcontext() if plain else saved_in_pieces((k, v), pieces):
+        save_joined = not past or context.computed_again or torch.compiler.is_compiling()
+        with contextlib.nullcontext() if save_joined else saved_in_pieces((k, v), pieces):
             out = [
                 dispatch_attention_fn(
                     q[:, start:end], k[:, : earlier + end], v[:, : earlier + end], backend=self._attention_backend
@@ -77,7 +77,7 @@ class BlockCausalAttention(WanAttnProcessor):
 
 
 def saved_in_pieces(joined, pieces):
-    """Inside, autograd saves pieces instead of a tensor that is joined from them or its views, and joins them again."""
+    """Inside, autograd saves the pieces of a joined tensor in place of it and of its views, and joins them later."""
     pieces_of = {
         tensor.untyped_storage()._cdata: [piece.detach() for piece in each]
         for tensor, each in zip(joined, pieces, strict=True)

@@ -14,7 +14,7 @@ from common.report import FULL_STEPS, features, measure, toy_judge, write_rows
 
 SHOWN = 4  # prompts whose clips are shown side by side
 SIDE_BY_SIDE = "![frames, teacher and student](side_by_side.png)\n\nThe same as a video: side_by_side.mp4.\n\n"
-# Ratios to the reference that are usual, lowest and highest, and the sign that another ratio is
+# Lowest and highest usual ratio to the reference, and the meaning of any other
 COLLAPSE = {
     "diversity": (0.5, None, "all seeds give nearly the same clip"),
     "saturation": (0.5, 1.75, "colours have faded or are overdone"),
@@ -64,8 +64,7 @@ def in_bytes(clips):
 
 
 def save_side_by_side(folder: Path, clips: dict[str, list[np.ndarray]], prompts: list[str], fps: int):
-    """Writes clips of several samplers: side_by_side.mp4, a column for each, and frames in side_by_side.png, a row for
-    each.
+    """Writes side_by_side.mp4, a column for each sampler, and side_by_side.png, a row of frames for each clip.
 
     `clips` are {sampler: clips [F, H, W, 3] in bytes}, one for each prompt, of which the first ones are shown.
     """
