@@ -1,8 +1,5 @@
-"""Random numbers of the methods.
-
-A sample's numbers follow from the seed and the sample's place in the global sequence alone, however many processes
-there are and wherever a run was resumed.
-"""
+"""Random numbers of the methods. A sample's follow from the seed and the sample's place in the global sequence alone,
+however many processes there are and wherever a run was resumed."""
 
 import hashlib
 

@@ -91,8 +91,6 @@ class SampleEncoder:
         return self.stack([rows[prompt] for prompt in prompts], self.encoders.text_length)
 
     def stack(self, rows: list[dict[str, torch.Tensor]], length: int | None = None) -> dict[str, torch.Tensor]:
-        """Records as a batch, {name: [B, ...]} on the device, padded with zeros to a length if one is given."""
-
         def padded(row):  # [L, C] -> [length, C]
             return row if length is None else torch.nn.functional.pad(row, (0, 0, 0, length - len(row)))
 

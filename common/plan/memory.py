@@ -109,11 +109,10 @@ def frozen_bytes(network: torch.nn.Module, dtype: torch.dtype, precision: str) -
     for name, p in network.named_parameters():
         if "lora_" in name:
             continue
-        size = 4 if kept_in_fp32(network, name, dtype) else dtype.itemsize
         if id(p) in linear and precision != "no_change":
             total += p.numel() + len(p) * (5 if precision == "int8-torchao" else 4)  # a row's scale and zero point
         else:
-            total += p.numel() * size
+            total += p.numel() * (4 if kept_in_fp32(network, name, dtype) else dtype.itemsize)
     return total
 
 
@@ -352,15 +351,14 @@ def report(setup: Setup, frames: int, room: float | None = None) -> str:
         average = 4 * sum(p.numel() for p in trained_parameters(setup))
         elsewhere += f"; in the machine's memory: {average / GB:.2f} GB, EMA of the student"
     lines += ["", elsewhere, f"at the most {most(setup) / GB:.1f} GB, and about {RESERVE / GB:.0f} GB of CUDA's own"]
-    if room is not None:
-        if most(setup) + RESERVE <= room:
-            lines.append(f"fits into {room / GB:.0f} GB")
-        else:
-            steps = remedies(setup, room)
-            lines.append(f"does not fit into {room / GB:.0f} GB; with these flags, each on top of those before:")
-            lines += [f"  {flag:56s}{now / GB:8.2f}" for flag, now in steps]
-            if not steps or steps[-1][1] + RESERVE > room:
-                lines.append("  and still not: a smaller --resolution, fewer --num_frames, or a larger GPU")
+    if room is not None and most(setup) + RESERVE <= room:
+        lines.append(f"fits into {room / GB:.0f} GB")
+    elif room is not None:
+        steps = remedies(setup, room)
+        lines.append(f"does not fit into {room / GB:.0f} GB; with these flags, each on top of those before:")
+        lines += [f"  {flag:56s}{now / GB:8.2f}" for flag, now in steps]
+        if not steps or steps[-1][1] + RESERVE > room:
+            lines.append("  and still not: a smaller --resolution, fewer --num_frames, or a larger GPU")
     return "\n".join(lines)
 
 

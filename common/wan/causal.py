@@ -25,11 +25,8 @@ Cache = tuple[Piece, ...]  # in the order of time
 
 
 class Context(NamedTuple):
-    """Arguments of self-attention besides its input.
-
-    They travel with the rotary embedding, an argument of each layer, so that activation checkpointing computes again
-    with the values of the first time.
-    """
+    """Arguments of self-attention besides its input. They travel with the rotary embedding, an argument of each layer,
+    so that activation checkpointing computes again with the values of the first time."""
 
     past: Cache | None  # of earlier blocks
     ends: tuple[int, ...] | None  # last token + 1 of each block, where the input is many blocks
