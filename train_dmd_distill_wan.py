@@ -3,9 +3,9 @@
 DMD (Yin et al. 2023, arXiv 2311.18828), DMD2 (2405.14867), CausVid (2412.07772), Self-Forcing (2506.08009).
 
 Networks
-    teacher      the frozen transformer: v_real, the score of the data, with guidance
+    teacher      the frozen transformer: predicts v_real, the velocity (score) of the data, with guidance
     student      makes a clip in few steps
-    fake_score   learns v_fake, the score of the student's clips
+    fake_score   learns v_fake, the velocity (score) of the student's clips
     full: three transformers. lora: one, frozen; student and fake_score are two adapters on it, the teacher it without.
 
 Algorithm, for each batch of prompts; sigma = t / 1000, x_t = (1 - sigma) * x0 + sigma * eps, v = eps - x0
@@ -18,14 +18,16 @@ Algorithm, for each batch of prompts; sigma = t / 1000, x_t = (1 - sigma) * x0 +
                    loss   = |x_g - stop(x_g - g)|^2 / 2
     4. fake_score  t, eps fresh;  loss = |v_fake - (eps - x_g)|^2
     5. optimizers  6. moving average of the student
-    The first causal_init_steps regress the student to the teacher's own trajectories instead of 2. to 4.
+    In the first causal_init_steps the student is instead regressed to the teacher's own trajectories.
+    g leads x_g from the fake score's x0 to the teacher's: x0 = x_t - sigma * v, and sigma cancels.
 
 Blocks
     num_frame_per_block > 0 is self-forcing: the student makes the clip block by block, each seeing the clean blocks
     before it through a cache of keys and values. Teacher and fake_score see the whole clip. Else the clip is one block.
 
 Guidance
-    scales are the usual ones: uncond + s * (cond - uncond). The student is sampled without guidance.
+    scales are the usual ones: uncond + s * (cond - uncond), where uncond has the negative prompt; 0 and 1 both mean cond
+    alone. The student is sampled without guidance.
 
 Launch
     accelerate launch train_dmd_distill_wan.py                              distils the toy teacher, on a CPU, in minutes
@@ -41,25 +43,26 @@ import contextlib
 import copy
 import functools
 import itertools
-import json
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from common.checkpoint import StopSignal, resume
 from common.data.buckets import check_frame_count, latent_frames, pixel_frames, target_size, targets_in_shapes
 from common.data.clips import clip_size, open_caption_readers
-from common.data.datasets import SOURCES, Data, open_data, plan_buckets
-from common.data.encoder import Encoders, SampleEncoder, open_encoder
+from common.data.datasets import Data, open_data, plan_buckets
+from common.data.encoder import SampleEncoder, open_encoder
 from common.data.stream import open_batches
 from common.draws import Draws, draw_dropped, draw_exits, score_range, score_timesteps, tied_noise
-from common.export import push_to_hub, save_comfy_lora
+from common.export import push_to_hub
 from common.flags import (
     add_bucket_flags,
     add_clip_flags,
@@ -105,34 +108,38 @@ from common.solvers import (
     flow_trajectory,
     renoise,
     roll_out,
-    stock_scheduler,
 )
 from common.tracking import GAP_RANGES, Means, Tracking, gap_name, webhook_errors
 from common.wan.parallel import check_processes, gathered, shard, wants_fsdp
 from common.wan.report import ClipComparison, write_clips_report
 
-FLOW_STEPS = 20  # of the teacher's trajectories, and those of the student among them
+FLOW_STEPS = 20  # even ones of the teacher's trajectories, besides the student's own timesteps
+LORA_RANK = 128  # the default of rank and alpha
 RECIPE_BATCH = 64  # samples of an optimizer step in the papers' recipes
-NO_JOB = (  # of the flags that scripts share
+NO_JOB = (  # flags that scripts share and this one has no use for
     "eval_steps", "eval_samples", "evaluation_type", "evaluation_clip_model", "validation_preview",
     "validation_preview_steps", "validation_preview_model", "text_encoder_2_precision", "use_fix_crop_and_size",
 )  # fmt: skip
-LOG_EVERY = 10  # optimizer steps; the only place where the loop waits for the device
+LOG_EVERY = 10  # optimizer steps between logs; training itself waits for the device nowhere else
 MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "student_grad_norm", "fake_score_grad_norm"]
 MEANS += map(gap_name, GAP_RANGES)
 
 
 @dataclass(frozen=True)
 class Method:
-    """What the flags of the method come to."""
+    """Values that follow from the method's flags."""
 
     steps: list[float]  # the student's timesteps, falling from 1000
-    teacher_guidance: float  # of validation's clips
-    validation_frames: int  # of a clip, as blocks divide them
+    teacher_guidance: float  # guidance scale of the teacher's validation clips
+    validation_frames: int  # pixel frames of a validation clip, as blocks divide them
 
 
 def parse_args(argv=None):
-    """Flags, data, method, and what is to be said about them. Every rule is checked here, before any model loads."""
+    """Parses flags and opens the data; returns both, the method, and notes to print.
+
+    Every rule between flags is checked before a model loads. Constants and functions of the model, as FAMILY, stand in
+    the block "The model" below.
+    """
     parser = make_parser(__doc__)
     # fmt: off
     add = parser.add_argument_group("models").add_argument
@@ -153,7 +160,7 @@ def parse_args(argv=None):
     add("--use_ema", action="store_true", help="keep a moving average of the student, which is then what is exported")
     add("--ema_decay", type=float, default=0.99, help="of the average, per update of the student")
     add("--ema_update_interval", type=int, default=1, help="updates of the student between those of the average, whose decay makes up for it")
-    add("--ema_validation", type=str, default="ema_only", choices=["none", "ema_only", "comparison"], help="whose clips validation draws: the student's, the average's, or both")
+    add("--ema_validation", type=str, default="ema_only", choices=["none", "ema_only", "comparison"], help="whose clips validation generates: the student's, the average's, or both")
     add("--ema_device", type=str, default="accelerator", choices=["accelerator", "cpu"], help="where the average is kept")
     add("--export_pipeline", action="store_true", help="full: write all of the pipeline, so that from_pretrained(OUTPUT_DIR) loads it; default: transformer and scheduler alone")
     add("--export_formats", type=str, default="diffusers", choices=["diffusers", "diffusers,comfyui"], metavar="FORMATS", help="diffusers, or diffusers,comfyui; of a LoRA: comfyui writes a second file, in the names of Wan's own code")
@@ -162,7 +169,7 @@ def parse_args(argv=None):
     add("--dmd_denoising_steps", type=str, default="1000,757,522", metavar="STEPS", help="the student's timesteps, falling from 1000; or their number, evenly spaced and shifted by --flow_schedule_shift: 4 at shift 5 is 1000,937.5,833.3,625")
     add("--flow_schedule_shift", type=float, help="shift of the teacher's sampler in validation, of --causal_init_steps' trajectories, and of counted steps; default: the teacher's own")
     add("--generator_update_interval", type=int, default=1, help="the student is updated every so many steps, the fake score at each")
-    add("--last_step_only", action="store_true", help="every rollout goes to the last step; default: the exit step is drawn")
+    add("--last_step_only", action="store_true", help="every rollout goes to the student's last step; default: the exit step is drawn")
     add("--real_score_guidance_scale", type=float, default=3.0, metavar="S", help="of the teacher: uncond + S * (cond - uncond)")
     add("--fake_score_guidance_scale", type=float, default=0.0, metavar="S", help="of the fake score, likewise; 0 for none")
     add("--fake_score_lr", type=float, default=1e-5, help="constant; that of the student is --learning_rate")
@@ -173,13 +180,13 @@ def parse_args(argv=None):
     add("--timestep_shift", type=float, default=1.0, help="of the timesteps at which rollouts are judged, towards noise; 1 is uniform")
     add("--min_timestep_ratio", type=float, default=0.02, help="these timesteps are at least 1000 times this")
     add("--max_timestep_ratio", type=float, default=0.98, help="and at most 1000 times this")
-    add("--ts_schedule", action=argparse.BooleanOptionalAction, default=True, help="these timesteps are not below the step after the rollout's exit")
-    add("--ts_schedule_max", action=argparse.BooleanOptionalAction, default=False, help="and not above its exit step")
+    add("--ts_schedule", action=argparse.BooleanOptionalAction, default=True, help="lower bound of these timesteps: the student's step after the rollout's exit, of several blocks the lowest; 0 after its last")
+    add("--ts_schedule_max", action=argparse.BooleanOptionalAction, default=False, help="upper bound of these timesteps: the rollout's exit step, of several blocks the highest")
     add("--min_score_timestep", type=float, default=0.0, help="the lower bound without --ts_schedule")
     add("--negative_prompt", type=str, help="what guidance leads away from; default: --validation_negative_prompt, or the empty prompt")
 
     add = parser.add_argument_group("self-forcing", "Frames are latent ones: Wan has one for the first frame and for each four that follow.").add_argument
-    add("--num_frame_per_block", type=int, default=0, help="frames that are made together; 0: all, a bidirectional student")
+    add("--num_frame_per_block", type=int, default=0, help="frames of a block; 0: all in one, a bidirectional student")
     add("--independent_first_frame", action=argparse.BooleanOptionalAction, default=False, help="the first block is one frame")
     add("--same_step_across_blocks", action=argparse.BooleanOptionalAction, default=False, help="one exit step for all blocks of a rollout; default: one each")
     add("--num_training_frames", type=int, default=21, help="longer rollouts train on their last ones; a bidirectional student rolls out no more")
@@ -223,7 +230,7 @@ def parse_args(argv=None):
 
 
 def wanted_student(args) -> str:
-    """full or lora. The toy teacher is small: nothing speaks for adapters on it but that somebody asks for them."""
+    """The student that the other flags imply: full for the toy, which is small, unless a flag of LoRA is given."""
     given = args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules, args.lora_type
     as_adapters = args.pretrained_teacher_model is not None or any(value is not None for value in given)
     return args.model_type or ("lora" if as_adapters else "full")
@@ -235,7 +242,7 @@ def check_dmd_flags(parser, args):
     args = filled(args, model_type=wanted_student(args))
     if toy:
         notes.append(f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type}).")
-    lora = {"lora_rank": 128, "lora_alpha": 128, "lora_dropout": 0.0, "lora_target_modules": LORA_TARGETS}
+    lora = {"lora_rank": LORA_RANK, "lora_alpha": LORA_RANK, "lora_dropout": 0.0, "lora_target_modules": LORA_TARGETS}
     if args.model_type == "lora":
         args = filled(args, **lora)
     elif given := [name for name in lora if getattr(args, name) is not None]:
@@ -270,7 +277,7 @@ def check_dmd_flags(parser, args):
     )  # fmt: skip
     for name in ("real_score_guidance_scale", "causal_init_guidance"):
         if not 1.0 <= getattr(args, name) < math.inf:
-            parser.error(f"--{name} {getattr(args, name):g}: must be at least 1, no guidance")
+            parser.error(f"--{name} {getattr(args, name):g}: must be at least 1, which is no guidance")
     if not args.min_timestep_ratio < args.max_timestep_ratio:
         parser.error(
             f"--min_timestep_ratio {args.min_timestep_ratio:g} and --max_timestep_ratio {args.max_timestep_ratio:g}: "
@@ -297,7 +304,7 @@ def method_of(parser, args, frames: int) -> tuple[Method, list[str]]:
         wanted = ",".join(map(str, args.validation_num_inference_steps))
         notes.append(f"--validation_num_inference_steps {wanted}: the student has {len(steps)}")
     guidance = args.validation_guidance
-    if guidance in (None, 1.0):
+    if guidance in (None, 1.0):  # configs have 1.0 for the student, which has no guidance
         guidance = args.real_score_guidance_scale
     else:
         notes.append(f"--validation_guidance {guidance:g}: of the teacher; a student takes none")
@@ -308,7 +315,7 @@ def method_of(parser, args, frames: int) -> tuple[Method, list[str]]:
 
 
 def blocks_of(args, frames: int) -> list[int]:
-    """Lengths of the blocks of so many latent frames. One block is rolled out no longer than it is trained."""
+    """Latent frames of each block of a clip; a bidirectional student makes no more than --num_training_frames."""
     frames = frames if args.num_frame_per_block else min(frames, args.num_training_frames)
     return block_lengths(frames, args.num_frame_per_block, args.independent_first_frame)
 
@@ -319,7 +326,7 @@ def trained_from(args, frames: int) -> int:
 
 
 def fit_to_blocks(name: str, frames: int, args) -> tuple[int, list[str]]:
-    """Frames of a clip as they are where blocks divide them, else cut to --num_training_frames; and a note."""
+    """Pixel frames of a clip: as they are where they are whole blocks, else cut to --num_training_frames; and notes."""
 
     def divisible(latents: int) -> bool:
         try:
@@ -356,6 +363,7 @@ def check_blocks(parser, args, data: Data) -> tuple[Data, int, list[str]]:
             notes += said
         shown = args.validation_num_video_frames or args.num_frames
         shown, said = fit_to_blocks("--validation_num_video_frames", shown, args)
+        notes += said
     except ValueError as error:
         parser.error(str(error))
     for dataset in datasets:
@@ -365,12 +373,22 @@ def check_blocks(parser, args, data: Data) -> tuple[Data, int, list[str]]:
                 f"--num_training_frames {args.num_training_frames}: must be whole blocks of a rollout of {sum(blocks)} "
                 f"latent frames ({', '.join(map(str, blocks))})"
             )
-    return replace(data, datasets=tuple(datasets)), shown, notes + said
+    return replace(data, datasets=tuple(datasets)), shown, notes
 
 
 # =====================================================================================================================
-# The model: a fork for another one replaces this block, and nothing else
+# The model: a fork for another one replaces this block, its imports among it, and nothing else
+#
+# What the rest of the script asks for:
+#   constants  FAMILY, LORA_TARGETS, BLOCKS, FRAMES_PER_LATENT, FRAMES_PER_SECOND, SIDE_FACTOR
+#   flags      add_model_flags, check_model_flags, toy_recipe, teacher_of
+#   networks   load_scheduler, schedule_shift, load_transformer, add_adapters, make_causal, share_tokens
+#   data       encoders, latent_shape, vae_factor, tokens_of_frame
+#   use        predict, generate_by_teacher, decode, export
+#   --plan     planned_model, text_rows
 # =====================================================================================================================
+
+import json
 
 from diffusers import AutoencoderKLWan, FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -381,14 +399,18 @@ from peft.utils import get_peft_model_state_dict
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from common.cache import weights_identity
+from common.data.datasets import SOURCES
+from common.data.encoder import Encoders
+from common.export import save_comfy_lora
 from common.plan.memory import PlannedModel
+from common.solvers import stock_scheduler
 from common.wan.causal import BlockCausal
 from common.wan.parallel import share_tokens
 
 FAMILY = "wan"  # model_family of config files
 PIPELINE = WanPipeline
 LORA_TARGETS = "to_q,to_k,to_v,to_out.0,ffn.net.0.proj,ffn.net.2"
-BLOCKS = ("WanTransformerBlock",)  # what is compiled, and gathered at a time where weights are split
+BLOCKS = ("WanTransformerBlock",)  # layers that are compiled one by one, and gathered one by one where split
 FRAMES_PER_LATENT = 4  # of a clip, for each latent frame after the first
 FRAMES_PER_SECOND = 16
 SIDE_FACTOR = 16  # of a clip's sides: the VAE's 8, and the transformer's patches of 2
@@ -399,7 +421,7 @@ def add_model_flags(parser):
     # fmt: off
     add = parser.add_argument_group("text and sizes of Wan").add_argument
     add("--pretrained_t5_model_name_or_path", type=str, help="where text encoder and tokenizer are; default: the teacher's")
-    add("--max_sequence_length", type=int, default=512, metavar="N", help="rows of text that the transformer attends to, without a mask: what a prompt lacks is zeros; WanPipeline's argument")
+    add("--max_sequence_length", type=int, default=512, metavar="N", help="rows of text that the transformer attends to: prompts are cut, or padded with zeros, and not masked; WanPipeline's argument")
     # fmt: on
     parser.set_defaults(bucket_alignment=SIDE_FACTOR)
 
@@ -464,11 +486,11 @@ def add_adapters(args, transformer: WanTransformer3DModel) -> WanTransformer3DMo
         if "lora_" in name:
             p.data = p.data.float()
             p.requires_grad_(True)
-    return transformer.eval()
+    return transformer.eval()  # acting() switches an adapter's dropout on where there is a gradient
 
 
 def make_causal(transformer: WanTransformer3DModel) -> BlockCausal:
-    """What calls the transformer block by block; with --num_frame_per_block alone."""
+    """Calls of the transformer as a causal one, block by block, for --num_frame_per_block."""
     return BlockCausal(transformer)
 
 
@@ -494,7 +516,7 @@ def load_text_encoder(args, device, dtype: torch.dtype):
 
 
 def encoders(args, device, dtype: torch.dtype) -> Encoders:
-    """What turns clips and prompts into what the network is shown, and all that shapes their caches."""
+    """The functions that encode clips and prompts, and the identities that name their caches."""
     source, vae_dtype = text_source(args), torch.float32
     return Encoders(
         load_vae=lambda: load_vae(args, device, vae_dtype),
@@ -514,9 +536,9 @@ def encoders(args, device, dtype: torch.dtype) -> Encoders:
 
 
 def encode_prompts(text_encoder, prompts: list[str], length: int) -> dict[str, list[torch.Tensor]]:
-    """States of each prompt's own tokens, [L, C] with L up to `length`.
+    """States of each prompt's own tokens, [L, C] with L up to `length`; they are padded when they are used.
 
-    One at a time: nothing is padded, and a prompt's embedding is the same whatever is encoded beside it.
+    One at a time, so that a prompt's embedding is the same whatever is encoded beside it.
     """
     tokenizer, encoder = text_encoder
     rows = []
@@ -548,7 +570,7 @@ def decode(vae, latents: torch.Tensor) -> list:
 
 
 def predict(transformer, x, t, cond: dict[str, torch.Tensor]):
-    """The flow velocity eps - x0 at x_t. [B, C, F, h, w]; t is [B] and stays fp32, bf16 has no 757."""
+    """The flow velocity eps - x0 at x_t. [B, C, f, h, w]; t is [B] and stays fp32, as bf16 cannot hold 757."""
     embeds = cond["prompt_embeds"]
     return transformer(hidden_states=x.to(embeds.dtype), timestep=t, encoder_hidden_states=embeds).sample
 
@@ -564,7 +586,7 @@ def vae_factor(args) -> int:
 
 
 def latent_shape(args, transformer, frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(C, F, h, w) of so many latent frames of a clip of this height and width."""
+    """(C, f, h, w) of a clip's latents: of this many latent frames, and of this height and width in pixels."""
     factor = vae_factor(args)
     return transformer.config.in_channels, frames, size[0] // factor, size[1] // factor
 
@@ -611,7 +633,7 @@ def generate_by_teacher(args, method, transformer, vae, scheduler, cond, negativ
 
 
 def student_scheduler(steps: list[float]) -> tuple[FlowMatchLCMScheduler, str]:
-    """A scheduler that makes the stock pipeline take these steps, and a line of code where some lists need one more."""
+    """A scheduler that makes the stock pipeline take these steps, and a line of code that some lists of steps need."""
     if scheduler := stock_scheduler(steps):
         return scheduler, ""
     line = f"scheduler.set_timesteps = functools.partial(scheduler.set_timesteps, timesteps={steps})\n"
@@ -691,11 +713,11 @@ def export(args, method, folder: Path, transformer) -> tuple[list[str], str]:
 
 @dataclass(frozen=True)
 class Networks:
-    """Teacher, student and fake score. With LoRA they are one transformer, whose adapters take turns."""
+    """Teacher, student and fake score by role. With LoRA they are one transformer, whose adapters take turns."""
 
     by_role: dict[str, torch.nn.Module]
-    causal: object | None  # what calls the student block by block
-    accelerator: object
+    causal: object | None  # calls the student block by block; None for a bidirectional one
+    accelerator: Accelerator
 
     @functools.cached_property
     def layers(self) -> list:
@@ -703,58 +725,72 @@ class Networks:
         return adapter_layers(self.by_role["student"])
 
     def acting(self, role: str):
-        """Inside, the transformer is that of the role; backward() belongs inside as well."""
+        """Inside, the adapter of the role acts, none for the teacher; of full networks nothing changes.
+
+        backward() belongs inside too, since activation checkpointing runs the forward again in it.
+        """
         return active_adapter(self.layers, role)
 
     def velocity(self, role: str, x, t, cond):
-        """v of teacher, student or fake_score; t is a number or [B]."""
+        """v of a role at x_t, [B, C, f, h, w]; t is a number or [B]."""
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
         with self.acting(role), self.accelerator.autocast():
             return predict(self.by_role[role], x, t, cond).float()
 
     def guided(self, role: str, x, t, cond, uncond, scale: float):
-        """uncond + scale * (cond - uncond), both in one forward; 0 and 1 are no guidance."""
+        """uncond + scale * (cond - uncond), both in one forward; a scale of 0 or 1 means cond alone."""
         if scale in (0.0, 1.0):
             return self.velocity(role, x, t, cond)
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x)).repeat(2)
         v_cond, v_uncond = self.velocity(role, torch.cat([x, x]), t, with_uncond(cond, uncond)).chunk(2)
         return v_uncond + scale * (v_cond - v_uncond)
 
-    def student_calls(self, cond):
-        """predict(x, t, start, cache) -> v and remember(x, t, start, cache) -> longer cache, as roll_out takes them."""
+    def student_calls(self, cond) -> tuple[Callable, Callable | None]:
+        """The student as roll_out takes it: predict(x, t, start, cache) -> v, and remember(x, t, start, cache) -> cache.
+
+        x is a block whose first latent frame is `start`; the cache holds keys and values of the blocks before it.
+        """
         v = functools.partial(self.velocity, "student", cond=cond)
-        return self.causal.calls(v) if self.causal else (lambda x, t, start, cache: v(x, t), None)
+        if self.causal is None:  # one block: nothing comes before or after it
+            return (lambda x, t, start, cache: v(x, t)), None
+        return self.causal.calls(v)  # its hooks tell the attention layers of start and cache while v runs
 
 
 # ---- The algorithm, numbered as it runs; 5. and 6. are in the loop ----
 
 
 def dmd_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, exits, student_turn: bool):
-    """Gradients of student and fake score from a batch of conditions; `shape` is that of one rollout's noise."""
-    # 2. Rollout of the student, with a gradient where it is used
-    noise = functools.cache(lambda k: draws.normal(*shape))
+    """Gradients of student and fake score from a batch of prompts.
+
+    `blocks` are their lengths in latent frames, `shape` is (C, f, h, w) of a rollout, `exits` are places in the student's
+    steps, one for each block.
+    """
+    # 2. Rollout of the student, with a gradient if it is its turn
+    noise = draws.keyed_normal(*shape)  # noise(k) is that of the k-th of the student's steps, [B, C, f, h, w]
     first_trained = trained_from(args, sum(blocks))
     with torch.set_grad_enabled(student_turn):
-        calls = networks.student_calls(cond)
-        clip = list(roll_out(*calls, noise, method.steps, blocks, exits, first_trained, args.context_noise))
-    x_g = torch.cat(clip, 2)[:, :, first_trained:]  # [B, C, F, h, w]
-    judged = [at for at, end in zip(exits, accumulate(blocks), strict=True) if end > first_trained]
+        predict_block, remember = networks.student_calls(cond)
+        clip = list(
+            roll_out(predict_block, remember, noise, method.steps, blocks, exits, first_trained, args.context_noise)
+        )
+    x_g = torch.cat(clip, 2)[:, :, first_trained:]  # [B, C, f, h, w]
+    judged = [at_exit for at_exit, end in zip(exits, accumulate(blocks), strict=True) if end > first_trained]
     low, high = score_range(judged, method.steps, args.ts_schedule, args.ts_schedule_max, args.min_score_timestep)
 
-    def draw_score():
-        """Timesteps [B], on the CPU, at which rollouts are judged, the same on the device, and noise."""
+    def draw_t_eps():
+        """Timesteps [B] at which the rollout is judged, on the CPU and on the device, and noise."""
         ratios = args.min_timestep_ratio, args.max_timestep_ratio
         t = score_timesteps(draws.uniform(), low, high, args.timestep_shift, *ratios)
         return t, t.to(x_g.device), draws.normal(*x_g.shape[1:])
 
-    # 3. Student: the gradient leads from the fake score's velocity to the teacher's
+    # 3. Student: down the gradient, x_g goes from the fake score's x0 to the teacher's
     if student_turn:
-        t_cpu, t, eps = draw_score()
+        t_cpu, t, eps = draw_t_eps()
         with torch.no_grad():
             x_t = renoise(x_g, t / TIMESTEPS, eps)
             v_real = networks.guided("teacher", x_t, t, cond, uncond, args.real_score_guidance_scale)
             v_fake = networks.guided("fake_score", x_t, t, cond, uncond, args.fake_score_guidance_scale)
-            g, gap = dmd_gradient(v_real, v_fake, x_g, eps)
+            g, gap = dmd_gradient(v_real, v_fake, x_g, eps)  # gap [B] is mean|v_real - v_star|
         loss = dmd_loss(x_g, g)
         with networks.acting("student"):
             (loss / args.gradient_accumulation_steps).backward()
@@ -762,7 +798,7 @@ def dmd_backward(args, method, networks, means, draws, cond, uncond, blocks, sha
         means.add_gaps(gap, t_cpu)
 
     # 4. Fake score, on the same clips
-    _, t, eps = draw_score()
+    _, t, eps = draw_t_eps()
     x_g = x_g.detach()
     loss = fake_score_loss(networks.velocity("fake_score", renoise(x_g, t / TIMESTEPS, eps), t, cond), x_g, eps)
     with networks.acting("fake_score"):
@@ -773,30 +809,36 @@ def dmd_backward(args, method, networks, means, draws, cond, uncond, blocks, sha
 def regression_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, grid):
     """Gradients of the student towards the teacher's own trajectories (CausVid, section 4.3, but for the noise).
 
-    The loss of each step and block is that of the student's velocity against the straight one to where the teacher's
-    flow ends, after the flow's own earlier blocks. Later blocks come from noise of their own, as in a rollout, since
-    that of the flow tells of the blocks before.
+    A trajectory leads the teacher, with guidance, from noise along `grid` to a clean clip x0. For each of the student's
+    steps and each block the loss is that of its v against (x_t - x0) / sigma, the straight way to x0, where the block
+    sees the clean blocks of x0 before it.
+
+    The teacher sees the noise of all frames, a causal student's first block its own alone: it could only learn the mean
+    of all x0 that may follow. So the noise of later blocks is tied to that of the first, and x0 follows from what the
+    student sees. But then a later block's x_t on the trajectory would tell it of the blocks before; it gets x0 with noise
+    of its own instead, as in a rollout.
     """
-    noise = functools.cache(lambda k: draws.normal(*shape))
-    predicted, _ = networks.student_calls(cond)
+    noise = draws.keyed_normal(*shape)
+    predict_block, _ = networks.student_calls(cond)
     with torch.no_grad():
-        flow = functools.partial(
+        velocity = functools.partial(
             networks.guided, "teacher", cond=cond, uncond=uncond, scale=args.causal_init_guidance
         )  # fmt: skip
-        starts, x0 = flow_trajectory(flow, tied_noise(noise(0), blocks[0]), grid, method.steps)
-        context = renoise(x0, args.context_noise / TIMESTEPS, noise(None)) if args.context_noise else x0
-        caches = [None]  # of keys and values before each block
+        # x_t of each of the student's steps, and x0, [B, C, f, h, w] each
+        trajectory, x0 = flow_trajectory(velocity, tied_noise(noise("start"), blocks[0]), grid, method.steps)
+        kv_caches = [None]  # keys and values before each block
         if len(blocks) > 1:
-            velocity = functools.partial(networks.velocity, "student", cond=cond)
-            caches = networks.causal.caches_before(velocity, context, args.context_noise, blocks)
-    for k, (x_t, t) in enumerate(zip(starts, method.steps, strict=True), 1):
-        for cache, (first, end) in zip(caches, pairwise((0, *accumulate(blocks))), strict=True):
-            if first == blocks[0]:
-                x_t = renoise(x0, t / TIMESTEPS, noise(k))
-            share = (end - first) / sum(blocks) / len(method.steps)
-            v_flow = (x_t - x0)[:, :, first:end] * TIMESTEPS / t
+            context = renoise(x0, args.context_noise / TIMESTEPS, noise(None)) if args.context_noise else x0
+            student_velocity = functools.partial(networks.velocity, "student", cond=cond)
+            kv_caches = networks.causal.caches_before(student_velocity, context, args.context_noise, blocks)
+    for k, (x_t, t) in enumerate(zip(trajectory, method.steps, strict=True)):
+        x_later = renoise(x0, t / TIMESTEPS, noise(k)) if len(blocks) > 1 else None
+        for kv_cache, (first, end) in zip(kv_caches, pairwise((0, *accumulate(blocks))), strict=True):
+            x = (x_t if first == 0 else x_later)[:, :, first:end]
+            v_target = (x - x0[:, :, first:end]) * TIMESTEPS / t
+            share = (end - first) / sum(blocks) / len(method.steps)  # of the whole loss, a mean over steps and frames
             with networks.acting("student"):
-                loss = torch.nn.functional.mse_loss(predicted(x_t[:, :, first:end], t, first, cache), v_flow)
+                loss = torch.nn.functional.mse_loss(predict_block(x, t, first, kv_cache), v_target)
                 (share * loss / args.gradient_accumulation_steps).backward()
             means.add("ode_loss", loss, share)
 
@@ -813,14 +855,13 @@ def load_networks(args, accelerator, weight_dtype) -> Networks:
         quantize(teacher, args.base_model_precision, where)
         by_role = {"teacher": teacher, "student": student, "fake_score": copy.deepcopy(student)}
     causal = make_causal(by_role["student"]) if args.num_frame_per_block else None
-    for network in by_role.values():
+    for network in {id(network): network for network in by_role.values()}.values():  # with LoRA one
         if wants_fsdp(accelerator):
             shard(network, BLOCKS, accelerator)
         network.to(accelerator.device)
-    if args.context_parallel_degree > 1:
-        for network in {id(network): network for network in by_role.values()}.values():
-            splits_angles = not causal or network is not by_role["student"]
-            share_tokens(network, args.context_parallel_degree, accelerator, splits_angles)
+        if args.context_parallel_degree > 1:
+            splits_rotary = not causal or network is not by_role["student"]  # a causal one cuts its own first
+            share_tokens(network, args.context_parallel_degree, accelerator, splits_rotary)
     speed_up(args, by_role.values(), BLOCKS, accelerator.print)
     if args.gradient_checkpointing:
         by_role["student"].enable_gradient_checkpointing()
@@ -843,7 +884,7 @@ def planned_setup(args, data, method, dtype: torch.dtype) -> Setup:
     return Setup(
         model, batch=args.train_batch_size, frames=frames - trained_from(args, frames), height=height, width=width,
         validation=(latent_frames(method.validation_frames, FRAMES_PER_LATENT), *(side // factor for side in shown)),
-        text_length=text_rows(args), model_type=args.model_type, lora_rank=args.lora_rank or 0,
+        text_length=text_rows(args), model_type=args.model_type, lora_rank=args.lora_rank or LORA_RANK,
         lora_targets=tuple(name.strip() for name in (args.lora_target_modules or LORA_TARGETS).split(",")), dtype=dtype,
         base_precision=precision_name(args.base_model_precision),
         text_precision=precision_name(args.text_encoder_1_precision),
@@ -855,17 +896,17 @@ def planned_setup(args, data, method, dtype: torch.dtype) -> Setup:
 
 
 class Clips:
-    """Clips by teacher, student or the student's average (ema), each with its own sampler."""
+    """Clips by teacher, student, or the student's moving average (ema), each with its own sampler."""
 
-    def __init__(self, args, method, networks: Networks, average, encoder: SampleEncoder, scheduler):
-        """`average(wanted)` is a context in which the student is its moving average."""
-        self.args, self.method, self.networks, self.average = args, method, networks, average
+    def __init__(self, args, method, networks: Networks, as_average, encoder: SampleEncoder, scheduler):
+        """`as_average(wanted)` is a context in which the student is its moving average."""
+        self.args, self.method, self.networks, self.as_average = args, method, networks, as_average
         self.encoder, self.scheduler = encoder, scheduler
         frames = latent_frames(method.validation_frames, FRAMES_PER_LATENT)
         self.blocks = block_lengths(frames, args.num_frame_per_block, args.independent_first_frame)
 
     def __call__(self, which: str, prompts: list[str], steps: int, seed: int, size=None) -> list:
-        """[F, H, W, 3] in [0, 1] each; `steps` are the teacher's."""
+        """A clip [F, H, W, 3] in [0, 1] for each prompt, the i-th from noise of seed + i; `steps` are the teacher's."""
         clips, size = [], size or self.args.validation_resolution[0]
         fitting = self.args.train_batch_size  # what fits into memory in training fits here
         for i in range(0, len(prompts), fitting):
@@ -888,15 +929,18 @@ class Clips:
     def by_student(self, which: str, cond, steps: int, rngs: list[torch.Generator], size):
         device, student = self.networks.accelerator.device, self.networks.by_role["student"]
         shape = latent_shape(self.args, student, sum(self.blocks), size)
-        noise = functools.cache(lambda k: torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device))
-        exits = [len(self.method.steps) - 1] * len(self.blocks)
-        with self.average(which == "ema"):
-            calls = self.networks.student_calls(cond)
-            rollout = roll_out(*calls, noise, self.method.steps, self.blocks, exits, 0, self.args.context_noise)
-            return torch.cat(list(rollout), 2)
+        noise = Draws.of(rngs, device).keyed_normal(*shape)
+        exits = [len(self.method.steps) - 1] * len(self.blocks)  # to the last step
+        with self.as_average(which == "ema"):
+            predict_block, remember = self.networks.student_calls(cond)
+            clip = roll_out(
+                predict_block, remember, noise, self.method.steps, self.blocks, exits,
+                context_noise=self.args.context_noise,
+            )  # fmt: skip
+            return torch.cat(list(clip), 2)
 
     def evaluations(self, which: str, steps: int) -> int:
-        """Evaluations of the transformer for a clip; a causal student's are of one block each, with its context's."""
+        """Evaluations of the transformer for a clip; a causal student has one more for each block that others follow."""
         if which == "teacher":
             return steps * (1 if self.method.teacher_guidance == 1.0 else 2)
         return len(self.method.steps) * len(self.blocks) + len(self.blocks) - 1
@@ -911,12 +955,12 @@ def main(args, data, method, notes):
         setup = planned_setup(args, data, method, weight_dtype)
         say(plan_of(args, setup, pixel_frames(setup.frames, FRAMES_PER_LATENT), accelerator))
         return
-    sharing = check_processes(args, accelerator)  # so many work on the same samples
-    batch = args.train_batch_size * args.gradient_accumulation_steps * processes // sharing  # of one optimizer step
-    if not RECIPE_BATCH / 4 <= batch <= RECIPE_BATCH * 4:
+    sharing = check_processes(args, accelerator)  # processes that work on the same samples
+    clips_per_step = args.train_batch_size * args.gradient_accumulation_steps * processes // sharing
+    if not RECIPE_BATCH / 4 <= clips_per_step <= RECIPE_BATCH * 4:
         say(
-            f"warning: {batch} clips a step, and the papers' recipes have {RECIPE_BATCH}: "
-            f"{'raise' if batch < RECIPE_BATCH else 'lower'} --gradient_accumulation_steps, --train_batch_size or the "
+            f"warning: {clips_per_step} clips a step, and the papers' recipes have {RECIPE_BATCH}: "
+            f"{'raise' if clips_per_step < RECIPE_BATCH else 'lower'} --gradient_accumulation_steps, --train_batch_size or the "
             "number of processes, or change --learning_rate and --fake_score_lr with it"
         )
     repository = open_repository(args, accelerator)
@@ -932,10 +976,10 @@ def main(args, data, method, notes):
     trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in saved.items()}
 
     # ---- Optimizers and EMA ----
-    last_step = args.max_train_steps or args.num_train_epochs * max(1, data.samples // batch)
+    total_steps = args.max_train_steps or args.num_train_epochs * max(1, data.samples // clips_per_step)
     optimizers = {
         "student": make_optimizer(
-            optimizer_name(args), trained["student"], args.learning_rate * (batch if args.scale_lr else 1),
+            optimizer_name(args), trained["student"], args.learning_rate * (clips_per_step if args.scale_lr else 1),
             (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon, device,
         ),
         "fake_score": make_optimizer(
@@ -944,7 +988,7 @@ def main(args, data, method, notes):
         ),
     }  # fmt: skip
     init_rate = args.causal_init_lr / args.learning_rate
-    lr_schedule = make_schedule(args, optimizers["student"], last_step, args.causal_init_steps, init_rate)
+    lr_schedule = make_schedule(args, optimizers["student"], total_steps, args.causal_init_steps, init_rate)
     ema = weights_copy(saved["student"], "cpu" if args.ema_device == "cpu" else device) if args.use_ema else None
     saved |= {"ema": ema} if args.use_ema else {}
 
@@ -959,53 +1003,53 @@ def main(args, data, method, notes):
     encoder, readers = open_encoder(
         args, data, open_caption_readers(args, data), encoders(args, device, weight_dtype), accelerator, prompts
     )
-    uncond, empty = encoder.encode_text([args.negative_prompt]), encoder.encode_text([""])
+    uncond, empty = encoder.encode_text([args.negative_prompt]), encoder.encode_text([""])  # [1, L, C] each
     batches = open_batches(args, data, accelerator, readers, state["stream"], sharing)
     saver = Saver(
         args, accelerator, saved, optimizers, lr_schedule, encoder, batches, state["skipped"], sharing
     )  # fmt: skip
 
     # ---- Clips and export ----
-    def average(wanted: bool):
-        """Inside, the student is its moving average, and the average the student: twice would undo it."""
+    def as_average(wanted: bool):
+        """Inside, the student is its moving average, and the other way round: it must not be nested."""
         return weights_exchanged(trained["student"], list(ema.values())) if wanted else contextlib.nullcontext()
 
     def export_student():
         """Files and usage; every process takes part, and the main one writes."""
-        with average(args.use_ema):
+        with as_average(args.use_ema):
             network = gathered(student)
             return export(args, method, Path(args.output_dir), network) if accelerator.is_main_process else None
 
     def report() -> str:
-        """What is exported against the teacher. Of several processes that generate the same, the main one writes."""
-        with average(args.use_ema), tempfile.TemporaryDirectory() as nowhere:
+        """The exported student against the teacher. Where all processes generate, the main one alone keeps files."""
+        with as_average(args.use_ema), tempfile.TemporaryDirectory() as nowhere:
             folder = args.output_dir if accelerator.is_main_process else nowhere
             return write_clips_report(args, clips, len(method.steps), Path(folder), FRAMES_PER_SECOND)
 
-    all_processes = wants_fsdp(accelerator) or sharing > 1  # what is split takes all of them
-    tracking, means = Tracking(args, accelerator, last_step), Means(MEANS, device)
-    clips = Clips(args, method, networks, average, encoder, scheduler)
+    all_processes = wants_fsdp(accelerator) or sharing > 1  # have to take part in a forward
+    tracking, means = Tracking(args, accelerator, total_steps), Means(MEANS, device)
+    clips = Clips(args, method, networks, as_average, encoder, scheduler)
     comparison = ClipComparison(args, clips, tracking, say, accelerator.is_main_process, FRAMES_PER_SECOND)
 
     def validate():
         sheet = comparison.sheet(step)
-        if data.caches == "fill":
+        if data.caches == "fill":  # training needs no encoder
             encoder.release()
         return sheet
 
     # ---- Training loop ----
     count = sum(p.numel() for p in trained["student"])
-    say(f"training {count:,} parameters of the student for {last_step} steps of {batch} clips")
-    bar = tqdm(total=last_step, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
+    say(f"training {count:,} parameters of the student for {total_steps} steps of {clips_per_step} clips")
+    bar = tqdm(total=total_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
     started, timed = time.time(), step
-    stop, stopping = StopSignal(), False
-    while step < last_step and not stopping:
+    stop_signal, stopping = StopSignal(), False
+    while step < total_steps and not stopping:
         regression_turn = step < args.causal_init_steps
         student_turn = regression_turn or (step - args.causal_init_steps) % args.generator_update_interval == 0
-        for part in range(args.gradient_accumulation_steps):
-            # 1. Prompts, and each sample's own draws: they follow from the seed and its place in the global sequence
+        for micro_batch in range(args.gradient_accumulation_steps):
+            # 1. Draws: a sample's follow from the seed and its position in the data alone, exits from seed and step
             samples = next(batches)
-            frames, *size = samples[0].bucket
+            frames, *size = samples[0].bucket  # pixel frames, height and width, the same for the batch
             blocks = blocks_of(args, latent_frames(frames, FRAMES_PER_LATENT))
             shape = latent_shape(args, student, sum(blocks), size)
             if tokens_of_frame(student, *shape[2:]) % sharing:
@@ -1015,12 +1059,12 @@ def main(args, data, method, notes):
             draws = Draws(args.seed, [sample.position for sample in samples], device)
             text = encoder.encode_text([sample.caption for sample in samples])
             cond = draw_dropped(draws, args.proportion_empty_prompts, text, empty)
-            torch.manual_seed(args.seed + samples[0].position)  # of dropout: a resumed run draws the same
+            torch.manual_seed(args.seed + samples[0].position)  # for dropout, so that a resumed run draws the same
             if regression_turn:
                 regression_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, grid)
                 continue
             exits = draw_exits(
-                args.seed, step * args.gradient_accumulation_steps + part, len(method.steps), len(blocks),
+                args.seed, step * args.gradient_accumulation_steps + micro_batch, len(method.steps), len(blocks),
                 args.same_step_across_blocks, args.last_step_only,
             )  # fmt: skip
 
@@ -1031,7 +1075,7 @@ def main(args, data, method, notes):
         turns = [("student", args.max_grad_norm)] if student_turn else []
         turns += [] if regression_turn else [("fake_score", args.fake_score_grad_clip)]
         for name, most in turns:
-            if not wants_fsdp(accelerator):  # where it is done in backward()
+            if not wants_fsdp(accelerator):  # whose backward() has averaged them
                 average_gradients(trained[name], processes, sharing)
             means.add(f"{name}_grad_norm", gradient_norm(trained[name]))
             clip_gradients(accelerator, trained[name], args.grad_clip_method, most)
@@ -1047,11 +1091,11 @@ def main(args, data, method, notes):
             decay = 0.0 if regression_turn else args.ema_decay**args.ema_update_interval
             update_ema(list(ema.values()), trained["student"], decay)
 
-        checkpoint = args.checkpointing_steps and step % args.checkpointing_steps == 0 or step == last_step
+        checkpoint = args.checkpointing_steps and step % args.checkpointing_steps == 0 or step == total_steps
         if step % LOG_EVERY == 0 or checkpoint:
             values = means.read(accelerator)
             check_finite(args, step, **values)
-            rate, started, timed = (step - timed) * batch / (time.time() - started), time.time(), step
+            rate, started, timed = (step - timed) * clips_per_step / (time.time() - started), time.time(), step
             losses = {name: f"{value:.3g}" for name, value in values.items() if name.endswith("loss")}
             bar.set_postfix(clips_per_s=f"{rate:.2f}", **losses)
             tracking.values(values | {"lr": lr_schedule.get_last_lr()[0], "clips_per_s": rate}, step)
@@ -1061,18 +1105,20 @@ def main(args, data, method, notes):
             and (accelerator.is_main_process or all_processes)
         ):
             validate()
-        if checkpoint and step < last_step:
+        if checkpoint and step < total_steps:
             saver.save(step, student_updates=updates)
             exported = export_student() if args.push_checkpoints_to_hub else None
             if repository and exported:
                 push_to_hub(args, repository, exported[0], f"Step {step}", fatal=False)
         if processes == 1 or step % LOG_EVERY == 0:
-            stopping = stop.agreed(accelerator)
+            stopping = stop_signal.agreed(accelerator)  # all leave the loop at the same step
     bar.close()
 
-    check_finite(args, step, **means.read(accelerator))  # of steps since the last reading
+    # ---- The end: a checkpoint by all processes; then, of a complete run, validation, export, report and upload, by the
+    # main process, or by all where a forward takes all ----
+    check_finite(args, step, **means.read(accelerator))  # a stop may come between two logs
     end_run(
-        args, saver, tracking, repository, step=step, trained=step > first_step, stop=stop, stopped=stopping,
+        args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal, stopped=stopping,
         student_updates=updates, validate=validate, export=export_student, report=report, method="dmd",
         teacher=teacher_of(args), all_processes=all_processes,
     )  # fmt: skip

@@ -5,7 +5,8 @@ Latent Consistency Models (Luo et al. 2023, arXiv 2310.04378, algorithm 1); LCM-
 Networks
     teacher   the frozen diffusion U-Net
     student   full: a copy that also takes the guidance w; lora: the teacher itself with adapters switched on
-    target    moving average (EMA) of the student; where ema_decay is 0, the student without gradient
+    target    moving average (EMA) of the student, which is what is validated and exported; of a LoRA whose ema_decay is 0
+              it is the student itself, without gradient
 
 Algorithm, for each batch of latents and prompts
     1. draws      index ~ U{0..N-1},  t = grid[index],  w ~ U[w_min, w_max],  eps ~ N(0, 1)
@@ -15,7 +16,9 @@ Algorithm, for each batch of latents and prompts
     5. target     f_target(x_prev, t_prev)
     6. student    loss = d(f_student(x_t, t), f_target(x_prev, t_prev))
     7. update     optimizer step, then target = ema_decay * target + (1 - ema_decay) * student
-    where f(x, t) = c_skip(t) * x + c_out(t) * x0(x, t, prompt, w), so that f(x, 0) = x
+    grid are N of the teacher's T timesteps, rising to T - 1; t_prev is the one before t, and 0 before the first.
+    f(x, t) = c_skip(t) * x + c_out(t) * x0(x, t, prompt, w) with c_skip = 0.25 / ((s t)^2 + 0.25) and
+    c_out = s t / sqrt((s t)^2 + 0.25), so that f(x, 0) = x; d is the mean square or Huber distance.
 
 Conditions
     both text encoders' states before their last layer, the second's pooled output, and six size ids: H and W of the
@@ -24,7 +27,13 @@ Conditions
 
 Guidance
     w is the paper's: cond + w * (cond - uncond). The usual guidance_scale is 1 + w, also at inference: a full student
-    trained with w in [w_min, w_max] takes guidance_scale in [1 + w_min, 1 + w_max]; a LoRA takes guidance_scale 1.
+    trained with w in [w_min, w_max] takes guidance_scale in [1 + w_min, 1 + w_max]. A LoRA is not told w, so it should be
+    given one (w_min = w_max), and takes guidance_scale 1.
+
+Precision
+    Trained weights, their moments and the average are fp32, and so are noising, solver and loss: bf16 has neither the small
+    sigmas nor the small differences. Frozen networks are in --mixed_precision; forwards run under autocast, the student's
+    by accelerate, which prepared it.
 
 Launch
     accelerate launch train_lcm_distill_sdxl.py --w_min 1 --w_max 12        distils the toy teacher, on a CPU, in minutes
@@ -39,7 +48,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -49,13 +57,13 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import StopSignal, resume
-from common.data.buckets import Rules, target_size
+from common.data.buckets import target_size
 from common.data.datasets import open_data, plan_buckets
-from common.data.encoder import Encoders, SampleEncoder, open_encoder
+from common.data.encoder import open_encoder
 from common.data.samples import open_readers
 from common.data.stream import open_batches
 from common.draws import Draws, draw_dropped, draw_rollout
-from common.export import push_to_hub, save_kohya_lora
+from common.export import push_to_hub
 from common.flags import (
     add_shared_flags,
     check_ranges,
@@ -74,19 +82,17 @@ from common.run import Saver, check_finite, end_run, open_repository, start_run
 from common.solvers import DDIMSolver, boundary_scalings, expand_to, noised, sampled_x_t, student_scheduler, to_x0_eps
 from common.tracking import Tracking, webhook_errors
 
-LOG_EVERY = 10  # optimizer steps; the only place where the loop waits for the device
-HELD_OUT_PLACES = 4  # in the solver's grid, evenly spread, at which --eval_steps takes the loss
+LOG_EVERY = 10  # optimizer steps between logs; training itself waits for the device nowhere else
+HELD_OUT_INDICES = 4  # places in the solver's grid, evenly spread, at which --eval_steps takes the loss
 
 
 def parse_args(argv=None):
-    """Flags, data, and what is to be said about them. Every rule is checked here, before any model loads."""
+    """Parses flags and opens the data; returns both, and notes to print. Every rule is checked before a model loads."""
     parser = make_parser(__doc__)
     # fmt: off
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_teacher_model", type=str, help="folder or hub name of the pipeline; default: the toy teacher, by its own recipe")
     add("--teacher_revision", type=str, help="the teacher's branch, tag or commit on the hub")
-    add("--pretrained_vae_model_name_or_path", type=str, help="another VAE; default: the teacher's")
-    add("--revision", type=str, help="that VAE's branch, tag or commit on the hub")
 
     add = parser.add_argument_group("student").add_argument
     add("--model_type", type=str, choices=["full", "lora"], help="default: lora where a --lora_* flag or --use_dora is given, else full")
@@ -104,15 +110,15 @@ def parse_args(argv=None):
     add = parser.add_argument_group("latent consistency distillation").add_argument
     add("--w_min", type=float, default=5.0, help="smallest guidance w; guidance_scale = 1 + w")
     add("--w_max", type=float, default=15.0, help="largest guidance w; guidance_scale = 1 + w")
-    add("--num_ddim_timesteps", type=int, default=50, help="N, steps of the teacher's solver; must divide its timesteps")
-    add("--loss_type", type=str, default="l2", choices=["l2", "huber"], help="mean of d^2, or of sqrt(d^2 + c^2) - c")
-    add("--huber_c", type=float, default=0.001, help="c of sqrt(d^2 + c^2) - c; smaller is nearer to |d|")
-    add("--diff2flow_loss", action="store_true", help="distance of flow velocities eps - x0, which is that of x0 times (alpha + sigma) / sigma")
-    add("--scheduled_sampling_max_step_offset", type=int, default=0, help="rollout: the student makes x_t itself, from up to so many solver steps above t; 0 for never")
+    add("--num_ddim_timesteps", type=int, default=50, help="N, steps of the teacher's solver; must divide the number of its training timesteps")
+    add("--loss_type", type=str, default="l2", choices=["l2", "huber"], help="mean of diff^2, or of sqrt(diff^2 + c^2) - c")
+    add("--huber_c", type=float, default=0.001, help="c of sqrt(diff^2 + c^2) - c; smaller is nearer to |diff|")
+    add("--diff2flow_loss", action="store_true", help="take the loss of flow velocities eps - x0, whose differences are those of x0 times (alpha + sigma) / sigma")
+    add("--scheduled_sampling_max_step_offset", type=int, default=0, help="rollouts start up to this many solver steps above t, and the student itself denoises to x_t; 0: no rollouts")
     add("--scheduled_sampling_probability", type=float, default=0.0, help="share of samples that are rolled out, 0 to 1")
-    add("--scheduled_sampling_strategy", type=str, default="uniform", choices=["uniform", "biased_early", "biased_late"], help="rollouts of all lengths alike, mostly short ones, mostly long ones")
+    add("--scheduled_sampling_strategy", type=str, default="uniform", choices=["uniform", "biased_early", "biased_late"], help="lengths of rollouts: all alike, mostly short, or mostly long")
     add("--timestep_scaling_factor", type=float, default=10.0, help="s of c_skip and c_out; larger makes c_skip fall faster")
-    add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, default=True, help="keep the teacher in --mixed_precision; --no-cast_teacher_unet: in fp32, under autocast")
+    add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, default=True, help="of a full student's teacher: keep its weights in --mixed_precision, or in fp32 under autocast; a LoRA's base is always in --mixed_precision")
     # fmt: on
     add_shared_flags(parser)
     add_model_flags(parser)
@@ -158,20 +164,29 @@ def check_lcm_flags(parser, args):
 
 
 def wanted_student(args) -> str:
-    """full or lora, by the other flags."""
+    """The student that the other flags imply, full or lora."""
     given = (args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules, args.lora_type)
     return "lora" if args.use_dora or any(value is not None for value in given) else "full"
 
 
 def middle_w(args) -> float:
-    """The w of validation pictures, inside the trained range: a student that takes w knows no other."""
+    """The w of validation pictures: that of --validation_guidance, or the middle, inside the trained range."""
     middle, wanted = (args.w_min + args.w_max) / 2.0, args.validation_guidance
     return middle if wanted is None else min(max(wanted - 1.0, args.w_min), args.w_max)
 
 
 # =====================================================================================================================
-# The model: a fork for another one replaces this block, and nothing else
+# The model: a fork for another one replaces this block, its imports among it, and nothing else
+#
+# What the rest of the script asks for:
+#   constants  FAMILY, LORA_TARGETS, COMPILED_BLOCKS, PREVIEW_MODEL, TOY_SIZES
+#   flags      add_model_flags, check_model_flags, toy_recipe, teacher_of
+#   networks   load_scheduler, noise_schedule, load_teacher, make_student, add_lora
+#   data       encoders, encode_empty_prompt, sample_latents, conditions
+#   use        predict, generate, export
 # =====================================================================================================================
+
+import json
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
@@ -180,6 +195,9 @@ from peft.utils import get_peft_model_state_dict
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
 from common.cache import weights_identity
+from common.data.buckets import Rules
+from common.data.encoder import Encoders, SampleEncoder
+from common.export import save_kohya_lora
 from common.flags import add_bucket_flags, bucket_rules
 from common.networks import guidance_embedding, precision_name
 
@@ -196,14 +214,20 @@ TOY_SIZES = ((64, 64), (80, 64), (64, 80))  # height, width
 
 
 def add_model_flags(parser):
-    add = parser.add_argument_group("sizes").add_argument
+    add = parser.add_argument_group("VAE and size").add_argument
+    add(
+        "--pretrained_vae_model_name_or_path",
+        type=str,
+        help="another VAE, to run in --mixed_precision; default: the teacher's, in fp32",
+    )
+    add("--revision", type=str, help="that VAE's branch, tag or commit on the hub")
     add("--resolution", type=float, default=1024, help="of training, in the unit of --resolution_type")
     add_bucket_flags(parser)
     parser.set_defaults(w_min=3.0, vae_encode_batch_size=8)
 
 
 def check_model_flags(parser, args) -> tuple[Rules, list[str]]:
-    """What size a training picture has, and notes."""
+    """The rules by which training pictures are resized, and notes."""
     return bucket_rules(parser, args)
 
 
@@ -228,7 +252,7 @@ def load_scheduler(args) -> DDIMScheduler:
 
 
 def noise_schedule(scheduler) -> tuple[torch.Tensor, str]:
-    """abar of each training timestep, and what the network predicts."""
+    """abar of each training timestep, [T], and what the network predicts: epsilon, v_prediction or sample."""
     return scheduler.alphas_cumprod, scheduler.config.prediction_type
 
 
@@ -299,7 +323,7 @@ def load_text_encoders(args, device, dtype: torch.dtype) -> list[tuple]:
 
 
 def encoders(args, device, dtype: torch.dtype) -> Encoders:
-    """What turns pixels and prompts into what the network is shown, and all that shapes their caches."""
+    """The functions that encode pixels and prompts, and the identities that name their caches."""
     folders = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     return Encoders(
         load_vae=lambda: load_vae(args, device, vae_dtype(args, dtype)),
@@ -330,7 +354,7 @@ def encode_prompts(text_encoders, prompts: list[str]) -> dict[str, torch.Tensor]
 
 
 def encode_empty_prompt(args, encoder: SampleEncoder) -> dict[str, torch.Tensor]:
-    """The conditions that guidance leads away from."""
+    """Embeddings of the empty prompt, [1, ...]: guidance leads away from them, and dropped prompts become them."""
     empty = encoder.encode_text([""])
     config = PIPELINE.load_config(teacher_of(args), **hub_options(args))
     zeros = config.get("force_zeros_for_empty_prompt", True)  # the pipeline's own default
@@ -338,18 +362,18 @@ def encode_empty_prompt(args, encoder: SampleEncoder) -> dict[str, torch.Tensor]
 
 
 def encode_pixels(vae, pixels) -> dict[str, torch.Tensor]:
-    """Scaled mean and deviation, so that each visit of an image samples anew. [B, 3, H, W] -> [B, C, h, w] each."""
+    """Scaled mean and deviation, from which latents are sampled at each use. [B, 3, H, W] -> [B, C, h, w] each."""
     posterior = vae.encode(pixels.to(vae.device, vae.dtype, memory_format=torch.channels_last)).latent_dist
     return {name: getattr(posterior, name) * vae.config.scaling_factor for name in ("mean", "std")}
 
 
 def sample_latents(images: dict[str, torch.Tensor], draws: Draws) -> torch.Tensor:
-    """Clean latents of this visit, fp32, [B, C, h, w]."""
+    """Clean latents for this use of the images, fp32, [B, C, h, w]."""
     return images["mean"].float() + images["std"].float() * draws.normal(*images["mean"].shape[1:])
 
 
 def conditions(text: dict[str, torch.Tensor], images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """All that the U-Net is told of a batch, but for x, t and w."""
+    """All inputs of the U-Net but x, t and w, {name: [B, ...]}."""
     return text | {"time_ids": images["size_ids"].float()}  # fp32: bf16 turns 1023 into 1024
 
 
@@ -363,13 +387,13 @@ def predict(unet, x, t, cond: dict[str, torch.Tensor], w=None):
 
 
 def embed_guidance(unet, w: torch.Tensor | None) -> torch.Tensor | None:
-    """w as the U-Net takes it, [B, D]; None where it is told none."""
+    """The embedding of w that the U-Net takes, [B, D]; None where w is None."""
     return None if w is None else guidance_embedding(w, getattr(unet, "module", unet).config.time_cond_proj_dim)
 
 
 @torch.no_grad()
 def generate(args, vae, unet, scheduler, text, negative, steps: int, guidance_scale: float, seed: int, size, callback):
-    """Pictures [height, width] by the stock pipeline, one per row of text; picture i starts from noise of seed + i."""
+    """Pictures [height, width] by the stock pipeline, one per prompt; picture i starts from noise of seed + i."""
     pipeline = PIPELINE(vae, None, None, None, None, unet, scheduler, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     count, (height, width) = len(text["prompt_embeds"]), size
@@ -432,47 +456,68 @@ def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
 # =====================================================================================================================
 
 
+def load_networks(args, accelerator, weight_dtype) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
+    """Teacher, student and target on the device; with LoRA all three are one network."""
+    lora, device = args.model_type == "lora", accelerator.device
+    # channels_last is faster on CUDA and CPU, but DoRA's norms view convolutions as matrices
+    layout = {"memory_format": torch.preserve_format if args.use_dora else torch.channels_last}
+    teacher = load_teacher(args, weight_dtype if lora or args.cast_teacher_unet else torch.float32)
+    # The student starts from the weights on disk, not from the teacher's, which its precision has rounded
+    student = None if lora else make_student(args, load_teacher(args, torch.float32))
+    quantize(teacher, args.base_model_precision, "cpu" if args.quantize_via == "cpu" else device)
+    teacher.to(device, **layout)
+    student = add_lora(args, teacher) if lora else student
+    student.to(device, **({} if lora else layout))
+    target = student if lora else copy.deepcopy(student).requires_grad_(False).eval()
+    speed_up(args, (teacher, student, target), COMPILED_BLOCKS, accelerator.print)
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    return teacher, student.train(), target
+
+
 @dataclass(frozen=True)
 class Networks:
-    """Three roles. With LoRA one network has them all: as teacher without adapters, as target with their average."""
+    """The networks of the algorithm. With LoRA they are one: the teacher is the student without its adapters."""
 
     teacher: torch.nn.Module
-    network: torch.nn.Module  # the student's
-    student: torch.nn.Module  # the same, or what shares its gradients between processes
+    student: torch.nn.Module
+    prepared: torch.nn.Module  # the student as accelerate has prepared it: autocast, and gradients of all processes
     target: torch.nn.Module
     trained: list[torch.nn.Parameter]
     average: torch.nn.Module | None  # holds the moving average of what is trained
     lora: bool
 
     def as_teacher(self):
+        """Inside, the teacher has its adapters off."""
         return adapters_off(self.teacher, self.lora)
 
     def as_target(self):
+        """Inside, a LoRA's adapters have their moving average; a full student's target is a network of its own."""
         if self.lora and self.average is not None:
             return weights_exchanged(self.trained, list(self.average.parameters()))
         return contextlib.nullcontext()
 
 
-# ---- Algorithm 1, numbered as it runs; 7. is in the loop ----
+# ---- Algorithm 1, numbered as it runs; 7., the update, is in main's training loop ----
 
 
 def draw(args, positions: list[int], images, text, uncond, device):
-    """A sample's draws follow from the seed and its place in the global sequence."""
-    # 1. Draws: where in the solver's grid, guidance, dropped prompts, latents, noise, and rollouts
+    """Conditions, clean latents and random numbers of a batch; a sample's follow from the seed and its position alone."""
+    # 1. Draws
     draws = Draws(args.seed, positions, device)
-    index = draws.integers(args.num_ddim_timesteps)
+    index = draws.integers(args.num_ddim_timesteps)  # [B], places in the solver's grid
     w = args.w_min + (args.w_max - args.w_min) * draws.uniform().to(device)
     cond = conditions(draw_dropped(draws, args.proportion_empty_prompts, text, uncond), images)
     latents = sample_latents(images, draws)
     eps = draws.normal(*latents.shape[1:])
-    rollout = None
+    rollout = None  # or lengths [B] and noise, for scheduled sampling
     if args.scheduled_sampling_probability:
         rollout = draw_rollout(args, positions, latents.shape[1:], device)
     return cond, latents, index, w, eps, rollout
 
 
 def lcm_loss(args, accelerator, networks, solver, uncond, cond, latents, index, w, eps, rollout=None):
-    """The distance between student and target, from clean latents [B, ...] and the draws of each, [B] or [B, ...]."""
+    """The loss of a batch: latents and eps are [B, C, h, w], index and w [B]; uncond has the empty prompt, [1, ...]."""
     # 2. Noisy latents, fp32
     t, t_prev = solver.timesteps[index], solver.timesteps_prev[index]
     x_t = noised(latents, eps, t, solver)
@@ -484,15 +529,15 @@ def lcm_loss(args, accelerator, networks, solver, uncond, cond, latents, index, 
         return c_skip * x + c_out * x0
 
     with torch.no_grad(), accelerator.autocast():
-        if rollout:  # scheduled sampling: some of x_t are what the student itself makes of more noise
-            with dropout_off(networks.network, args.lora_dropout):
-                f_student = functools.partial(f, networks.student)
-                x_t = sampled_x_t(f_student, solver, x_t, latents, eps, index, *rollout)
+        if rollout:  # scheduled sampling: for some samples the student makes x_t, from more noise than that of t
+            with dropout_off(networks.student, args.lora_dropout):
+                by_student = functools.partial(f, networks.prepared)
+                x_t = sampled_x_t(by_student, solver, x_t, latents, eps, index, *rollout)
 
-        # 3. Teacher with guidance: both halves in one forward, whose peak is below that of the student's backward
+        # 3. Teacher with guidance, both halves in one forward: it needs less memory than the student's backward
         with networks.as_teacher():
-            both = predict(networks.teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), with_uncond(cond, uncond))
-        out_cond, out_uncond = both.float().chunk(2)
+            outs = predict(networks.teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), with_uncond(cond, uncond))
+        out_cond, out_uncond = outs.float().chunk(2)
         out = out_cond + expand_to(w, x_t) * (out_cond - out_uncond)
         x0_teacher, eps_teacher = solver.x0_eps(out, x_t, t)
 
@@ -500,28 +545,28 @@ def lcm_loss(args, accelerator, networks, solver, uncond, cond, latents, index, 
         x_prev = solver.step(x0_teacher, eps_teacher, index)
 
         # 5. Target at x_prev
-        with dropout_off(networks.network, args.lora_dropout), networks.as_target():
+        with dropout_off(networks.student, args.lora_dropout), networks.as_target():
             f_target = f(networks.target, x_prev, t_prev)
 
     # 6. Student at x_t, and its distance to the target
-    f_student = f(networks.student, x_t, t)
-    if args.diff2flow_loss:  # v = eps - x0, with the eps that x_t and x0 leave
-        both = [to_x0_eps(x0, x_t, solver.alphas[t], solver.sigmas[t], "sample") for x0 in (f_student, f_target)]
-        f_student, f_target = (eps - x0 for x0, eps in both)
+    f_student = f(networks.prepared, x_t, t)
+    if args.diff2flow_loss:  # of velocities eps - x0, with eps = (x_t - alpha * x0) / sigma
+        samples = [to_x0_eps(x0, x_t, solver.alphas[t], solver.sigmas[t], "sample") for x0 in (f_student, f_target)]
+        f_student, f_target = (eps - x0 for x0, eps in samples)
     return consistency_loss(f_student, f_target, args.loss_type, args.huber_c)
 
 
 @torch.no_grad()
-def held_out_loss(args, loss_of, network, samples, encoder) -> dict[str, float]:
+def held_out_loss(args, loss_of, student, samples, encoder) -> dict[str, float]:
     """Mean loss at fixed places in the grid, noise and w: the same numbers for the same weights, whatever --seed is.
 
-    `loss_of(cond, latents, index, w, eps)` is the algorithm's. One sample at a time, as their shapes may differ.
+    `loss_of(cond, latents, index, w, eps)` is lcm_loss. One sample at a time, as their shapes may differ.
     """
     n = args.num_ddim_timesteps
-    places = sorted({n * (2 * k + 1) // (2 * HELD_OUT_PLACES) for k in range(HELD_OUT_PLACES)})
+    places = sorted({n * (2 * k + 1) // (2 * HELD_OUT_INDICES) for k in range(HELD_OUT_INDICES)})
     sums = dict.fromkeys(places, 0.0)
-    training = network.training
-    network.eval()
+    training = student.training
+    student.eval()
     for i, sample in enumerate(samples):
         images, text = encoder.encode_images([sample]), encoder.encode_text([sample.caption])
         for place in places:
@@ -531,27 +576,8 @@ def held_out_loss(args, loss_of, network, samples, encoder) -> dict[str, float]:
             latents = sample_latents(images, draws)
             eps = draws.normal(*latents.shape[1:])
             sums[place] += loss_of(conditions(text, images), latents, index, w, eps).item() / len(samples)
-    network.train(training)
+    student.train(training)
     return {"eval_loss": sum(sums.values()) / len(places)} | {f"eval_loss/{p}": value for p, value in sums.items()}
-
-
-def load_networks(args, accelerator, weight_dtype) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
-    """Teacher, student and target. With LoRA all three are one network."""
-    lora, device = args.model_type == "lora", accelerator.device
-    # channels_last is faster on CUDA and CPU, but DoRA's norms view convolutions as matrices
-    layout = {"memory_format": torch.preserve_format if args.use_dora else torch.channels_last}
-    teacher = load_teacher(args, weight_dtype if lora or args.cast_teacher_unet else torch.float32)
-    # The student starts from the weights as they are on disk, not from what the teacher's precision leaves of them
-    student = None if lora else make_student(args, load_teacher(args, torch.float32))
-    quantize(teacher, args.base_model_precision, "cpu" if args.quantize_via == "cpu" else device)
-    teacher.to(device, **layout)
-    student = add_lora(args, teacher) if lora else student
-    student.to(device, **({} if lora else layout))
-    target = student if lora else copy.deepcopy(student).requires_grad_(False).eval()
-    speed_up(args, (teacher, student, target), COMPILED_BLOCKS, accelerator.print)
-    if args.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-    return teacher, student.train(), target
 
 
 @webhook_errors
@@ -568,22 +594,24 @@ def main(args, data, notes):
         solver = DDIMSolver(abar, args.num_ddim_timesteps, prediction_type).to(device)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    teacher, network, target = load_networks(args, accelerator, weight_dtype)
-    trained = [p for p in network.parameters() if p.requires_grad]
-    average = target if not lora else weights_copy(network, device) if args.ema_decay else None
+    teacher, student, target = load_networks(args, accelerator, weight_dtype)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    average = target  # of a full student; a LoRA has an average of its adapters, where it has one
+    if lora:
+        average = weights_copy(student, device) if args.ema_decay else None
 
     # ---- Optimizer ----
-    batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes  # of a step
-    last_step = args.max_train_steps or args.num_train_epochs * max(1, data.samples // batch)
-    rate = args.learning_rate * (batch if args.scale_lr else 1)
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    total_steps = args.max_train_steps or args.num_train_epochs * max(1, data.samples // samples_per_step)
+    learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
     optimizer = make_optimizer(
-        optimizer_name(args), trained, rate, (args.adam_beta1, args.adam_beta2), args.adam_weight_decay,
+        optimizer_name(args), trained, learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_weight_decay,
         args.adam_epsilon, device,
     )  # fmt: skip
-    lr_schedule = make_schedule(args, optimizer, last_step)
-    student, optimizer = accelerator.prepare(network, optimizer)
-    networks = Networks(teacher, network, student, target, trained, average, lora)
-    saved, optimizers = {"student": network}, {"student": optimizer.optimizer}
+    lr_schedule = make_schedule(args, optimizer, total_steps)
+    prepared, optimizer = accelerator.prepare(student, optimizer)
+    networks = Networks(teacher, student, prepared, target, trained, average, lora)
+    saved, optimizers = {"student": student}, {"student": optimizer.optimizer}
     saved |= {} if average is None else {"target": average}
 
     # ---- Resume ----
@@ -603,7 +631,7 @@ def main(args, data, notes):
 
     # ---- Pictures ----
     def pictures(which: str, prompts: list[str], steps: int, seed: int, guidance_scale=None, size=None, callback=None):
-        """Pictures by `teacher` or `student`, each with its own sampler."""
+        """Pictures by `teacher`, or by `student`, which means the target; each with its own sampler."""
         text, negative, by_teacher = encoder.encode_text(prompts), uncond, which == "teacher"
         if by_teacher and args.validation_negative_prompt:
             negative = encoder.encode_text([args.validation_negative_prompt])
@@ -611,20 +639,24 @@ def main(args, data, notes):
             guidance_scale = 1.0 if lora and not by_teacher else 1.0 + middle_w(args)
         unet, sampler = (teacher, scheduler) if by_teacher else (target, student_scheduler(args, scheduler))
         size = size or args.validation_resolution[0]
-        unet.eval()
+        unet.eval()  # with LoRA this is the network that trains
         with accelerator.autocast(), networks.as_teacher() if by_teacher else networks.as_target():
             found = generate(
                 args, encoder.vae, unet, sampler, text, negative, steps, guidance_scale, seed, size, callback
             )
-        network.train()
+        student.train()
         return found
+
+    tracking, clip = Tracking(args, accelerator, total_steps), open_clip(args, accelerator)
+    preview = open_preview(args, PREVIEW_MODEL, accelerator, lambda *shown: tracking.picture(*shown, step, "debug"))
+    comparison = Comparison(args, pictures, preview, clip)
 
     def validate():
         sheet, scores = comparison.sheet()
         tracking.picture(sheet, "grid", step)
         if scores:
             tracking.values(scores, step)
-        if data.caches == "fill":
+        if data.caches == "fill":  # training needs no encoder
             encoder.release()
         return sheet
 
@@ -634,23 +666,22 @@ def main(args, data, notes):
 
     # ---- Training loop ----
     loss_of = functools.partial(lcm_loss, args, accelerator, networks, solver, uncond)
-    tracking, clip = Tracking(args, accelerator, last_step), open_clip(args, accelerator)
-    preview = open_preview(args, PREVIEW_MODEL, accelerator, lambda *shown: tracking.picture(*shown, step, "debug"))
-    comparison = Comparison(args, pictures, preview, clip)
-    say(f"training {sum(p.numel() for p in trained):,} parameters for {last_step} steps of {batch} samples")
-    bar = tqdm(total=last_step, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
-    loss_sum, started = torch.zeros((), device=device), time.time()
-    stop, stopping = StopSignal(), False
-    while step < last_step and not stopping:
-        with accelerator.accumulate(student):
+    say(
+        f"training {sum(p.numel() for p in trained):,} parameters for {total_steps} steps of {samples_per_step} samples"
+    )
+    bar = tqdm(total=total_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
+    loss_sum, started, logged = torch.zeros((), device=device), time.time(), step
+    stop_signal, stopping = StopSignal(), False
+    while step < total_steps and not stopping:
+        with accelerator.accumulate(prepared):
             samples = next(batches)
             positions = [sample.position for sample in samples]
             images, text = encoder.encode_images(samples), encoder.encode_text([sample.caption for sample in samples])
 
             # 1. to 6.
-            draws = draw(args, positions, images, text, uncond, device)
-            torch.manual_seed(args.seed + positions[0])  # of dropout: a resumed run draws the same
-            loss = loss_of(*draws)
+            inputs = draw(args, positions, images, text, uncond, device)
+            torch.manual_seed(args.seed + positions[0])  # for dropout, so that a resumed run draws the same
+            loss = loss_of(*inputs)
 
             # 7. Optimizer and EMA
             accelerator.backward(loss)
@@ -661,36 +692,37 @@ def main(args, data, notes):
             loss_sum += loss.detach()
         if not accelerator.sync_gradients:
             continue
-        if not accelerator.optimizer_step_was_skipped:  # fp16's scaler found an overflow
+        if not accelerator.optimizer_step_was_skipped:  # as it is where fp16's scaler has found an overflow
             lr_schedule.step()
             if average is not None:
                 update_ema(list(average.parameters()), trained, args.ema_decay)
         step += 1
         bar.update()
 
-        if step % LOG_EVERY == 0 or step == last_step:
-            steps = step % LOG_EVERY or LOG_EVERY
-            mean = accelerator.reduce(loss_sum, "mean").item() / (steps * args.gradient_accumulation_steps)
+        if step % LOG_EVERY == 0 or step == total_steps:
+            passes = (step - logged) * args.gradient_accumulation_steps
+            mean = accelerator.reduce(loss_sum, "mean").item() / passes
             check_finite(args, step, loss=mean)
-            rate = steps * batch / (time.time() - started)
-            bar.set_postfix(loss=f"{mean:.4g}", samples_per_s=f"{rate:.1f}")
-            tracking.values({"loss": mean, "lr": lr_schedule.get_last_lr()[0], "samples_per_s": rate}, step)
-            loss_sum, started = torch.zeros((), device=device), time.time()
+            speed = (step - logged) * samples_per_step / (time.time() - started)
+            bar.set_postfix(loss=f"{mean:.4g}", samples_per_s=f"{speed:.1f}")
+            tracking.values({"loss": mean, "lr": lr_schedule.get_last_lr()[0], "samples_per_s": speed}, step)
+            loss_sum, started, logged = torch.zeros((), device=device), time.time(), step
         if args.eval_steps and step % args.eval_steps == 0:
-            tracking.values(held_out_loss(args, loss_of, network, held_out, encoder), step)
+            tracking.values(held_out_loss(args, loss_of, student, held_out, encoder), step)
         if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
             validate()
-        if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step < last_step:
+        if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step < total_steps:
             saver.save(step)
             if args.push_checkpoints_to_hub and repository:
                 push_to_hub(args, repository, export_target()[0], f"Step {step}", fatal=False)
         if accelerator.num_processes == 1 or step % LOG_EVERY == 0:
-            stopping = stop.agreed(accelerator)
+            stopping = stop_signal.agreed(accelerator)  # all leave the loop at the same step
     bar.close()
 
+    # ---- The end: a checkpoint by all processes; the main one validates, exports, reports and uploads a complete run ----
     end_run(
-        args, saver, tracking, repository, step=step, trained=step > first_step, stop=stop, stopped=stopping,
-        validate=validate, export=export_target,
+        args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal,
+        stopped=stopping, validate=validate, export=export_target,
         report=lambda: write_report(args, pictures, clip, TOY_SIZES), method="lcm", teacher=teacher_of(args),
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
-"""A store of tensors by key, for what a frozen network makes of a sample: latents, text embeddings.
+"""Stores of tensors by key, for the outputs of frozen networks: latents and text embeddings.
 
-A store is a folder of safetensors files. Each holds many records, a record is the safetensors bytes of a few named
-tensors with their checksum. Files are written under a temporary name, flushed and renamed, and never changed, so that a
-store may be shared by processes and by runs; a record that is missing or fails its check is made again.
+A store is a folder of safetensors files. Each holds many records; a record is the safetensors bytes of a few named
+tensors, with a checksum. Files are written under a temporary name, flushed and renamed, and never changed, so that
+processes and runs may share a store. A record that is missing or damaged is computed again.
 """
 
 import hashlib
@@ -16,20 +16,18 @@ import safetensors
 import torch
 from safetensors.torch import load, save, save_file
 
-FORMAT = "1"
-
-
+FORMAT = "1"  # of records; another number gives every store another name
 RECORDS_PER_FILE = 1024
 
 
 def identity(**parts) -> str:
-    """A short name for everything that shaped a store's records."""
+    """A short name of a store, by everything that shapes its records."""
     text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def weights_identity(model: str, subfolder: str | None, revision: str | None) -> str:
-    """Hash of the files of a local network or tokenizer; name and revision of one on the hub."""
+    """Hash of the files of a local network or tokenizer, or name and revision of one on the hub."""
     folder = Path(model, subfolder or "")
     if not folder.is_dir():
         return f"{model}/{subfolder} @ {revision}"
@@ -47,7 +45,7 @@ def text_key(text: str) -> str:
 
 
 class TensorStore:
-    """get(key) -> tensors by name, or None; put(key, tensors) keeps them. `key in store` asks the index alone."""
+    """A store: get(key) -> tensors by name, or None; put(key, tensors). `key in store` looks into the index alone."""
 
     def __init__(self, folder: Path, compress: bool = False, records_per_file: int = RECORDS_PER_FILE):
         self.folder, self.compress, self.records_per_file = Path(folder), compress, records_per_file
@@ -58,9 +56,9 @@ class TensorStore:
         self.refresh()
 
     def refresh(self):
-        """Take in what other processes wrote."""
+        """Adds the records that other processes have written to the index."""
         known = set(self.index.values())
-        # Oldest first: of a record that was made again the newer one counts.
+        # Oldest first: of a record that was computed again the newer one counts
         for path in sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns):
             if path not in known:
                 try:
@@ -70,7 +68,7 @@ class TensorStore:
                     print(f"cache: {path} cannot be read, its records will be made again")
 
     def mark(self, name: str):
-        """Remember that all of something is in the store."""
+        """Remembers, also for other runs, that all records of the part `name` of the data are in the store."""
         Path(self.folder, f"{name}.done").touch()
 
     def is_marked(self, name: str) -> bool:
@@ -79,7 +77,7 @@ class TensorStore:
     def __contains__(self, key: str) -> bool:
         return key in self.index or key in self.waiting
 
-    def __getstate__(self):  # open files do not travel to workers
+    def __getstate__(self):  # open files cannot be sent to workers
         return self.__dict__ | {"files": {}, "waiting": {}}
 
     def get(self, key: str) -> dict[str, torch.Tensor] | None:
@@ -109,7 +107,7 @@ class TensorStore:
             self.flush()
 
     def flush(self):
-        """Write what waits, whole or not at all."""
+        """Writes waiting records as one file, which is complete or does not exist."""
         if not self.waiting:
             return
         blobs = {key: save(tensors) for key, tensors in self.waiting.items()}

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or do not exist, and the signals that ask for one."""
+"""Checkpoints, each of which is complete or does not exist, and the signals that ask for one."""
 
 import json
 import os
@@ -19,13 +19,14 @@ from torch.distributed.checkpoint.state_dict import (
 
 
 def options(trained_only: bool) -> StateDictOptions:
+    """Options for unsharded states on the CPU: gathered in the main process, and loaded from there in each."""
     return StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only, strict=False)
 
 
 def save_checkpoint(output_dir, step: int, networks: dict, optimizers: dict, state: dict, total_limit=None, main=True):
-    """Writes OUTPUT/checkpoint-STEP. Every process must call it: sharded states are gathered from all of them.
+    """Writes OUTPUT_DIR/checkpoint-STEP. Every process must call it: sharded states are gathered from all of them.
 
-    Of a network that has an optimizer of the same name only the trained weights are kept. `state` must be JSON.
+    Of a network with an optimizer of the same name only the trained weights are saved. `state` must be JSON.
     """
     folder = Path(output_dir, f"checkpoint-{step}")
     part = folder.with_suffix(".part")
@@ -44,14 +45,14 @@ def save_checkpoint(output_dir, step: int, networks: dict, optimizers: dict, sta
         (part / "state.json").write_text(json.dumps(state | {"step": step}))
         for path in [*part.iterdir(), part]:
             flush_to_disk(path)
-        if folder.exists() and not (folder / "state.json").exists():  # another program's: it stays, under another name
+        if folder.exists() and not (folder / "state.json").exists():  # another program's: renamed, not deleted
             folder.rename(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=output_dir))
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
         flush_to_disk(folder.parent)
-        # Only now that the new one is whole may old ones go. Later ones are of another run in this folder.
-        older = [path for path in list_checkpoints(output_dir) if step_of(path) <= step]
-        for old in older[: -total_limit if total_limit else 0]:
+        # Old ones go only now that the new one is complete; those of later steps belong to another run in this folder
+        up_to_this = [path for path in list_checkpoints(output_dir) if step_of(path) <= step]
+        for old in up_to_this[: -total_limit if total_limit else 0]:
             shutil.rmtree(old)
     return folder
 
@@ -65,19 +66,19 @@ def flush_to_disk(path: Path):
 
 
 def list_checkpoints(output_dir) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if (path / "state.json").exists()]
-    return sorted([path for path in found if step_of(path) >= 0], key=step_of)
+    """Complete checkpoints, by step."""
+    paths = [path for path in Path(output_dir).glob("checkpoint-*") if (path / "state.json").exists()]
+    return sorted([path for path in paths if step_of(path) >= 0], key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """-1 where the name is not checkpoint-STEP."""
+    """Step of the folder checkpoint-STEP, or -1 where that is not its name."""
     number = checkpoint.name.removeprefix("checkpoint-")
     return int(number) if number.isdecimal() else -1
 
 
 def find_checkpoint(output_dir, wanted: str) -> Path | None:
-    """`latest` is the newest whole one, if there is any; else a path, or a name in the output folder."""
+    """The checkpoint that a path or a name in the output folder means; of `latest` None where there is none yet."""
     if wanted == "latest":
         return next(reversed(list_checkpoints(output_dir)), None)
     for path in (Path(wanted), Path(output_dir, wanted)):
@@ -87,25 +88,25 @@ def find_checkpoint(output_dir, wanted: str) -> Path | None:
 
 
 def load_checkpoint(folder: Path, networks: dict, optimizers: dict) -> dict:
-    """Puts weights and moments back, and returns the state. Names that do not fit are fatal."""
+    """Loads weights and moments of a checkpoint, and returns its state. Weights that do not fit are fatal."""
     for name, network in networks.items():
         file = folder / f"{name}.safetensors"
         if not file.exists():
             raise SystemExit(f"--resume_from_checkpoint {folder}: has no {name}, it is of another kind of run")
         weights = load_file(file)
         trained = StateDictOptions(ignore_frozen_params=name in optimizers)
-        expected = get_model_state_dict(network, options=trained)  # not gathered: every process has to look
-        odd = weights.keys() ^ expected.keys()
-        if odd := sorted(odd or {key for key in expected if expected[key].shape != weights[key].shape}):
+        expected = get_model_state_dict(network, options=trained)  # not gathered: every process checks
+        unfit = weights.keys() ^ expected.keys() or {k for k in expected if expected[k].shape != weights[k].shape}
+        if unfit:
             raise SystemExit(
-                f"--resume_from_checkpoint {folder}: {len(odd)} weights of the {name} do not fit this run, "
-                f"the first is {odd[0]}"
+                f"--resume_from_checkpoint {folder}: {len(unfit)} weights of the {name} do not fit this run, "
+                f"the first is {min(unfit)}"
             )
         set_model_state_dict(network, weights, options=options(name in optimizers))
     for name, optimizer in optimizers.items():
         moments = torch.load(folder / f"{name}.optimizer.pt", weights_only=True, map_location="cpu")
         set_optimizer_state_dict(networks[name], optimizer, moments, options=options(True))
-        for p, state in optimizer.state.items():  # a fused step reads weights and moments side by side: one layout
+        for p, state in optimizer.state.items():  # a fused step needs weights and moments in the same layout
             for key, value in state.items():
                 if value.shape == p.shape:
                     state[key] = torch.empty_like(p).copy_(value)
@@ -113,14 +114,14 @@ def load_checkpoint(folder: Path, networks: dict, optimizers: dict) -> dict:
 
 
 def resume(args, accelerator, networks: dict, optimizers: dict, lr_schedule) -> dict:
-    """State of the checkpoint that --resume_from_checkpoint means, put back; that of a new run where there is none."""
+    """Loads the checkpoint that --resume_from_checkpoint names, and returns its state, or that of a new run."""
     wanted = args.resume_from_checkpoint
     folder = find_checkpoint(args.output_dir, wanted) if wanted else None
+    if wanted and folder is None:
+        accelerator.print(
+            f"--resume_from_checkpoint {wanted}: no checkpoint in {args.output_dir} yet, starting at step 0"
+        )
     if folder is None:
-        if wanted:
-            accelerator.print(
-                f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir} yet, starting at step 0"
-            )
         return {"step": 0, "stream": None, "skipped": {}}
     state = load_checkpoint(folder, networks, optimizers)
     lr_schedule.load_state_dict(state["lr_schedule"])
@@ -131,7 +132,7 @@ def resume(args, accelerator, networks: dict, optimizers: dict, lr_schedule) -> 
 
 
 class StopSignal:
-    """Remembers a SIGTERM or a first Ctrl-C, so that the loop can end at a good place. A second Ctrl-C ends at once."""
+    """Memory of a SIGTERM or a first Ctrl-C, so that the loop can end between steps. A second Ctrl-C ends at once."""
 
     def __init__(self):
         self.asked = False
@@ -143,12 +144,12 @@ class StopSignal:
         self.asked = True
 
     def over(self):
-        """From here on a signal ends the program at once, as it would without this class."""
+        """Restores the handlers of before: from here on a signal ends the program at once."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def agreed(self, accelerator) -> bool:
-        """Whether any process was asked: all must leave the loop together, so it waits for the others."""
+        """Whether any process was asked to stop; waits for all of them, which must leave the loop at the same step."""
         if accelerator.num_processes == 1:
             return self.asked
         return bool(accelerator.reduce(torch.tensor(float(self.asked), device=accelerator.device)).item())

@@ -1,7 +1,7 @@
 """Losses of both methods, in fp32.
 
 LCM (Luo et al. 2023, arXiv 2310.04378), DMD (Yin et al. 2023, 2311.18828) and DMD2 (2405.14867). A velocity `v` is
-eps - x0; `x_g` are the student's clean samples.
+eps - x0: `v_real` the teacher's, `v_fake` the fake score's; `x_g` are the student's clean samples.
 """
 
 import torch
@@ -10,16 +10,16 @@ from common.solvers import expand_to
 
 
 def consistency_loss(prediction, target, loss_type: str, huber_c: float) -> torch.Tensor:
-    """l2: mean of d^2. huber: mean of sqrt(d^2 + c^2) - c, elementwise (Song & Dhariwal 2023)."""
+    """Mean of d^2 (l2) or of sqrt(d^2 + c^2) - c (huber), d elementwise (Song & Dhariwal 2023)."""
     squared = (prediction.float() - target.float()).square()
     return squared.mean() if loss_type == "l2" else ((squared + huber_c**2).sqrt() - huber_c).mean()
 
 
 def dmd_gradient(v_real, v_fake, x_g, eps):
-    """The gradient at the student's sample x_g, and the gap mean|v_real - v_star| of each sample that it is divided by.
+    """Gradient at the student's samples x_g, and each sample's gap mean|v_real - v_star|, by which it is divided.
 
-    DMD's own form is (x0_fake - x0_real) / mean|x_g - x0_real|. All three are x_t - sigma * v, so sigma cancels; what
-    is left does not lose its digits where sigma is small.
+    DMD's own form is (x0_fake - x0_real) / mean|x_g - x0_real|. All three are x_t - sigma * v, so sigma cancels. The
+    quotient of velocities keeps its digits where sigma is small.
     """
     v_star = eps - x_g
     gap = (v_real - v_star).abs().flatten(1).mean(1)
@@ -27,10 +27,10 @@ def dmd_gradient(v_real, v_fake, x_g, eps):
 
 
 def dmd_loss(x_g, gradient):
-    """Half the mean square distance to where the gradient leads: its own gradient is gradient / x_g.numel()."""
+    """Half the mean square of x_g - stop(x_g - gradient), whose derivative by x_g is gradient / x_g.numel()."""
     return 0.5 * torch.nn.functional.mse_loss(x_g, (x_g - gradient).detach())
 
 
 def fake_score_loss(v_fake, x_g, eps):
-    """Flow matching on the student's samples."""
+    """Flow matching loss on the student's samples: mean of |v_fake - (eps - x_g)|^2."""
     return torch.nn.functional.mse_loss(v_fake, eps - x_g)

@@ -1,4 +1,4 @@
-"""Networks: several in one by adapters, attention kernels, compilation, and frozen weights in 8 bits."""
+"""Networks: guidance embedding, one network in several roles by adapters, attention kernels, compilation, 8 bits."""
 
 import contextlib
 import importlib.util
@@ -13,9 +13,14 @@ from diffusers.utils import is_xformers_available
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.parallel import DistributedDataParallel
 
+ATTENTION = ("diffusers", *(backend.value for backend in AttentionBackendName))  # diffusers: PyTorch's SDPA
+# Features of diffusers' attention layers that BackendAttention leaves out, and that no U-Net's layers use
+UNSUPPORTED = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
+PRECISIONS = ("no_change", "int8-quanto", "int8-torchao", "fp8-torchao")
+
 
 def guidance_embedding(w: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sinusoidal embedding [B, dim] of 1000 * w, the one that diffusers' pipelines feed at guidance_scale = 1 + w."""
+    """Sinusoidal embedding [B, dim] of 1000 * w, as diffusers' pipelines feed it at guidance_scale = 1 + w."""
     half = dim // 2
     frequencies = torch.exp(torch.arange(half, device=w.device) * -(math.log(10000.0) / (half - 1)))
     angles = (1000.0 * w.float())[:, None] * frequencies
@@ -24,24 +29,48 @@ def guidance_embedding(w: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def with_uncond(cond, uncond) -> dict[str, torch.Tensor]:
-    """Conditions of a batch of 2B: those given, then the same with the empty prompt's embeddings."""
+    """Conditions of a batch of 2B: `cond` [B, ...], then the same with the embeddings in `uncond` [1, ...]."""
     rows = {name: uncond[name].expand_as(v) if name in uncond else v for name, v in cond.items()}
     return {name: torch.cat([v, rows[name]]) for name, v in cond.items()}
 
 
+@contextlib.contextmanager
+def adapters_off(unet, wanted: bool = True):
+    """Inside, the network is its base without adapters, unless that is not `wanted`."""
+    if wanted:
+        unet.disable_adapters()
+    try:
+        yield
+    finally:
+        if wanted:
+            unet.enable_adapters()
+
+
+@contextlib.contextmanager
+def dropout_off(network, wanted=True):
+    """Inside, the network drops nothing out, unless that is not `wanted`."""
+    training = network.training
+    if wanted:
+        network.eval()
+    try:
+        yield
+    finally:
+        if wanted:
+            network.train(training)
+
+
 def adapter_layers(network: torch.nn.Module) -> list[BaseTunerLayer]:
-    """Layers of a network that an adapter has changed; none of a network without adapters."""
+    """Layers of a network that have adapters."""
     return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
 
 
 @contextlib.contextmanager
 def active_adapter(layers: list[BaseTunerLayer], name: str):
-    """Inside, the network of these layers is its base with the adapter `name`; without such an adapter, the base alone.
+    """Inside, the network of these layers is its base with the adapter `name`, or the base alone if there is none.
 
-    PEFT's own switches also change requires_grad, so that an adapter that another one's turn has switched off is left
-    without a gradient, silently. This one touches nothing but which adapter acts. Activation checkpointing computes
-    again in backward(), with the adapter that is active then: backward() belongs inside as well. Dropout acts where
-    there is a gradient.
+    PEFT's own switches also change requires_grad: an adapter that is switched off for another one's turn would silently
+    get no gradient from then on. Here only the choice of the adapter changes. backward() belongs inside as well, since
+    activation checkpointing computes again with the adapter that is active then. Dropout acts where gradients are on.
     """
     before = [(layer._disable_adapters, layer._active_adapter, layer.lora_dropout.training) for layer in layers]
     for layer in layers:
@@ -54,19 +83,20 @@ def active_adapter(layers: list[BaseTunerLayer], name: str):
 
 
 def set_layer(layer: BaseTunerLayer, disabled: bool, active: list[str], dropout: bool):
+    """Sets which adapters of a layer act, and whether their dropout does."""
     layer._disable_adapters, layer._active_adapter = disabled, active
     if layer.lora_dropout.training != dropout:
         layer.lora_dropout.train(dropout)
 
 
 def adapter_weights(network: torch.nn.Module, name: str) -> torch.nn.ParameterDict:
-    """The weights of one adapter, as a module of their own, which is what a checkpoint holds of it."""
+    """The weights of one adapter as a module, for its optimizer and for checkpoints."""
     weights = [(key.replace(".", "/"), p) for key, p in network.named_parameters() if name in key.split(".")]
-    return torch.nn.ParameterDict(weights)  # of a list: it would sort a dict
+    return torch.nn.ParameterDict(weights)  # from a list, since ParameterDict sorts a dict
 
 
 def weights_copy(part: torch.nn.Module, device) -> torch.nn.ParameterDict:
-    """A copy of the trained weights, from which a moving average starts."""
+    """A copy of the trained weights, with which a moving average starts."""
     trained = [(name.replace(".", "/"), p) for name, p in part.named_parameters() if p.requires_grad]
     copies = [(name, p.detach().to(device, copy=True)) for name, p in trained]
     return torch.nn.ParameterDict([(name, torch.nn.Parameter(p, requires_grad=False)) for name, p in copies])
@@ -74,7 +104,7 @@ def weights_copy(part: torch.nn.Module, device) -> torch.nn.ParameterDict:
 
 @contextlib.contextmanager
 def weights_exchanged(params: list[torch.nn.Parameter], others: list[torch.nn.Parameter]):
-    """Inside, parameters and others have changed values, in place, where FSDP looks for them."""
+    """Inside, `params` hold the values of `others` and the other way round, in place, as FSDP needs it."""
     exchange(params, others)
     try:
         yield
@@ -85,20 +115,13 @@ def weights_exchanged(params: list[torch.nn.Parameter], others: list[torch.nn.Pa
 @torch.no_grad()
 def exchange(params, others):
     for p, other in zip(params, others, strict=True):
-        own = p.clone()
+        before = p.clone()
         p.copy_(other)
-        other.copy_(own)
-
-
-ATTENTION = ("diffusers", *(backend.value for backend in AttentionBackendName))  # diffusers: PyTorch's SDPA
-
-
-# What BackendAttention leaves out, and U-Nets have not
-UNLIKE = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
+        other.copy_(before)
 
 
 class BackendAttention:
-    """Attention of U-Nets by one of diffusers' backends: their own processor calls SDPA whatever the backend is."""
+    """Attention of U-Nets by one of diffusers' backends; diffusers' own processor for them always calls SDPA."""
 
     def __init__(self, backend: str):
         self._attention_backend = AttentionBackendName(backend)
@@ -120,21 +143,21 @@ class BackendAttention:
 
 
 def set_attention(network, backend: str):
-    """Every attention layer of the network by this backend; `diffusers` leaves it as it is."""
+    """Gives every attention layer of a network this backend; with `diffusers` all of them stay as they are."""
     if backend == "diffusers":
         return
     plain = [module for module in network.modules() if isinstance(getattr(module, "processor", None), AttnProcessor2_0)]
     for module in plain:
-        if all(getattr(module, name) in (None, False) for name in UNLIKE):
+        if all(getattr(module, name) in (None, False) for name in UNSUPPORTED):
             module.set_processor(BackendAttention(backend))
     try:
-        network.set_attention_backend(backend)  # refuses what is not installed
+        network.set_attention_backend(backend)  # raises if its package is not installed
     except (RuntimeError, ValueError, ImportError) as error:
         raise SystemExit(f"--attention_mechanism {backend}: {error}") from None
 
 
 def speed_up(args, networks, compiled_blocks: tuple[str, ...], say):
-    """Attention, compilation, and what processes have to exchange, of each network once."""
+    """Sets attention kernels and compilation of networks, each of them once, and keeps DDP off frozen weights."""
     backend = args.attention_mechanism
     if args.enable_xformers_memory_efficient_attention:
         backend = "xformers" if is_xformers_available() else backend
@@ -151,39 +174,13 @@ def speed_up(args, networks, compiled_blocks: tuple[str, ...], say):
                     block.compile()
 
 
-@contextlib.contextmanager
-def adapters_off(unet, wanted: bool = True):
-    if wanted:
-        unet.disable_adapters()
-    try:
-        yield
-    finally:
-        if wanted:
-            unet.enable_adapters()
-
-
-@contextlib.contextmanager
-def dropout_off(network, wanted=True):
-    training = network.training
-    if wanted:
-        network.eval()
-    try:
-        yield
-    finally:
-        if wanted:
-            network.train(training)
-
-
-PRECISIONS = ("no_change", "int8-quanto", "int8-torchao", "fp8-torchao")
-
-
 def precision_name(given: str) -> str:
-    """The precision that is in use for a flag's value: int8-quanto is an alias."""
+    """The precision that a flag's value means: int8-quanto is an alias of int8-torchao."""
     return given.replace("quanto", "torchao")
 
 
 def check_precision(parser, args) -> list[str]:
-    """Checks the precision flags before anything loads. Returns notes for the user."""
+    """Checks the precision flags before anything loads, and returns notes for the user."""
     names = ("base_model_precision", "text_encoder_1_precision", "text_encoder_2_precision")
     wanted = {name: getattr(args, name) for name in names if getattr(args, name) != "no_change"}
     if wanted and importlib.util.find_spec("torchao") is None:
@@ -194,10 +191,10 @@ def check_precision(parser, args) -> list[str]:
 
 
 def quantize(network: torch.nn.Module, precision: str, where) -> torch.nn.Module:
-    """Converts weights of Linear layers to 8 bits, in place, on the device `where`; all others keep their precision."""
+    """Converts weights of Linear layers to 8 bits, in place, on the device `where`; other weights stay as they are."""
     if precision == "no_change":
         return network
-    # torchao warns of kernels for other GPUs, and peft of merging adapters, which nothing here does
+    # torchao warns of kernels for other GPUs, and PEFT of merging adapters, which we never do
     logging.getLogger("torchao").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass.*")
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_

@@ -1,4 +1,4 @@
-"""Pictures of a run: labelled grids, strips of frames, and previews of half-done samples."""
+"""Pictures of a run: labelled grids, comparisons of student and teacher, strips of frames, and previews of samples."""
 
 import json
 from pathlib import Path
@@ -8,19 +8,17 @@ import torch
 from diffusers import AutoencoderTiny
 from PIL import Image, ImageDraw, ImageFont
 
-PROMPTS = (
+PROMPTS = (  # of validation, where no flag names any
     "a red fox in fresh snow, morning light, photograph",
     "an old fisherman mending his net, oil painting",
     "a lighthouse on a cliff in a storm",
     "a bowl of oranges beside a blue vase, still life",
 )
-
-
-MARGIN, LABEL_HEIGHT = 6, 18
+MARGIN, LABEL_HEIGHT = 6, 18  # pixels
 
 
 def labelled_grid(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str]) -> Image.Image:
-    """Pictures row by row, labels left of the rows and, wrapped, above the columns. Small pictures are enlarged."""
+    """A sheet of pictures, enlarged if small, with labels left of the rows and, wrapped, above the columns."""
     font = ImageFont.load_default(13)
     scale = max(1, 128 // rows[0][0].height)
     width, height = rows[0][0].width * scale, rows[0][0].height * scale
@@ -42,7 +40,7 @@ def labelled_grid(rows: list[list[Image.Image]], row_labels: list[str], column_l
 
 
 def picture_pair(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two pictures as one."""
+    """Two pictures of one height side by side."""
     pair = Image.new("RGB", (left.width + right.width + 2, left.height), "white")
     pair.paste(left, (0, 0))
     pair.paste(right, (left.width + 2, 0))
@@ -50,6 +48,7 @@ def picture_pair(left: Image.Image, right: Image.Image) -> Image.Image:
 
 
 def wrap(text: str, font, width: int, most_lines: int = 5) -> list[str]:
+    """Lines of a text that are at most `width` pixels wide; no more than `most_lines`."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -63,7 +62,7 @@ def wrap(text: str, font, width: int, most_lines: int = 5) -> list[str]:
 
 
 def below_each_other(sheets: list[Image.Image]) -> Image.Image:
-    """One sheet of several."""
+    """One sheet of several, one below the other."""
     width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
     joined, y = Image.new("RGB", (width, height), "white"), 0
     for sheet in sheets:
@@ -73,14 +72,14 @@ def below_each_other(sheets: list[Image.Image]) -> Image.Image:
 
 
 def pixels_of(picture: Image.Image) -> torch.Tensor:
-    """[3, H, W] in [0, 1]."""
+    """Pixels [3, H, W] in [0, 1] of a picture."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255.0
 
 
 class Comparison:
-    """Pictures by student and teacher side by side, a grid for each size: steps down, prompts across.
+    """Pictures by student and teacher side by side, in a grid for each size: a row per step count, a column per prompt.
 
-    `pictures(which, prompts, steps, seed, size=, callback=)` generates; the teacher's do not change and are kept.
+    `pictures(which, prompts, steps, seed, size=, callback=)` generates; the teacher's never change and are kept.
     """
 
     def __init__(self, args, pictures, preview, clip):
@@ -88,7 +87,7 @@ class Comparison:
         self.teacher_rows = {}
 
     def sheet(self) -> tuple[Image.Image, dict[str, float]]:
-        """All grids on one sheet, and the CLIP scores of the student's pictures where there is a CLIP."""
+        """A sheet with all grids, and the CLIP scores of the student's pictures if there is a CLIP."""
         args, sheets, scores = self.args, [], {}
         prompts, seed = validation_prompts(args), args.validation_seed
         for size in args.validation_resolution:
@@ -113,36 +112,37 @@ class Comparison:
 
 
 def spread(name: str, scores: torch.Tensor) -> dict[str, float]:
-    """Min, max, mean and standard deviation, for the trackers."""
+    """Minimum, maximum, mean and standard deviation of scores, by names for the trackers."""
     values = {"min": scores.min(), "max": scores.max(), "mean": scores.mean(), "std": scores.std(correction=0)}
     return {f"{name}/{statistic}": value.item() for statistic, value in values.items()}
 
 
 def validation_prompts(args) -> list[str]:
-    """Prompts of validation pictures, by the flags, or four of ours."""
+    """Prompts of validation: those of the flags, or else four of ours."""
     library = args.validation_prompt_library
     prompts = list(json.loads(Path(library).read_text()).values()) if library else []
     return prompts + ([args.validation_prompt] if args.validation_prompt else []) or list(PROMPTS)
 
 
 def frame_strip(clip: np.ndarray, count: int = 4) -> Image.Image:
-    """Frames of a clip side by side, from its first to its last."""
+    """Frames of a clip [F, H, W, 3] side by side, evenly spaced from the first to the last."""
     frames = [clip[i] for i in np.linspace(0, len(clip) - 1, min(count, len(clip))).round().astype(int)]
     return Image.fromarray(to_bytes(np.concatenate(frames, 1)))
 
 
 def to_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Bytes of pixels in [0, 1]; bytes stay as they are."""
+    """Pixels in [0, 1] as bytes; bytes stay as they are."""
     if pixels.dtype == np.uint8:
         return pixels
     return (pixels * 255.0).round().clip(0, 255).astype(np.uint8)
 
 
 def open_preview(args, name: str, accelerator, show):
-    """A function `preview(label)`, which gives pipelines a callback that calls `show(picture, label-stepNN)`, the
-    pictures of a batch side by side, after step 1, N, 2N, ...
+    """A function preview(label) -> callback for a pipeline, or None without --validation_preview.
 
-    `name` is the tiny autoencoder's, where --validation_preview_model is not given.
+    After step 1, N, 2N, ... of --validation_preview_steps N the callback calls show(picture, "LABEL-stepNN"), with the
+    half-done pictures of a batch side by side. `name` is the tiny autoencoder of the model, by which they are decoded
+    unless --validation_preview_model is given.
     """
     if not args.validation_preview or not accelerator.is_main_process:
         return lambda label: None
@@ -152,7 +152,7 @@ def open_preview(args, name: str, accelerator, show):
         raise SystemExit("--validation_preview: this model has no tiny autoencoder, give --validation_preview_model")
     try:
         tiny = AutoencoderTiny.from_pretrained(source, cache_dir=args.cache_dir).eval().to(device)
-    except Exception as error:  # from_pretrained's are of many kinds
+    except Exception as error:  # from_pretrained raises many kinds
         raise SystemExit(f"--validation_preview_model {source}: cannot be loaded ({error})") from None
 
     def preview(label: str):

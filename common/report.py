@@ -1,4 +1,8 @@
-"""Numbers for a student: distance to the teacher's full-step samples, CLIP score, and held-out samples."""
+"""Judgement of a student: distance to the teacher's full-step samples, CLIP score, and held-out samples.
+
+A sampler is teacher or student with a number of steps. `pictures(which, prompts, steps, seed)` generates, `which` being
+"teacher" or "student".
+"""
 
 import json
 import math
@@ -14,15 +18,14 @@ from common.data.stream import ShardPass
 from common.pictures import pixels_of, validation_prompts
 
 FULL_STEPS = 50  # of the teacher's own sampler
-
-SIDE = 128  # pictures are compared at this size
+SIDE = 128  # pixels; pictures are compared at this size
 FILTERS, LEVELS = 64, 3
 
 
 def features(pictures: list[Image.Image]) -> torch.Tensor:
-    """[N, D]: strengths of fixed random filters at three scales, each over a grid of places. No weights are needed.
+    """Features [N, D] of N pictures: strengths of fixed random filters at three scales, each over a grid of places.
 
-    A picture's features change with what is where in it, and little with a shift of a few pixels.
+    They change with the things in a picture and with their places, and little with a shift of a few pixels.
     """
     rng = torch.Generator().manual_seed(0)
     x = torch.stack(
@@ -42,27 +45,26 @@ def features(pictures: list[Image.Image]) -> torch.Tensor:
 
 
 def measure(pictures, prompts: list[str], samplers: list[tuple], features=features) -> list[dict]:
-    """A row for each sampler: seconds for one sample, distance to the first sampler's, and the samples themselves.
+    """A row for each sampler: seconds for one sample, distance to the first sampler's samples, and the samples.
 
-    A sampler is its name, and what `pictures(which, prompts, steps, seed)` takes: which, steps and seed.
+    A sampler is (name, which, steps, seed).
     """
     pictures(samplers[0][1], prompts[:1], 1, 0)  # the first call also loads and compiles: it is not timed
     rows, reference = [], None
     for name, which, steps, seed in samplers:
         start = time.time()
         generated = pictures(which, prompts, steps, seed)
-        seconds, seen = (time.time() - start) / len(prompts), features(generated)
-        reference = seen if reference is None else reference
-        distance = (seen - reference).norm(dim=1).mean().item()
+        seconds, vectors = (time.time() - start) / len(prompts), features(generated)
+        reference = vectors if reference is None else reference
+        distance = (vectors - reference).norm(dim=1).mean().item()
         rows.append({"sampler": name, "steps": steps, "distance": distance, "seconds": seconds, "generated": generated})
     return rows
 
 
 def write_report(args, pictures, clip, sizes) -> str:
-    """Writes report.json and report.png, and returns a table as Markdown; of the toy what its own world can judge.
+    """Writes report.json and report.png, and returns a table as Markdown. The toy's world judges pictures of the toy.
 
-    `pictures(which, prompts, steps, seed)` generates. All start from the same noise, so the distance is that of pairs.
-    `sizes` are those that the toy's pictures have.
+    All samplers start from the same noise, so the distance is that of pairs. `sizes` are those of the toy's pictures.
     """
     if not args.report_steps:
         return ""
@@ -81,14 +83,14 @@ def write_report(args, pictures, clip, sizes) -> str:
 
 
 def toy_judge():
-    """The module that judges pictures of the toy world: the one place where the program reaches for it."""
+    """The module that judges pictures of the toy world; no other place in the program imports from tests/."""
     from tests.toy import report
 
     return report
 
 
 def write_rows(folder: Path, rows: list[dict], title: str, columns: dict[str, tuple[str, str]]) -> str:
-    """report.json, report.png, and the table; `columns` are a heading's key in the rows and its format."""
+    """Writes report.json and report.png, and returns the table; `columns` are {heading: (key of a row, format)}."""
     (folder / "report.json").write_text(json.dumps(rows, indent=2))
     plot(rows).save(folder / "report.png")
     lines = [
@@ -100,26 +102,26 @@ def write_rows(folder: Path, rows: list[dict], title: str, columns: dict[str, tu
         "|---|---|---|" + "---|" * len(columns),
     ]
     for row in rows:
-        cells = [format(row[key], how) for key, how in columns.values()]
+        cells = [format(row[key], style) for key, style in columns.values()]
         lines.append(f"| {row['sampler']} | {row['steps']} | {row['distance']:.4f} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n\n![steps against quality](report.png)\n\n"
 
 
 def plot(rows: list[dict], width: int = 560, height: int = 360) -> Image.Image:
-    """Distance over steps (logarithmic), a line for each sampler."""
+    """A plot of distance over steps (logarithmic), a line for teacher and student each."""
     sheet = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     left, right, top, bottom = 60, width - 20, 30, height - 50
     most_steps = max(row["steps"] for row in rows)
-    most = max(row["distance"] for row in rows) or 1.0
+    most_distance = max(row["distance"] for row in rows) or 1.0
 
     def place(row):
         x = left + (right - left) * math.log2(row["steps"]) / max(math.log2(most_steps), 1e-9)
-        return x, bottom - (bottom - top) * row["distance"] / most
+        return x, bottom - (bottom - top) * row["distance"] / most_distance
 
     pen.line([(left, top), (left, bottom), (right, bottom)], "black")
-    for value in (0.0, most / 2, most):
-        y = bottom - (bottom - top) * value / most
+    for value in (0.0, most_distance / 2, most_distance):
+        y = bottom - (bottom - top) * value / most_distance
         pen.text((8, y - 8), f"{value:.3f}", "black", font)
         pen.line([(left - 4, y), (left, y)], "black")
     for steps in sorted({row["steps"] for row in rows}):
@@ -137,26 +139,26 @@ def plot(rows: list[dict], width: int = 560, height: int = 360) -> Image.Image:
 
 
 def hold_out(args, data, readers: list) -> tuple[list[Sample], list]:
-    """The first --eval_samples different pictures of the data, and readers that skip them."""
+    """Samples of the first --eval_samples different pictures of the data, and readers that skip these pictures."""
     if not args.eval_steps:
         return [], readers
-    found, parts = {}, [(i, part) for i, dataset in enumerate(data.datasets) for part in dataset.parts]
+    held_out, parts = {}, [(i, part) for i, dataset in enumerate(data.datasets) for part in dataset.parts]
     for sample in ShardPass(parts, readers, process=0, processes=1):
         if isinstance(sample, Sample):
-            found.setdefault(image_of(sample), sample)
-        if len(found) == args.eval_samples:
+            held_out.setdefault(image_of(sample), sample)
+        if len(held_out) == args.eval_samples:
             break
-    return list(found.values()), [WithoutHeldOut(reader, set(found)) for reader in readers]
+    return list(held_out.values()), [WithoutHeldOut(reader, set(held_out)) for reader in readers]
 
 
 def image_of(sample: Sample) -> str:
-    """The hash alone: a record that is not in its image's own bucket has the bucket in its key."""
+    """Hash of a sample's image. A key is this hash, followed by the bucket where that is not the image's own."""
     return sample.key.partition("-")[0]
 
 
 @dataclass
 class WithoutHeldOut:
-    """A reader that skips what is held out."""
+    """A reader that skips the pictures whose hashes are held out."""
 
     reader: object
     held_out: set[str]
@@ -169,7 +171,7 @@ class WithoutHeldOut:
 
 
 class ClipScore:
-    """100 * cosine of picture and prompt in CLIP's space, at least 0 (Hessel et al. 2021), by a CLIP of the user's."""
+    """100 * cosine of picture and prompt in the space of the user's CLIP, at least 0 (Hessel et al. 2021)."""
 
     def __init__(self, name: str, device, cache_dir: str | None = None):
         from transformers import AutoTokenizer, CLIPModel
@@ -185,7 +187,7 @@ class ClipScore:
 
     @torch.no_grad()
     def __call__(self, pictures: list, prompts: list[str]) -> torch.Tensor:
-        """[B]; the model is on the device only meanwhile."""
+        """Scores [B], on the CPU. The model is on the device only during the call."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
@@ -200,6 +202,7 @@ class ClipScore:
 
 
 def open_clip(args, accelerator) -> ClipScore | None:
+    """The CLIP of --evaluation_type clip, in the main process."""
     if args.evaluation_type != "clip" or not accelerator.is_main_process:
         return None
     return ClipScore(args.evaluation_clip_model, accelerator.device, args.cache_dir)

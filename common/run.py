@@ -1,4 +1,4 @@
-"""Beginning and end of a run, which all scripts have alike: processes, checkpoints, and what is left behind."""
+"""Beginning and end of a run, alike in all scripts: processes, checkpoints, and the files that a run leaves."""
 
 import math
 import os
@@ -16,9 +16,9 @@ from common.tracking import tracker_names
 
 
 def start_run(args, notes: list[str], **options) -> tuple[Accelerator, torch.dtype]:
-    """The processes of a run, with threads, seed and TF32 set, and the precision of frozen networks.
+    """Sets threads, seed and TF32, prints notes, and returns the Accelerator and the precision of frozen networks.
 
-    `options` are more of the Accelerator's own. What is to be said about the flags is said here.
+    `options` are further arguments of the Accelerator.
     """
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -31,7 +31,7 @@ def start_run(args, notes: list[str], **options) -> tuple[Accelerator, torch.dty
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise SystemExit("--mixed_precision fp16: needs a GPU; a CPU takes no or bf16")
     if args.pretrained_teacher_model is None and accelerator.device.type == "cpu":
-        # accelerate launch leaves a process one thread; the toy's run has the machine to itself
+        # accelerate launch gives each process one thread; a run of the toy may take the machine
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
@@ -39,12 +39,12 @@ def start_run(args, notes: list[str], **options) -> tuple[Accelerator, torch.dty
 
 
 def open_repository(args, accelerator) -> str | None:
-    """The hub's repository that --push_to_hub means, in the main process, before hours of work."""
+    """Creates the repository of --push_to_hub, in the main process, so that a wrong token ends the run at its start."""
     return create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
 
 class Saver:
-    """Writes checkpoints, and counts what was skipped. Every process calls it: each knows its own place in the data."""
+    """Writer of checkpoints. Every process must call it, since each knows its own place in the data alone."""
 
     def __init__(self, args, accelerator, networks, optimizers, lr_schedule, encoder, batches, skipped, sharing=1):
         self.args, self.accelerator, self.sharing = args, accelerator, sharing
@@ -52,12 +52,12 @@ class Saver:
         self.encoder, self.batches, self.skipped_before = encoder, batches, Counter(skipped)
 
     def place_in_data(self) -> tuple[dict, Counter]:
-        """Where all processes are in the data, and how many samples were skipped, by cause."""
+        """Place of all processes in the data, and the number of samples that were skipped, by cause."""
         stream, faults = gather_states(self.batches, self.accelerator, self.sharing)
         return stream, self.skipped_before + faults
 
     def save(self, step: int, **more) -> Path:
-        """The folder of a whole checkpoint; `more` is further state, as JSON has it."""
+        """Writes a checkpoint and returns its folder; `more` is further state, of JSON's types."""
         args, accelerator = self.args, self.accelerator
         self.encoder.flush()
         stream, skipped = self.place_in_data()
@@ -72,21 +72,21 @@ class Saver:
 
 
 def check_finite(args, step: int, **values: float):
-    """Ends a run that has gone wrong, before anything of it is kept."""
-    if odd := [name for name, value in values.items() if not math.isfinite(value)]:
+    """Ends a run with a loss or gradient that is not finite, before a checkpoint is made of it."""
+    if broken := [name for name, value in values.items() if not math.isfinite(value)]:
         last = find_checkpoint(args.output_dir, "latest")
-        raise SystemExit(f"the {odd[0]} is not finite at step {step}; the last good checkpoint is {last}")
+        raise SystemExit(f"the {broken[0]} is not finite at step {step}; the last good checkpoint is {last}")
 
 
 def end_run(
-    args, saver: Saver, tracking, repository, *, step: int, trained: bool, stop, stopped: bool, validate, export,
+    args, saver: Saver, tracking, repository, *, step: int, trained: bool, stop_signal, stopped: bool, validate, export,
     report, method: str, teacher: str, all_processes: bool = False, **state,
 ):  # fmt: skip
-    """Ends a run: a checkpoint always, and the model where training is complete.
+    """Ends a run: saves a checkpoint, and where training is complete validates, exports and reports.
 
     validate() -> a sheet of pictures, export() -> names of files and lines of code, report() -> Markdown. The main
-    process calls them, or `all_processes` where networks are split between them. `teacher` is its
-    name, and `state` further state of the checkpoint.
+    process calls them, or `all_processes` where networks are split between them. `teacher` is the teacher's name or
+    folder, `state` further state of the checkpoint.
     """
     accelerator, output_dir = saver.accelerator, Path(args.output_dir)
     say = accelerator.print
@@ -94,7 +94,7 @@ def end_run(
         say(f"checkpoint-{step} is already there")
     else:
         say(f"saved {saver.save(step, **state)}")
-    stop.over()
+    stop_signal.over()
     for cause, count in saver.place_in_data()[1].most_common():
         say(f"skipped {count} x {cause}")
     if stopped:
@@ -108,8 +108,8 @@ def end_run(
             title, tags = f"{method.upper()} of {Path(teacher).name}", [method, args.model_type]
             write_model_card(args, teacher=teacher, title=title, tags=tags, usage=usage, results=results)
             if repository:
-                shown = ["README.md", "samples.png", "report.*", "side_by_side.*"]
-                push_to_hub(args, repository, [*shown, *files], "Distilled model")
+                about = ["README.md", "samples.png", "report.*", "side_by_side.*"]
+                push_to_hub(args, repository, [*about, *files], "Distilled model")
             say(f"\nThe model is in {output_dir}:\n\n{usage}")
     accelerator.wait_for_everyone()
     tracking.end(step, stopped)

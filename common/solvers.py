@@ -1,11 +1,12 @@
-"""From noise to clean samples, in fp32: the DDIM solver of LCM's teachers, and flow matching for DMD.
+"""Ways from noise to clean samples, in fp32: the DDIM solver of LCM's teachers, and flow matching for DMD.
 
 LCM (Luo et al. 2023, arXiv 2310.04378): `abar` is the cumulative product of 1 - beta, `alphas = sqrt(abar)`,
 `sigmas = sqrt(1 - abar)`, `x_t = alphas[t] * latents + sigmas[t] * eps`; `t` is an integer training timestep, `index` a
 place in the solver's grid.
 
 Flow matching: `sigma = t / 1000`, `x_t = (1 - sigma) * x0 + sigma * eps`; a network's output is the velocity
-`v = eps - x0`, so that `x0 = x_t - sigma * v`. `steps` are the student's timesteps, falling from 1000.
+`v = eps - x0`, so that `x0 = x_t - sigma * v`. `steps` are the student's timesteps, falling from 1000. The frames of a
+clip are latent ones; a causal student makes them in blocks, one after the other.
 """
 
 from itertools import pairwise
@@ -13,16 +14,18 @@ from itertools import pairwise
 import torch
 from diffusers import FlowMatchLCMScheduler, LCMScheduler
 
-SIGMA_DATA = 0.5  # LCMScheduler's
+SIGMA_DATA = 0.5  # LCM: LCMScheduler's
+TIMESTEPS = 1000.0  # flow matching: t of pure noise
+MOST_STEPS = 50  # flow matching: a lone number up to this is a number of steps, above it a timestep
 
 
 def expand_to(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """[B] -> [B, 1, ...] with as many axes as x."""
+    """Reshapes values [B] to [B, 1, ...], with as many axes as x."""
     return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def to_x0_eps(out, x_t, alpha, sigma, prediction_type: str):
-    """Clean sample and noise, fp32, that a network's output at x_t stands for. alpha and sigma are [B]."""
+    """Clean sample and noise, fp32, by the network's output `out` at x_t; alpha and sigma are those of x_t, [B]."""
     out, x_t = out.float(), x_t.float()
     alpha, sigma = expand_to(alpha, x_t), expand_to(sigma, x_t)
     if prediction_type == "epsilon":
@@ -51,22 +54,23 @@ class DDIMSolver:
         self.alphas, self.sigmas = abar.float().sqrt(), (1.0 - abar.float()).sqrt()  # of all training timesteps
 
     def to(self, device):
+        """Moves the tables to the device."""
         for name, table in vars(self).items():
             if torch.is_tensor(table):
                 setattr(self, name, table.to(device))
         return self
 
     def x0_eps(self, out, x_t, t):
-        """Clean sample and noise that a network's output at x_t stands for; t is [B]."""
+        """Clean sample and noise, fp32, by the network's output `out` at x_t; t is [B]."""
         return to_x0_eps(out, x_t, self.alphas[t], self.sigmas[t], self.prediction_type)
 
     def step(self, x0, eps, index):
-        """x_prev at timesteps_prev[index]."""
+        """x_prev, the noisy latents at timesteps_prev[index]."""
         return noised(x0, eps, self.timesteps_prev[index], self)
 
 
 def noised(latents, eps, t, solver: DDIMSolver):
-    """x_t of clean latents at the timesteps t, [B]."""
+    """x_t, the noisy latents at the timesteps t [B]."""
     return expand_to(solver.alphas[t], latents) * latents + expand_to(solver.sigmas[t], latents) * eps
 
 
@@ -79,7 +83,7 @@ def boundary_scalings(t: torch.Tensor, timestep_scaling_factor: float):
 
 
 def student_scheduler(args, scheduler) -> LCMScheduler:
-    """The sampler of an LCM student, with the solver steps that it was trained on."""
+    """Sampler of an LCM student, with the solver steps that the student was trained on."""
     return LCMScheduler.from_config(
         scheduler.config,
         original_inference_steps=args.num_ddim_timesteps,
@@ -90,8 +94,8 @@ def student_scheduler(args, scheduler) -> LCMScheduler:
 def sampled_x_t(f, solver: DDIMSolver, x_t, latents, eps, index, offset, noise):
     """x_t as the student's own sampler reaches it: from `offset` solver steps above t, by x0 = f(x, t), to t.
 
-    Where the offset is 0, or nothing lies above t, x_t stays. The whole batch goes through f, so that all processes
-    call it the same number of times.
+    Samples keep their x_t where the offset is 0 or t is the highest grid point. f sees the full batch all the same, so
+    that all processes call the network the same number of times.
     """
     above = (index + offset).clamp(max=len(solver.timesteps) - 1)
     t, t_above = solver.timesteps[index], solver.timesteps[above]
@@ -103,27 +107,24 @@ def sampled_x_t(f, solver: DDIMSolver, x_t, latents, eps, index, offset, noise):
 # Flow matching
 # ---------------------------------------------------------------------------------------------------------------------
 
-TIMESTEPS = 1000.0
-MOST_COUNTED = 50  # a lone number up to this is a number of steps, above it a timestep
-
 
 def shift_time(u, shift: float):
-    """Flow matching's shift of a time in [0, 1] towards noise: s * u / (1 + (s - 1) * u)."""
+    """Time u in [0, 1], shifted towards noise: s * u / (1 + (s - 1) * u)."""
     return shift * u / (1.0 + (shift - 1.0) * u)
 
 
 def unshift_time(sigma, shift: float):
-    """The u that shift_time takes to sigma."""
+    """Time u whose shift_time is sigma."""
     return sigma / (shift - (shift - 1.0) * sigma)
 
 
 def denoising_steps(text: str, shift: float) -> list[float]:
-    """The student's timesteps: listed, as in 1000,757,522, or so many evenly spaced ones of this shift.
+    """The student's timesteps from a list, "1000,757,522", or from their number: evenly spaced, then shifted.
 
-    4 with shift 5 is 1000, 937.5, 833.3, 625.
+    "4" with shift 5 is 1000, 937.5, 833.3, 625.
     """
     numbers = [float(word) for word in text.split(",")]
-    if len(numbers) == 1 and numbers[0] <= MOST_COUNTED:
+    if len(numbers) == 1 and numbers[0] <= MOST_STEPS:
         count = int(numbers[0])
         if count != numbers[0] or count < 1:
             raise ValueError("a number of steps must be whole, and at least 1")
@@ -136,36 +137,36 @@ def denoising_steps(text: str, shift: float) -> list[float]:
 
 
 def renoise(x0, sigma, eps):
-    """x_t. sigma is a number, or [B]."""
+    """x_t = (1 - sigma) * x0 + sigma * eps; sigma is a number or [B]."""
     sigma = expand_to(sigma, x0) if torch.is_tensor(sigma) else sigma
     return (1.0 - sigma) * x0 + sigma * eps
 
 
 def flow_grid(steps: list[float], count: int, shift: float) -> list[float]:
-    """About `count` timesteps from 1000 to 0 of this shift, and all of `steps` among them."""
+    """Timesteps from 1000 to 0: `count` even steps under this shift, and all of `steps` among them."""
     even = [TIMESTEPS * shift_time(i / count, shift) for i in range(count, -1, -1)]
     return sorted({*even, *steps}, reverse=True)
 
 
 def flow_trajectory(velocity, noise, grid: list[float], kept: list[float]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Along the flow: what x was at each of the kept timesteps, and where it ends at t = 0.
+    """Samples on the flow from noise to data: x at each of the `kept` timesteps of the grid, and x at t = 0.
 
-    By Adams and Bashforth's method: a velocity a step, as Euler's, and with a third of the steps it ends nearer.
+    Steps are Adams and Bashforth's, of second order: one velocity each, as Euler's, but a third of them end nearer.
     """
-    x, at, before = noise, {}, None
+    x, x_at, t_last, v_last = noise, {}, None, None
     for t, t_next in pairwise(grid):
-        at[t] = x
+        x_at[t] = x
         v = velocity(x, t)
-        mean = v if before is None else v + (t_next - t) / (2 * (t - before[0])) * (v - before[1])
-        x, before = x + (t_next - t) / TIMESTEPS * mean, (t, v)
-    return [at[t] for t in kept], x
+        mean = v if v_last is None else v + (t_next - t) / (2 * (t - t_last)) * (v - v_last)
+        x, t_last, v_last = x + (t_next - t) / TIMESTEPS * mean, t, v
+    return [x_at[t] for t in kept], x
 
 
 def stock_scheduler(steps: list[float]) -> FlowMatchLCMScheduler | None:
-    """A stock scheduler that takes exactly these steps when it is told their number; None where its rule has none.
+    """A stock scheduler that takes exactly these steps when it is told their number; None where no setting gives them.
 
-    Its grid is even, then shifted, then stretched to end at shift_terminal. Two steps need the last alone, three also
-    the shift; a longer list fits if it is an even one under some shift.
+    The scheduler's grid is even, then shifted, then stretched to end at shift_terminal. Of two steps shift_terminal
+    gives both, of three the shift gives the one between; more fit only if they are even ones under some shift.
     """
     low, high = 1e-3, 30.0  # in between, a larger shift makes the second step larger
     wanted = torch.tensor(steps)
@@ -183,7 +184,7 @@ def stock_scheduler(steps: list[float]) -> FlowMatchLCMScheduler | None:
 
 
 def block_lengths(frames: int, per_block: int, independent_first_frame: bool = False) -> list[int]:
-    """Latent frames of each block; with per_block 0 one block as long as the clip."""
+    """Latent frames of each block of a clip; with per_block 0 one block as long as the clip."""
     if per_block == 0:
         return [frames]
     first = [1] if independent_first_frame else []
@@ -198,10 +199,10 @@ def block_lengths(frames: int, per_block: int, independent_first_frame: bool = F
 def roll_out(predict, remember, noise, steps, blocks, exits, trained_from: int = 0, context_noise: float = 0.0):
     """Yields each block's clean frames [B, C, n, h, w], as the student makes them from noise.
 
-    predict(x, t, start, cache) -> v, and remember(x, t, start, cache) -> longer cache. noise(k), [B, C, F, h, w], is
-    that of step k, and noise(None) that of the context. A block is denoised down to its exit step, and only that step,
-    of blocks from frame `trained_from` on, has a gradient. Its clean frames then go once through the student at
-    t = context_noise, for the blocks after it.
+    predict(x, t, start, cache) -> v, and remember(x, t, start, cache) -> longer cache, for a block that begins at frame
+    `start`. noise(k), [B, C, F, h, w], is the noise of step k, and noise(None) that of the context. A block is denoised
+    down to its exit step; that step alone has a gradient, and only in blocks from frame `trained_from` on. Then the
+    block's clean frames go once through the student at t = context_noise, as context of the blocks after it.
     """
     cache, start, last = None, 0, sum(blocks)
     with_gradient = torch.is_grad_enabled()

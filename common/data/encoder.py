@@ -1,6 +1,6 @@
-"""The frozen encoders' latents and text embeddings of samples, taken from the caches where they are there.
+"""Latents and text embeddings of samples, from the caches, or else by the frozen encoders.
 
-The encoders are loaded at first need: a run whose caches hold everything never loads them.
+The encoders are loaded when they are first needed: a run with full caches never loads them.
 """
 
 from collections.abc import Callable
@@ -20,30 +20,31 @@ from common.data.stream import ShardPass
 
 @dataclass(frozen=True)
 class Encoders:
-    """The model's own functions. A model on pixels has None for a VAE, one without prompts None for a text encoder.
+    """Functions of the model. A model on pixels loads None as its VAE, one without prompts None as its text encoder.
 
-    With `text_length` a text's rows may be of any length up to that, {name: [[L, C], ...]}: they are kept so, and
-    padded with zeros when they are used.
+    With `text_length` an embedding [L, C] may have any length up to that: it is cached so, and padded with zeros when
+    it is used.
     """
 
     load_vae: Callable[[], object]
     encode_pixels: Callable[[object, torch.Tensor], dict[str, torch.Tensor]]  # (vae, pixels) -> {name: [B, ...]}
     load_text: Callable[[], object]
-    encode_prompts: Callable[[object, list[str]], dict[str, torch.Tensor | list[torch.Tensor]]]
+    encode_prompts: Callable[[object, list[str]], dict[str, torch.Tensor | list[torch.Tensor]]]  # a row for each prompt
     latents_identity: Callable[[], dict]  # all that shapes cached latents besides a reader's geometry
     text_identity: Callable[[], dict]  # all that shapes cached text embeddings
     text_length: int | None = None
 
 
 class SampleEncoder:
-    """Latents and text embeddings of samples. `latents` are the datasets' stores, `text` is one; None for no cache."""
+    """Encoder of samples. `latents` are the stores of the datasets, `text` is the store of texts; None for no cache."""
 
     def __init__(self, encoders: Encoders, *, latents, text, vae_batch_size: int, device):
         self.encoders, self.latents, self.text = encoders, latents, text
         self.vae_batch_size, self.device = vae_batch_size, device
-        self.loaded = {}  # by their loaders; None counts
+        self.loaded = {}  # by loader; a None is not loaded again
 
     def load(self, loader):
+        """The network of this loader, which is called once until release()."""
         if loader not in self.loaded:
             self.loaded[loader] = loader()
         return self.loaded[loader]
@@ -53,16 +54,16 @@ class SampleEncoder:
         return self.load(self.encoders.load_vae)
 
     def release(self):
-        """Give the encoders' memory back; they are loaded again where they are needed."""
+        """Frees the encoders' memory; they are loaded again when they are needed."""
         self.loaded.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.no_grad()
     def encode_images(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
-        """Latents of samples of one bucket, {name: [B, ...]} on the device; encoded and kept where none are cached."""
+        """Latents of samples of one bucket, {name: [B, ...]} on the device. Encodes and caches missing ones."""
         rows = [sample.latents for sample in samples]
-        if self.latents is not None:  # a reader process does not know what was kept since it started
+        if self.latents is not None:  # a reader process knows no record that was added since it started
             pairs = zip(samples, rows, strict=True)
             rows = [self.latents[sample.dataset].get(sample.key) if row is None else row for sample, row in pairs]
         missing = [i for i, row in enumerate(rows) if row is None]
@@ -79,7 +80,7 @@ class SampleEncoder:
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Embeddings of prompts, {name: [B, ...]} on the device; encoded and kept where none are cached."""
+        """Embeddings of prompts, {name: [B, ...]} on the device. Encodes and caches missing ones."""
         rows = {prompt: self.text.get(text_key(prompt)) if self.text is not None else None for prompt in prompts}
         if missing := [prompt for prompt, row in rows.items() if row is None]:
             encoded = self.encoders.encode_prompts(self.load(self.encoders.load_text), missing)
@@ -97,7 +98,7 @@ class SampleEncoder:
         return {name: torch.stack([padded(row[name].to(self.device)) for row in rows]) for name in names}
 
     def fill(self, accelerator, datasets: tuple[Dataset, ...], readers, prompts: list[str], workers: int):
-        """Encode all that the caches lack, each process its share of the shards. Shards that are done are not read."""
+        """Encodes all that the caches lack, each process of its share of the parts. Marked parts are not read."""
         todo = [
             (i, part) for i, dataset in enumerate(datasets) if "vae" not in dataset.skip
             for part in dataset.parts if is_local(part) and not self.latents[i].is_marked(self.done_name(dataset, part))
@@ -116,14 +117,14 @@ class SampleEncoder:
                         waiting.setdefault(item.bucket, []).append(item)
                         if len(waiting[item.bucket]) == self.vae_batch_size:
                             self.encode(waiting.pop(item.bucket))
-                else:  # the end of a shard
+                else:  # the end of a part
                     while waiting:
                         self.encode(waiting.popitem()[1])
                     self.flush()
                     dataset, part = todo[item]
                     self.latents[dataset].mark(self.done_name(datasets[dataset], part))
         self.flush()
-        self.release()  # training needs them no more
+        self.release()  # training does not need the encoders
         accelerator.wait_for_everyone()
         stores = {id(store): store for store in self.latents if store is not self.text}.values()
         for store in [*stores, self.text]:
@@ -132,10 +133,12 @@ class SampleEncoder:
         accelerator.print(f"caches: {count} latents, {len(self.text.index)} prompts")
 
     def encode(self, samples: list[Sample]):
+        """Caches captions and latents of samples of one bucket."""
         self.encode_text(list(dict.fromkeys(caption for sample in samples for caption in sample.captions)))
         self.encode_images([sample for sample in samples if sample.latents is None])
 
     def done_name(self, dataset: Dataset, part) -> str:
+        """Name under which a store remembers that it has all of a part: it holds all that decides its records."""
         captions = "no-captions" if "text" in dataset.skip else dataset.caption_strategy or "captions"
         merged = f"-{identity(merged=sorted(dataset.merged.items()))}" if dataset.merged else ""
         return f"{part_fingerprint(part)}-{captions}{merged}-{self.text.folder.name}"
@@ -149,9 +152,9 @@ class SampleEncoder:
 def open_encoder(
     args, data: Data, readers: list, encoders: Encoders, accelerator, prompts: list[str]
 ) -> tuple[SampleEncoder, list]:
-    """The encoder of samples, and the readers with their caches. Caches that are filled before training are full then.
+    """The encoder of samples, and readers that know the caches. Caches that are filled before training are filled here.
 
-    `prompts` are texts to be cached besides the samples' own.
+    `prompts` are cached besides the samples' captions.
     """
     latents, text, filling = None, None, []
     if data.caches != "off":
@@ -167,9 +170,9 @@ def open_encoder(
 
 
 def open_stores(args, data: Data, readers: list, encoders: Encoders) -> tuple[list[TensorStore], TensorStore]:
-    """Each dataset's store of latents and that of texts, in folders named by what shaped their records.
+    """Stores of latents, one for each dataset, and the store of texts, in folders named by all that shapes records.
 
-    Prompts alone have no latents: the store of texts stands in for theirs.
+    A dataset of prompts alone has no latents: the store of texts stands in for theirs.
     """
     root, folders = f"{args.output_dir}/cache", []
     for dataset, reader in zip(data.datasets, readers, strict=True):

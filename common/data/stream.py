@@ -3,11 +3,12 @@
 The training set is one endless sequence of samples. `lanes` readers each go through their own share of the shards, in
 an order drawn anew each epoch and shuffled within blocks; sample q of the sequence comes from lane q mod lanes. Process
 p of P takes the samples q = p (mod P), and its workers split those again, so that the sequence is the same however many
-processes and workers read it. Every sample carries a cursor, the place in its lane where reading goes on after it.
+processes and workers read it. Every sample carries a cursor, the place in its lane where reading goes on after it. A
+shard is any part of a dataset, as common.data.sources has it.
 
-A process reads a batch's number of samples at a time, and each sample waits in its bucket until there is a batch of
-them. Which samples make which batch thus follows from the sequence alone. A checkpoint needs, of each lane, the cursor
-before its first sample that was not used, and the later samples that were: those that waited are read again.
+A process reads as many samples at a time as a batch has, and each sample waits in its bucket until the bucket has a
+batch. So the sequence alone decides which samples make a batch. A checkpoint has, of each lane, the cursor before the
+first sample that was not used, and the positions of later samples that were: all others are read again.
 """
 
 import itertools
@@ -27,13 +28,13 @@ from common.data.samples import BadSample, ImageReader, NoGoodSamples, Sample
 from common.data.sources import read_part
 
 LANES = 8  # streams open at a time, where processes x workers do not ask for more
-PATIENCE = 128  # reads for which a sample waits until its bucket has a batch
+PATIENCE = 128  # reads; a sample waits no longer for its bucket to have a batch
 
 
 def plan_lanes(shards: int, processes: int, workers: int, lanes: int | None = None) -> tuple[int, int]:
-    """The number of lanes, and of workers per process that they can feed (0 reads in the main process).
+    """Number of lanes, and of workers per process that the lanes can feed (0: the main process reads).
 
-    `lanes` is the number in the run that is resumed: it stays, and each lane still has one reader.
+    `lanes` is their number in the run that is resumed, which must stay; each lane still has one reader.
     """
     if lanes is not None:
         if lanes % processes:
@@ -51,24 +52,14 @@ def plan_lanes(shards: int, processes: int, workers: int, lanes: int | None = No
 class ShardStream(IterableDataset):
     """This process's share of the endless sequence; each item is one worker's part of one read, a list of samples.
 
-    `shards` are pairs of a dataset's number and a part of it, `readers` are the datasets'. Errors
-    begin with `source`, the flag that named the data.
+    `shards` are pairs of a dataset's number and a part of it, `readers` are one for each dataset. Errors begin with
+    `source`, the flag that named the data.
     """
 
     def __init__(
-        self,
-        shards,
-        readers,
-        *,
-        seed,
-        batch_size,
-        process,
-        processes,
-        lanes,
-        shuffle_buffer=1000,
-        state=None,
+        self, shards, readers, *, seed, batch_size, process, processes, lanes, shuffle_buffer=1000, state=None,
         source="data",
-    ):
+    ):  # fmt: skip
         self.shards, self.readers, self.seed, self.source = shards, readers, seed, source
         self.batch_size, self.process, self.processes, self.lanes = batch_size, process, processes, lanes
         self.block = max(1, shuffle_buffer // lanes)
@@ -80,31 +71,31 @@ class ShardStream(IterableDataset):
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        readers = {}
-        barren, faults = set(), Counter()  # shards without a good sample, and samples skipped, since the last one
-        first = min(position for position, *_ in self.starts.values()) // self.processes // self.batch_size
-        for read in itertools.count(first):
+        lane_samples = {}  # an iterator for each lane
+        barren, faults = set(), Counter()  # shards without a good sample, and skipped samples, since the last good one
+        first_read = min(position for position, *_ in self.starts.values()) // self.processes // self.batch_size
+        for read in itertools.count(first_read):
             samples = []
             for i in range(read * self.batch_size, (read + 1) * self.batch_size):
                 position = i * self.processes + self.process
                 lane = position % self.lanes
                 if i % workers != worker or position < self.starts[lane][0]:
                     continue
-                if lane not in readers:
-                    readers[lane] = self.read_lane(lane, self.starts[lane][1:], barren, faults)
+                if lane not in lane_samples:
+                    lane_samples[lane] = self.read_lane(lane, self.starts[lane][1:], barren, faults)
                 try:
-                    sample = next(readers[lane])
+                    sample = next(lane_samples[lane])
                 except NoGoodSamples as error:  # raised here, it would reach the user as a worker's traceback
                     yield error
                     return
                 sample.position = position
-                if position in self.used:  # only to know the cursor after it
+                if position in self.used:  # read again only for the cursor after it
                     sample = replace(sample, latents=None, pixels=None, faults=Counter())
                 samples.append(sample)
             yield samples
 
     def read_lane(self, lane: int, cursor: tuple[int, int, int], barren: set, faults: Counter):
-        """Yield good samples of one lane, from its cursor on, for ever."""
+        """Yields good samples of one lane, from its cursor on, for ever."""
         first_epoch, first_place, first_index = cursor
         for epoch in itertools.count(first_epoch):
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))[lane :: self.lanes]
@@ -137,9 +128,9 @@ class ShardStream(IterableDataset):
             first_place = 0
 
     def shuffled(self, shard: int, epoch: int, start: int):
-        """Yield (index, sample) of a shard, each block of consecutive samples shuffled, without the first `start`.
+        """Yields (index, sample) of a shard, each block of consecutive samples shuffled, without the first `start`.
 
-        Like crop and flip the order follows from the shard's number, so that data may move between run and resume.
+        The order follows from the shard's number and not its path, so that data may move before a run is resumed.
         """
         index = 0
         samples = read_part(self.shards[shard][1])
@@ -152,9 +143,9 @@ class ShardStream(IterableDataset):
 
 
 def outlive_signals(worker: int):
-    """Keep a reader process alive when the run is stopped, until the training process has saved its checkpoint.
+    """Keeps a reader process alive when the run is stopped, until the training process has saved its checkpoint.
 
-    It obeys a SIGTERM of the training process, which sends one to each reader as it exits, and waits for them.
+    The training process sends SIGTERM to each reader as it exits, and waits for its end: that signal is obeyed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -162,24 +153,24 @@ def outlive_signals(worker: int):
 
 
 def end_when_parent_says():
-    """Wait for the parent's own SIGTERM, and end this process."""
+    """Ends this process at a SIGTERM that the parent process has sent."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 class Batches:
-    """An iterator over batches of this process, lists of samples of one bucket, with the place to resume at.
+    """An iterator over this process's batches, lists of samples of one bucket, that knows its place in the data.
 
-    Where a bucket's first sample has waited for long, the bucket's samples are repeated to make a batch.
+    When a bucket's first sample has waited too long, the bucket's samples are repeated to make a batch.
     """
 
     def __init__(self, stream: ShardStream, workers: int):
         self.stream, self.parts = stream, max(workers, 1)
         self.starts, self.used, self.faults = dict(stream.starts), set(stream.used), Counter()
-        self.read_since = {lane: deque() for lane in self.starts}  # (position, cursor) of samples since the start
+        self.read_since = {lane: deque() for lane in self.starts}  # (position, cursor) of samples since starts[lane]
         self.reads, self.padded = 0, set()
-        self.waiting: dict[tuple, list[tuple[int, Sample]]] = {}  # by bucket: read, sample
+        self.waiting: dict[tuple, list[tuple[int, Sample]]] = {}  # by bucket: number of the read, sample
         self.ready: deque[list[Sample]] = deque()
         options = {"prefetch_factor": 4, "worker_init_fn": outlive_signals} if workers else {}
         self.loader = iter(DataLoader(stream, batch_size=None, num_workers=workers, **options))
@@ -191,22 +182,22 @@ class Batches:
         for sample in samples:
             self.used.add(sample.position)
             self.faults += sample.faults
-        for lane, read in self.read_since.items():
-            while read and read[0][0] in self.used:
-                position, cursor = read.popleft()
+        for lane, entries in self.read_since.items():
+            while entries and entries[0][0] in self.used:
+                position, cursor = entries.popleft()
                 self.used.discard(position)
                 self.starts[lane] = (position + self.stream.lanes, *cursor)
         size = self.stream.batch_size
         if len(samples) < size:
             self.report_padding(samples[0].bucket)
-            # A repeated sample is another visit: its position, from which noise and t follow, is one of its own.
+            # A repeated sample is another visit: it has another position, from which noise and t follow
             again = [replace(sample, position=sample.position + (turn << 48), faults=Counter())
                      for turn in range(1, size) for sample in samples]  # fmt: skip
             samples = [*samples, *again][:size]
         return samples
 
     def read(self):
-        """Sort one read's samples into their buckets, and make batches of buckets that are full or waited too long."""
+        """Sorts one read's samples into buckets, and makes batches of buckets that are full or have waited too long."""
         parts = [next(self.loader) for _ in range(self.parts)]
         for part in parts:
             if isinstance(part, NoGoodSamples):
@@ -225,6 +216,7 @@ class Batches:
         self.reads += 1
 
     def report_padding(self, bucket: tuple[int, ...]):
+        """Says once of each bucket that its batches have repeated samples."""
         if bucket not in self.padded:
             self.padded.add(bucket)
             print(
@@ -233,19 +225,19 @@ class Batches:
             )
 
     def state(self) -> dict:
-        """This process's place in the data; the places of all processes resume the stream."""
+        """This process's place in the data and its faults; the places of all processes resume a stream."""
         places = {"lanes": self.stream.lanes, "starts": dict(self.starts), "used": sorted(self.used)}
         return places | {"faults": dict(self.faults)}
 
 
 def open_batches(args, data, accelerator, readers: list[ImageReader], state, sharing: int = 1) -> Batches:
-    """Batches of the datasets; `sharing` processes next to each other work on the same samples."""
+    """Batches of the data; `sharing` processes next to each other get the same samples."""
     processes = accelerator.num_processes // sharing
-    # A dataset's parts are listed once for each of its visits in an epoch, so that the visits are spread over it.
+    # A dataset's parts are listed once for each of its visits in an epoch, which spreads the visits over the epoch
     shards = [(i, part) for i, dataset in enumerate(data.datasets) for part in dataset.parts * (dataset.repeats + 1)]
     try:
-        resumed = state["lanes"] if state else None
-        lanes, workers = plan_lanes(len(shards), processes, args.dataloader_num_workers, resumed)
+        resumed_lanes = state["lanes"] if state else None
+        lanes, workers = plan_lanes(len(shards), processes, args.dataloader_num_workers, resumed_lanes)
     except ValueError as error:
         raise SystemExit(f"{data.source}: {error}") from None
     if workers < args.dataloader_num_workers:
@@ -258,7 +250,7 @@ def open_batches(args, data, accelerator, readers: list[ImageReader], state, sha
 
 
 def gather_states(batches, accelerator, sharing: int = 1) -> tuple[dict, Counter]:
-    """The place in the data and the samples skipped, of all processes; those that share samples count once."""
+    """Place in the data and skipped samples of all processes; of those that share samples one counts."""
     states = gather_object([batches.state()])[::sharing]
     starts = {lane: start for state in states for lane, start in state["starts"].items()}
     used = sorted(position for state in states for position in state["used"])
@@ -267,7 +259,7 @@ def gather_states(batches, accelerator, sharing: int = 1) -> tuple[dict, Counter
 
 
 class ShardPass(IterableDataset):
-    """All good samples of this process's share of the shards, once; after a shard's last sample its number."""
+    """All good samples of this process's share of the shards, once; after a shard's last sample the shard's number."""
 
     def __init__(self, shards, readers, *, process, processes):
         self.shards, self.readers, self.process, self.processes = shards, readers, process, processes

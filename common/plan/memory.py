@@ -1,8 +1,8 @@
-"""What a run of distribution matching distillation will take, before anything of it is loaded.
+"""The memory that a run of distribution matching distillation will take, before any network is loaded.
 
-Weights, gradients and optimizer states are counted on the networks themselves, built on the meta device. Activations
-are measured: two and three blocks of the network go forward and backward on tensors that have a shape and no content,
-while a meter adds up what is alive. Each further block keeps as much as the third did.
+Weights, gradients and optimizer states are counted on the networks, built on the meta device. Activations are measured:
+two and three blocks of the network go forward and backward on fake tensors, which have a shape and no content, while a
+meter adds up the bytes that are alive. Each further block keeps as many as the third.
 """
 
 import functools
@@ -20,79 +20,31 @@ from torch.utils._pytree import tree_leaves
 
 from common.wan.parallel import wants_fsdp
 
-
-class Meter(TorchDispatchMode):
-    """Bytes of all tensors alive that operations have made since, and the most there were at a time."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.known = {tensor.untyped_storage()._cdata for tensor in known}
-        self.alive: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        made = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return made
-
-    def add(self, storage):
-        key = storage._cdata
-        if key not in self.known and key not in self.alive:
-            self.alive[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self.drop, key)
-
-    def drop(self, key: int):
-        self.now -= self.alive.pop(key)
-
-
-def kept_in_fp32(network: torch.nn.Module, name: str, dtype: torch.dtype) -> bool:
-    """Whether from_pretrained loads this weight in fp32 when the others are loaded in dtype."""
-    if not isinstance(network, ModelMixin) and dtype != torch.float16:  # transformers: against fp16's overflow alone
-        return False
-    return bool(set(network._keep_in_fp32_modules or []) & set(name.split(".")))
-
-
-def give_shapes(network: torch.nn.Module, dtype: torch.dtype):
-    """Inside a FakeTensorMode: a network on the meta device gets tensors like a CPU's. What is trained is in fp32."""
-    for place, module in network.named_modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                whole = p.requires_grad or kept_in_fp32(network, f"{place}.{name}", dtype)
-                fake = torch.empty(p.shape, dtype=torch.float32 if whole else dtype)
-                module._parameters[name] = torch.nn.Parameter(fake, p.requires_grad)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
 GB = 1e9
-RESERVE = 1.0 * GB  # CUDA's own: context, workspaces, what falls between two tensors
+RESERVE = 1.0 * GB  # CUDA's own: context, workspaces, gaps between tensors
 FEW, MORE = 2, 3  # blocks that are measured
 
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model's networks, as its block in the script builds them from their configs alone."""
+    """A model's networks, built from their configs alone by the script's block of the model."""
 
     transformer: Callable[[int], torch.nn.Module]  # with so many blocks
     vae: Callable[[], torch.nn.Module]
     text_encoder: Callable[[], torch.nn.Module]
     predict: Callable  # predict(transformer, x, t, text), text being [B, rows, text_width]
     blocks: int
-    block: str  # the class of one
+    block: str  # name of a block's class
     channels: int  # of latents
     patch: tuple[int, int, int]  # frames, rows and columns of latents that make a token
     text_width: int
     heads: int
-    width: int  # of keys, and of values, all heads together
+    width: int  # of keys, and of values, over all heads
 
 
 @dataclass(frozen=True)
 class Setup:
-    """All that decides how much memory a run takes. Sizes are those of latents."""
+    """All settings that decide how much memory a run takes. Sizes are those of latents."""
 
     model: PlannedModel
     batch: int
@@ -130,8 +82,15 @@ class Setup:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def kept_in_fp32(network: torch.nn.Module, name: str, dtype: torch.dtype) -> bool:
+    """Whether from_pretrained loads this weight in fp32 when the others are loaded in dtype."""
+    if not isinstance(network, ModelMixin) and dtype != torch.float16:  # transformers: against fp16's overflow alone
+        return False
+    return bool(set(network._keep_in_fp32_modules or []) & set(name.split(".")))
+
+
 def build(model: PlannedModel, rank: int = 0, targets: tuple[str, ...] = (), blocks: int | None = None):
-    """The transformer on the meta device, with an adapter of this rank; without one all of it is trained."""
+    """The transformer on the meta device, with an adapter of this rank, or with rank 0 trained in full."""
     with torch.device("meta"):
         network = model.transformer(min(blocks or model.blocks, model.blocks))
         if rank:
@@ -144,28 +103,27 @@ counted = functools.lru_cache(build)
 
 
 def frozen_bytes(network: torch.nn.Module, dtype: torch.dtype, precision: str) -> int:
-    """Of what is not trained, as from_pretrained loads it, with Linear layers in 8 bits where that is wanted."""
+    """Bytes of a network without adapters, as from_pretrained loads it, its Linear layers in 8 bits by `precision`."""
     total = 0
     linear = {id(module.weight) for module in network.modules() if isinstance(module, torch.nn.Linear)}
     for name, p in network.named_parameters():
         if "lora_" in name:
             continue
-        size = 4 if kept_in_fp32(network, name, dtype) else dtype.itemsize
         if id(p) in linear and precision != "no_change":
             total += p.numel() + len(p) * (5 if precision == "int8-torchao" else 4)  # a row's scale and zero point
         else:
-            total += p.numel() * size
+            total += p.numel() * (4 if kept_in_fp32(network, name, dtype) else dtype.itemsize)
     return total
 
 
 def trained_parameters(setup: Setup) -> list[torch.nn.Parameter]:
-    """Of the student; the fake score has as many."""
+    """Trained weights of the student; the fake score has as many."""
     network = counted(setup.model, setup.rank, setup.lora_targets)
     return [p for p in network.parameters() if p.requires_grad]
 
 
 def state_bytes(parameters: list[torch.nn.Parameter], optimizer: str) -> int:
-    """Moments: two, of Lion one, in fp32; in 8 bits with a scale for each 256, but for small or odd tensors."""
+    """Bytes of moments: two, or Lion's one, in fp32; or of large tensors two in 8 bits, with a scale for each 256."""
     if optimizer == "adamw8bit":
         return sum(2 * (p.numel() + p.numel() // 64) if p.numel() >= 4096 and p.numel() % 256 == 0 else 8 * p.numel()
                    for p in parameters)  # fmt: skip
@@ -177,16 +135,56 @@ def state_bytes(parameters: list[torch.nn.Parameter], optimizer: str) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Meter(TorchDispatchMode):
+    """Bytes of living tensors that operations inside this mode have returned, and the most at a time."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.alive: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        results = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return results
+
+    def add(self, storage):
+        key = storage._cdata
+        if key not in self.known and key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.drop, key)
+
+    def drop(self, key: int):
+        self.now -= self.alive.pop(key)
+
+
+def give_shapes(network: torch.nn.Module, dtype: torch.dtype):
+    """Gives a network, inside a FakeTensorMode, tensors as on a CPU: trained weights in fp32, others in dtype."""
+    for place, module in network.named_modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                in_fp32 = p.requires_grad or kept_in_fp32(network, f"{place}.{name}", dtype)
+                fake = torch.empty(p.shape, dtype=torch.float32 if in_fp32 else dtype)
+                module._parameters[name] = torch.nn.Parameter(fake, p.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
 @functools.lru_cache
 def measured(model, rank, targets, dtype, checkpointing, blocks, shape, text_length, gradient) -> tuple[int, int]:
-    """Bytes that a forward of so many blocks leaves for backward(), and the most at a time through both."""
+    """Bytes that a forward of so many blocks keeps for backward(), and the peak of both."""
     network = build(model, rank, targets, blocks)
     if not gradient:
         network.requires_grad_(False)
     if checkpointing:
         network.enable_gradient_checkpointing()
     with FakeTensorMode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of kernels that are slow on a CPU
+        warnings.simplefilter("ignore")  # warnings of kernels that are slow on a CPU
         give_shapes(network, dtype)
         x, t = torch.empty(shape, dtype=dtype), torch.empty(shape[0])  # [B, C, F, h, w]
         text = torch.empty(shape[0], text_length, model.text_width, dtype=dtype)
@@ -203,7 +201,7 @@ def measured(model, rank, targets, dtype, checkpointing, blocks, shape, text_len
 
 
 def activations(setup: Setup, shape: tuple[int, int, int, int], gradient: bool = True) -> tuple[int, int]:
-    """(kept, own): what the graph of a whole forward holds, and what comes on top of it, mostly in backward().
+    """Bytes that the graph of a forward through all blocks keeps, and bytes on top of these, mostly in backward().
 
     `shape` is batch, frames, height and width.
     """
@@ -218,7 +216,7 @@ def activations(setup: Setup, shape: tuple[int, int, int, int], gradient: bool =
 
 @functools.lru_cache
 def vae_bytes(model: PlannedModel, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Of its weights, in fp32, and the most that decoding latents [B, C, f, h, w] takes besides."""
+    """Bytes of the VAE's weights, in fp32, and the peak of decoding latents [B, C, f, h, w] on top of them."""
     with torch.device("meta"):
         vae = model.vae().requires_grad_(False)
     weights = frozen_bytes(vae, torch.float32, "no_change")
@@ -231,7 +229,7 @@ def vae_bytes(model: PlannedModel, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Put together
+# The plan
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +240,7 @@ def text_encoder_bytes(setup: Setup) -> int:
 
 
 def account(setup: Setup) -> dict[str, dict[str, int]]:
-    """Bytes by what takes them, of each phase, on one GPU."""
+    """Bytes on one GPU by phase, and within a phase by what they are for."""
     lora, share = setup.model_type == "lora", setup.shards
     trained = trained_parameters(setup)
     count = sum(p.numel() for p in trained)
@@ -260,52 +258,51 @@ def account(setup: Setup) -> dict[str, dict[str, int]]:
         f"fake score's {fake_optimizer} state": state_bytes(trained, fake_optimizer) // share,
     }
     weights |= {"EMA of the student": 4 * count // share} if setup.ema == "gpu" else {}
-    a_block = next(m for m in counted(setup.model).modules() if type(m).__name__ == setup.model.block)
-    block = sum(p.numel() for p in a_block.parameters()) * setup.dtype.itemsize
-    gathered = {"two blocks that FSDP has gathered": 2 * block} if share > 1 else {}
+    block = next(m for m in counted(setup.model).modules() if type(m).__name__ == setup.model.block)
+    block_bytes = sum(p.numel() for p in block.parameters()) * setup.dtype.itemsize
+    gathered = {"two blocks that FSDP has gathered": 2 * block_bytes} if share > 1 else {}
 
-    # The generator's turn holds the rollout's graph while teacher and fake score are asked; then comes its backward()
+    # The student's turn keeps the rollout's graph during forwards of teacher and fake score; then comes its backward()
     model, size, parallel = setup.model, (setup.height, setup.width), setup.context_parallel
-    kept, own = (part // parallel for part in activations(setup, (setup.batch, setup.frames, *size)))
-    asked = sum(activations(setup, (2 * setup.batch, setup.frames, *size), gradient=False)) // parallel
-    if not lora and setup.dtype != torch.float32:  # autocast keeps what it has cast until the network's forward ends
-        asked += count * setup.dtype.itemsize // share
-    caches = {}
-    if (
-        setup.block_lengths
-    ):  # their graphs hold the same pieces; attention joins those of a layer, and has their gradients
+    kept, on_top = (part // parallel for part in activations(setup, (setup.batch, setup.frames, *size)))
+    scores = sum(activations(setup, (2 * setup.batch, setup.frames, *size), gradient=False)) // parallel
+    if not lora and setup.dtype != torch.float32:  # autocast keeps cast weights until the network's forward ends
+        scores += count * setup.dtype.itemsize // share
+    past = {}
+    if setup.block_lengths:  # the blocks' graphs share these pieces; attention joins those of a layer, with gradients
         tokens = setup.tokens() // setup.frames
         frame = 2 * setup.batch * tokens * model.width * setup.dtype.itemsize // parallel  # keys and values of a layer
-        caches = {"keys and values of earlier blocks": model.blocks * frame * sum(setup.block_lengths[:-1])}
+        past = {"keys and values of earlier blocks": model.blocks * frame * sum(setup.block_lengths[:-1])}
         joined = 2 * frame * sum(setup.block_lengths)
-        own = max(own, activations(setup, (setup.batch, max(setup.block_lengths), *size))[1] // parallel + joined)
+        longest_block = activations(setup, (setup.batch, max(setup.block_lengths), *size))[1] // parallel
+        on_top = max(on_top, longest_block + joined)
     gradients = 4 * count // share
-    held = 2 * gradients if setup.accumulation > 1 else 0  # of student and fake score, through the next pass
+    accumulated = 2 * gradients if setup.accumulation > 1 else 0  # student's and fake score's, through the next pass
     turns = {
         "activations kept for backward()": kept,
-        "backward() of one block, or a forward without it": max(own, asked),
-        "gradients, beyond what has gone when they come": max(held, gradients - kept, 0),
+        "backward() of one block, or a forward without it": max(on_top, scores),
+        "gradients, beyond what has gone when they come": max(accumulated, gradients - kept, 0),
     }
     vae, decoding = vae_bytes(model, (setup.batch, model.channels, *setup.validation))
-    stays = {}
-    if setup.caches in ("ondemand", "off"):
-        stays = {"text encoder": text_encoder_bytes(setup), "VAE, after a validation": vae}
-    phases = {"training": weights | states | turns | caches | gathered | stays}
+    stays = setup.caches in ("ondemand", "off")
+    text_encoder = {"text encoder": text_encoder_bytes(setup)} if stays else {}
+    idle_vae = {"VAE, after a validation": vae} if stays else {}
+    phases = {"training": weights | states | turns | past | gathered | text_encoder | idle_vae}
     if setup.caches == "fill":
         phases["filling the caches"] = weights | {"text encoder": text_encoder_bytes(setup)}
     sampling = sum(activations(setup, (setup.batch, *setup.validation), gradient=False))
-    drawn = {"VAE": vae, "its decoding, or a forward": max(decoding, sampling)}
-    phases["validation"] = weights | states | stays | drawn
-    phases["validation"].pop("VAE, after a validation", None)
+    generation = {"VAE": vae, "its decoding, or a forward": max(decoding, sampling)}
+    phases["validation"] = weights | states | text_encoder | generation
     return phases
 
 
 def most(setup: Setup) -> int:
+    """Bytes of the largest phase."""
     return max(sum(parts.values()) for parts in account(setup).values())
 
 
 def can_share(setup: Setup, n: int) -> bool:
-    """Whether n processes can share the tokens: each has some of the heads, and of each frame."""
+    """Whether n processes, more than now, can share tokens: n divides the heads, and the tokens of a frame."""
     divisible = setup.model.heads % n == 0
     return divisible and setup.shards == 1 and setup.context_parallel < n and 0 == setup.tokens() // setup.frames % n
 
@@ -328,7 +325,7 @@ REMEDIES: list[tuple[str, Callable[[Setup], bool], dict]] = [
 
 
 def remedies(setup: Setup, room: float) -> list[tuple[str, int]]:
-    """Flags, each on top of those before, and the memory with them, until all fits. What saves nothing is left out."""
+    """Flags that save memory, each on top of those before, with the bytes that the run then takes, until it fits."""
     steps, now = [], most(setup)
     for flag, applies, changes in REMEDIES:
         if now + RESERVE <= room:
@@ -342,32 +339,31 @@ def remedies(setup: Setup, room: float) -> list[tuple[str, int]]:
 
 
 def report(setup: Setup, frames: int, room: float | None = None) -> str:
-    """The plan as text, of clips of so many frames; with `room`, a GPU's bytes, also what makes it fit there."""
+    """The plan as text, for clips of so many frames; with `room`, a GPU's bytes, also the flags that make it fit."""
     size = f"{setup.width}x{setup.height} latents"
     lines = [f"{setup.batch} x {frames} frames of {size}: {setup.batch} x {setup.tokens():,} tokens; GB on each GPU"]
     for phase, parts in account(setup).items():
         lines += ["", f"{phase:58s}{sum(parts.values()) / GB:8.2f}"]
         lines += [f"  {name:56s}{size / GB:8.2f}" for name, size in parts.items()]
-    text = setup.text_length * setup.model.text_width * setup.dtype.itemsize
-    elsewhere = f"on disk: {text / 1e6:.1f} MB a prompt at the most"
+    embedding = setup.text_length * setup.model.text_width * setup.dtype.itemsize
+    elsewhere = f"on disk: {embedding / 1e6:.1f} MB a prompt at the most"
     if setup.ema == "cpu":
         average = 4 * sum(p.numel() for p in trained_parameters(setup))
         elsewhere += f"; in the machine's memory: {average / GB:.2f} GB, EMA of the student"
     lines += ["", elsewhere, f"at the most {most(setup) / GB:.1f} GB, and about {RESERVE / GB:.0f} GB of CUDA's own"]
-    if room is not None:
-        if most(setup) + RESERVE <= room:
-            lines.append(f"fits into {room / GB:.0f} GB")
-        else:
-            steps = remedies(setup, room)
-            lines.append(f"does not fit into {room / GB:.0f} GB; with these flags, each on top of those before:")
-            lines += [f"  {flag:56s}{now / GB:8.2f}" for flag, now in steps]
-            if not steps or steps[-1][1] + RESERVE > room:
-                lines.append("  and still not: a smaller --resolution, fewer --num_frames, or a larger GPU")
+    if room is not None and most(setup) + RESERVE <= room:
+        lines.append(f"fits into {room / GB:.0f} GB")
+    elif room is not None:
+        steps = remedies(setup, room)
+        lines.append(f"does not fit into {room / GB:.0f} GB; with these flags, each on top of those before:")
+        lines += [f"  {flag:56s}{now / GB:8.2f}" for flag, now in steps]
+        if not steps or steps[-1][1] + RESERVE > room:
+            lines.append("  and still not: a smaller --resolution, fewer --num_frames, or a larger GPU")
     return "\n".join(lines)
 
 
 def plan_of(args, setup: Setup, frames: int, accelerator) -> str:
-    """What --plan prints: of a GPU of so many GB, or of the one that is here."""
+    """Text that --plan prints, for a GPU with so many GB, or for the GPU of this machine."""
     room = GB * args.plan or None
     if room is None and accelerator.device.type == "cuda":
         room = torch.cuda.get_device_properties(accelerator.device).total_memory

@@ -1,9 +1,9 @@
 """Block-wise causal video on the stock WanTransformer3DModel.
 
 A clip's latent frames are cut into blocks. Within a block attention is full; a block sees the clean blocks before it
-through a cache of their keys and values, which carries no gradient. It is a piece for each of them, never written into
-and never joined to the next: attention joins them for itself, and of what it does so neither autograd nor activation
-checkpointing keeps a copy. A clip of one block is an ordinary, bidirectional one, and goes the same way.
+through a cache of their keys and values, which carries no gradient. The cache has a piece for each earlier block, which
+is never changed. Attention joins the pieces for the length of one call; neither autograd nor activation checkpointing
+keeps the joined copy. A clip of one block is an ordinary, bidirectional one, and takes the same path.
 
 CausVid (Yin et al. 2024, arXiv 2412.07772), Self-Forcing (Huang et al. 2025, arXiv 2506.08009).
 """
@@ -20,26 +20,24 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from common.wan.parallel import heads_to_tokens, own_tokens, token_group, tokens_to_heads
 
-Piece = Sequence[tuple[torch.Tensor, torch.Tensor]]  # of each layer keys and values, [B, tokens, heads, D]
-
-
-Cache = tuple[Piece, ...]  # one after the other in time
+Piece = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [B, tokens, heads, D]
+Cache = tuple[Piece, ...]  # in the order of time
 
 
 class Context(NamedTuple):
-    """What self-attention is told besides its input. It travels with the rotary embedding, an argument of each layer,
-    so that activation checkpointing computes again with what was there the first time."""
+    """Arguments of self-attention besides its input. They travel with the rotary embedding, an argument of each layer,
+    so that activation checkpointing computes again with the values of the first time."""
 
-    past: Cache | None  # of the frames before
+    past: Cache | None  # of earlier blocks
     ends: tuple[int, ...] | None  # last token + 1 of each block, where the input is many blocks
-    kept: list | None  # takes each layer's keys and values
-    computed_again: bool  # in backward(), by activation checkpointing
+    kept: list | None  # a list that collects each layer's keys and values
+    computed_again: bool  # whether activation checkpointing repeats the call in backward()
 
 
 class BlockCausalAttention(WanAttnProcessor):
     """Self-attention of one layer; without a Context it is the stock one.
 
-    Where processes share a clip's tokens, each of them attends from all tokens to all, with its share of the heads.
+    Where processes share a clip's tokens, each of them attends from all tokens to all, in its share of the heads.
     """
 
     def __init__(self, layer: int):
@@ -58,14 +56,14 @@ class BlockCausalAttention(WanAttnProcessor):
         if context.kept is not None:
             context.kept.append((k.detach(), v.detach()))
         past = [piece[self.layer] for piece in context.past or ()]
-        parts = [k for k, _ in past] + [k], [v for _, v in past] + [v]
-        k, v = (torch.cat(each, 1) if past else each[0] for each in parts)
-        before = k.shape[1] - q.shape[1]
-        as_they_are = not past or context.computed_again or torch.compiler.is_compiling()
-        with contextlib.nullcontext() if as_they_are else saved_in_parts((k, v), parts):
+        pieces = [k for k, _ in past] + [k], [v for _, v in past] + [v]
+        k, v = (torch.cat(each, 1) if past else each[0] for each in pieces)
+        earlier = k.shape[1] - q.shape[1]  # tokens
+        save_joined = not past or context.computed_again or torch.compiler.is_compiling()
+        with contextlib.nullcontext() if save_joined else saved_in_pieces((k, v), pieces):
             out = [
                 dispatch_attention_fn(
-                    q[:, start:end], k[:, : before + end], v[:, : before + end], backend=self._attention_backend
+                    q[:, start:end], k[:, : earlier + end], v[:, : earlier + end], backend=self._attention_backend
                 )
                 for start, end in pairwise((0, *(context.ends or (q.shape[1],))))
             ]
@@ -75,38 +73,38 @@ class BlockCausalAttention(WanAttnProcessor):
         return out
 
 
-def saved_in_parts(wholes, parts):
-    """Inside, autograd saves no whole and no view of one, but the parts it is of, and joins them again."""
-    parts_of = {
-        whole.untyped_storage()._cdata: [part.detach() for part in each]
-        for whole, each in zip(wholes, parts, strict=True)
+def saved_in_pieces(joined, pieces):
+    """Inside, autograd saves the pieces of a joined tensor in place of it and of its views, and joins them later."""
+    pieces_of = {
+        tensor.untyped_storage()._cdata: [piece.detach() for piece in each]
+        for tensor, each in zip(joined, pieces, strict=True)
     }
 
     def pack(tensor):
-        known = parts_of.get(tensor.untyped_storage()._cdata)
-        return tensor if known is None else (known, tensor.size(), tensor.stride(), tensor.storage_offset())
+        each = pieces_of.get(tensor.untyped_storage()._cdata)
+        return tensor if each is None else (each, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def unpack(saved):
         if isinstance(saved, torch.Tensor):
             return saved
-        known, *layout = saved
-        return torch.cat(known, 1).as_strided(*layout)
+        each, *layout = saved
+        return torch.cat(each, 1).as_strided(*layout)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def rotate(x, cos, sin):
-    """Each pair of channels of x [B, L, heads, D] by its angle; cos and sin [1, L, 1, D] hold each angle twice."""
+    """Rotates each pair of channels of x [B, L, heads, D]; cos and sin [1, L, 1, D] have each pair's angle twice."""
     real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., ::2], sin[..., ::2]
     return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).type_as(x)
 
 
 class BlockCausal:
-    """Makes a transformer's calls inside `block(...)` those of a block in a longer clip; others stay as they are."""
+    """Calls a transformer inside `block(...)` as for a block of a longer clip; other calls stay as they are."""
 
     def __init__(self, transformer: WanTransformer3DModel):
-        self.call = None  # first frame and Context of the call that runs
+        self.call = None  # inside block(): its first frame, and a Context
         self.transformer = transformer
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(BlockCausalAttention(layer))
@@ -115,7 +113,7 @@ class BlockCausal:
 
     @contextlib.contextmanager
     def block(self, start: int = 0, past: Cache | None = None, ends: tuple[int, ...] | None = None, kept=None):
-        """The input's first frame is frame `start` of the clip."""
+        """Inside, the transformer's input begins at frame `start` of the clip; see Context for the rest."""
         self.call = start, Context(past, ends, kept, self.transformer.gradient_checkpointing)
         try:
             yield
@@ -123,7 +121,7 @@ class BlockCausal:
             self.call = None
 
     def calls(self, velocity):
-        """predict and remember of `roll_out`, where velocity(x, t) calls the transformer."""
+        """predict and remember, as `roll_out` takes them, by a velocity(x, t) that calls the transformer."""
 
         def predict(x, t, start, cache, kept=None):
             with self.block(start, cache, kept=kept):
@@ -137,36 +135,39 @@ class BlockCausal:
         return predict, remember
 
     def caches_before(self, velocity, clip, t, blocks: list[int]) -> list[Cache | None]:
-        """Keys and values before each block of a clean clip, [B, C, F, h, w], by one forward of all its blocks."""
+        """The cache of each block of a clean clip [B, C, F, h, w], by one forward of all blocks."""
         _, rows, columns = self.transformer.config.patch_size
-        tokens, kept = clip.shape[3] // rows * (clip.shape[4] // columns), []  # tokens of a frame
-        with self.block(ends=block_ends(blocks, tokens), kept=kept):
+        tokens_per_frame, kept = clip.shape[3] // rows * (clip.shape[4] // columns), []
+        with self.block(ends=block_ends(blocks, tokens_per_frame), kept=kept):
             velocity(clip, t)
-        return [first_tokens(kept, start * tokens) for start in accumulate(blocks[:-1], initial=0)]
+        return [first_tokens(kept, start * tokens_per_frame) for start in accumulate(blocks[:-1], initial=0)]
 
     def lengthen(self, rope, inputs):
-        """The rotary embedding reads nothing of its input but the shape, and always begins at frame 0."""
+        """Lengthens the input of the rotary embedding, which begins at frame 0 and reads shapes alone."""
         if self.call is not None:
             batch, channels, frames, height, width = inputs[0].shape
             return (torch.empty(batch, channels, self.call[0] + frames, height, width, device="meta"),)
 
     def cut(self, rope, inputs, angles):
+        """Cuts the angles of earlier frames off, and those of other processes' tokens; adds the Context."""
         if self.call is not None:
             start, context = self.call
             tokens = angles[0].shape[1] * start // inputs[0].shape[2]  # [1, L, 1, D] from frame 0 on
-            # Copies, as a view would keep the angles of all frames
+            # Copies, since a view would keep the angles of all frames in memory
             return *(own_tokens(part[:, tokens:], self.transformer).clone() for part in angles), context
         return tuple(own_tokens(part, self.transformer) for part in angles)
 
 
 def extend(cache: Cache | None, kept: Piece) -> Cache:
-    """A new cache; the old one, which backward() may need, stays as it is."""
+    """A cache with one piece more; the old one, which backward() may need, stays as it is."""
     return *(cache or ()), kept
 
 
 def first_tokens(kept: Piece, tokens: int) -> Cache | None:
+    """A cache of the first tokens; None for no token."""
     return ([(k[:, :tokens], v[:, :tokens]) for k, v in kept],) if tokens else None
 
 
 def block_ends(blocks: list[int], tokens_per_frame: int) -> tuple[int, ...]:
+    """Last token + 1 of each block."""
     return tuple(tokens_per_frame * end for end in accumulate(blocks))

@@ -1,10 +1,10 @@
-"""What several processes split between them: weights, gradients and moments (FSDP), or the tokens of a clip.
+"""Networks that several processes split between them: their weights, gradients and moments (FSDP), or a clip's tokens.
 
-FSDP is torch's fully_shard, where accelerate is told --use_fsdp: accelerator.prepare() takes a single network,
-with its optimizer, and splits nothing on a CPU. Each block's weights are gathered when the block is due.
+FSDP is torch's fully_shard, switched on by accelerate's --use_fsdp; accelerator.prepare() is not used, since it takes a
+single network with its optimizer and splits nothing on a CPU. A block's weights are gathered when its turn comes.
 
-Tokens are split as diffusers' context parallelism has it (Ulysses, Jacobs et al. 2023, arXiv 2309.14509): a process has
-its part of the sequence, and in self-attention its part of the heads, of all tokens. Gradients are then parts of a sum.
+Tokens are split by diffusers' context parallelism (Ulysses, Jacobs et al. 2023, arXiv 2309.14509): a process has a part
+of the sequence, and in self-attention all of the sequence in a part of the heads. The processes' gradients add up.
 """
 
 import torch
@@ -18,11 +18,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
 def wants_fsdp(accelerator) -> bool:
+    """Whether accelerate was told --use_fsdp, and there are processes to split weights between."""
     return accelerator.num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def check_processes(args, accelerator) -> int:
-    """Checks what flags and processes allow. Returns how many processes work on the same samples."""
+    """Checks the flags against the number of processes. Returns how many processes work on the same samples."""
     fsdp, sharing = wants_fsdp(accelerator), args.context_parallel_degree
     if fsdp and (args.model_type == "lora" or args.ema_device == "cpu" or args.base_model_precision != "no_change"):
         raise SystemExit("accelerate's --use_fsdp: goes with --model_type full, --ema_device accelerator and no 8 bits")
@@ -35,35 +36,35 @@ def check_processes(args, accelerator) -> int:
 
 
 def shard(network: torch.nn.Module, blocks: tuple[str, ...], accelerator):
-    """Splits a network in place; blocks, named by their classes, are gathered one at a time.
+    """Splits a network in place; its `blocks`, names of classes, are gathered one at a time.
 
-    Weights are gathered as they are stored, so that autocast sees what it would see in one process.
+    Weights are gathered in the precision in which they are stored, so that autocast works as in one process.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for module in [*(module for module in network.modules() if type(module).__name__ in blocks), network]:
-        # Also of the network itself: validation puts other weights into it between two forwards
+        # Also the network itself is split again after a forward, since validation then changes its weights
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def gathered(network: torch.nn.Module) -> torch.nn.Module | None:
-    """A network as it is, or of one that is split a copy on the CPU, in the main process alone. All must call it."""
+    """A network itself, or of a split one a copy on the CPU: in the main process alone, though all must call it."""
     if not isinstance(network, FSDPModule):
         return network
     weights = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not weights:
         return None
-    kind = next(base for base in type(network).__bases__ if base is not FSDPModule)  # the class before it was split
+    unsplit_class = next(base for base in type(network).__bases__ if base is not FSDPModule)
     with torch.device("meta"):
-        copy = kind.from_config(network.config)
+        copy = unsplit_class.from_config(network.config)
     copy.load_state_dict(weights, assign=True)
     return copy
 
 
 def share_tokens(network: torch.nn.Module, degree: int, accelerator, splits_angles: bool):
-    """So many processes next to each other share each clip's tokens. What else the network is told, all are told.
+    """Makes `degree` processes next to each other share each clip's tokens; all other inputs must be the same in them.
 
-    The steps of enable_parallelism(), which itself divides by the number of accelerators and so needs one. A causal
-    network splits its rotary angles itself, when it has cut those of earlier frames off.
+    The steps are those of enable_parallelism(), which divides by the number of GPUs and so fails on a CPU. A causal
+    network splits its rotary angles itself (`splits_angles` False), after those of earlier frames are cut off.
     """
     if network.config.num_attention_heads % degree:
         raise SystemExit(f"--context_parallel_degree {degree}: must divide {network.config.num_attention_heads} heads")
@@ -75,38 +76,42 @@ def share_tokens(network: torch.nn.Module, degree: int, accelerator, splits_angl
     for block in network.blocks:
         block.attn1.processor._parallel_config = config
     places = {"blocks.0", "proj_out"} | ({"rope"} if splits_angles else set())
-    plan = {place: what for place, what in network._cp_plan.items() if place in places}
+    plan = {place: split for place, split in network._cp_plan.items() if place in places}
     apply_context_parallel(network, config.context_parallel_config, plan)
 
 
 def token_group(owner):
-    """Processes that share tokens with this one, as its network or attention processor was told; None for none."""
+    """Group of processes that share tokens, by a network or attention processor; None where nothing is shared."""
     config = owner._parallel_config
     return None if config is None else config.context_parallel_config._ulysses_mesh.get_group()
 
 
 def own_tokens(x: torch.Tensor, network) -> torch.Tensor:
-    """[B, L, ...] -> [B, L / processes, ...]"""
+    """This process's part of the tokens: [B, L, ...] -> [B, L / processes, ...]"""
     group = token_group(network)
     return x if group is None else x.chunk(group.size(), 1)[group.rank()]
 
 
 def tokens_to_heads(x: torch.Tensor, group) -> torch.Tensor:
-    """[B, L / processes, heads, D] -> [B, L, heads / processes, D]"""
+    """Exchanges tokens for heads: [B, L / processes, heads, D] -> [B, L, heads / processes, D]"""
     if group is None:
         return x
-    x = x.unflatten(2, (group.size(), -1)).permute(2, 0, 1, 3, 4)  # of each process its heads, in front
+    x = x.unflatten(2, (group.size(), -1)).permute(
+        2, 0, 1, 3, 4
+    )  # [n, B, L / n, heads / n, D]: row i has heads of process i
     return exchanged(x, group).permute(1, 0, 2, 3, 4).flatten(1, 2)
 
 
 def heads_to_tokens(x: torch.Tensor, group) -> torch.Tensor:
-    """And back."""
+    """Exchanges heads for tokens: [B, L, heads / processes, D] -> [B, L / processes, heads, D]"""
     if group is None:
         return x
-    x = x.unflatten(1, (group.size(), -1)).permute(1, 0, 2, 3, 4)  # of each process its tokens, in front
+    x = x.unflatten(1, (group.size(), -1)).permute(
+        1, 0, 2, 3, 4
+    )  # [n, B, L / n, heads / n, D]: row i has tokens of process i
     return exchanged(x, group).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 def exchanged(x: torch.Tensor, group) -> torch.Tensor:
-    """Row i goes to process i, and row i comes from there."""
+    """Sends row i to process i, and returns the rows received, row i from process i."""
     return all_to_all_single_autograd(x.contiguous().flatten(), None, None, group).view(x.shape)
