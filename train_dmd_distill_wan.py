@@ -19,7 +19,8 @@ Algorithm, for each batch of prompts; sigma = t / 1000, x_t = (1 - sigma) * x0 +
     4. fake_score  t, eps fresh;  loss = |v_fake - (eps - x_g)|^2
     5. optimizers  6. moving average of the student
     In the first causal_init_steps the student is instead regressed to the teacher's own trajectories.
-    g leads x_g from the fake score's x0 to the teacher's: x0 = x_t - sigma * v, and sigma cancels.
+    x0 = x_t - sigma * v, so x_g - g lies from x_g towards x0_real - x0_fake; dividing by mean|x0_real - x_g| cancels sigma.
+    No gradient goes from block to block: the cache of clean blocks has none.
 
 Blocks
     num_frame_per_block > 0 is self-forcing: the student makes the clip block by block, each seeing the clean blocks
@@ -177,7 +178,7 @@ def parse_args(argv=None):
     add("--fake_score_betas", type=float, nargs=2, default=[0.9, 0.999], metavar="BETA", help="of its AdamW")
     add("--fake_score_eps", type=float, default=1e-8, help="of its AdamW")
     add("--fake_score_grad_clip", type=float, default=1.0, help="as --max_grad_norm, for the fake score")
-    add("--timestep_shift", type=float, default=1.0, help="of the timesteps at which rollouts are judged, towards noise; 1 is uniform")
+    add("--timestep_shift", type=float, default=1.0, help="of the timesteps at which rollouts are judged, towards noise; 1 is uniform; drawn between the bounds below, then clamped by the ratios")
     add("--min_timestep_ratio", type=float, default=0.02, help="these timesteps are at least 1000 times this")
     add("--max_timestep_ratio", type=float, default=0.98, help="and at most 1000 times this")
     add("--ts_schedule", action=argparse.BooleanOptionalAction, default=True, help="lower bound of these timesteps: the student's step after the rollout's exit, of several blocks the lowest; 0 after its last")
@@ -386,6 +387,8 @@ def check_blocks(parser, args, data: Data) -> tuple[Data, int, list[str]]:
 #   data       encoders, latent_shape, vae_factor, tokens_of_frame
 #   use        predict, generate_by_teacher, decode, export
 #   --plan     planned_model, text_rows
+# make_causal's result has calls(velocity) and caches_before(velocity, clip, t, blocks), or it refuses. Transformers need
+# enable_gradient_checkpointing(). common/wan/parallel.py and report.py, in spite of their folder, know no model.
 # =====================================================================================================================
 
 import json
@@ -555,7 +558,10 @@ def latent_statistics(vae) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def encode_pixels(vae, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Normalised latents, the posterior's mode as Wan itself takes. [B, 3, F, H, W] -> [B, C, (F - 1) / 4 + 1, h, w]"""
+    """Normalised latents, the posterior's mode as Wan itself takes. [B, 3, F, H, W] -> [B, C, (F - 1) / 4 + 1, h, w]
+
+    Encoders ask for it; DMD itself reads captions alone.
+    """
     mean, std = latent_statistics(vae)
     latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
     return {"latents": ((latents.float() - mean) / std).to(vae.dtype)}
@@ -813,12 +819,12 @@ def regression_backward(args, method, networks, means, draws, cond, uncond, bloc
     steps and each block the loss is that of its v against (x_t - x0) / sigma, the straight way to x0, where the block
     sees the clean blocks of x0 before it.
 
-    The teacher sees the noise of all frames, a causal student's first block its own alone: it could only learn the mean
-    of all x0 that may follow. So the noise of later blocks is tied to that of the first, and x0 follows from what the
-    student sees. But then a later block's x_t on the trajectory would tell it of the blocks before; it gets x0 with noise
-    of its own instead, as in a rollout.
+    With independent noise the first block's x0 would depend on noise of later blocks, which the teacher sees and a causal
+    student does not: it would learn a blurred mean. tied_noise makes the noise of later blocks a function of the first's,
+    by moving its channels on, so that x0 follows from what the student sees. But then a later block's x_t on the trajectory
+    would tell it of the blocks before; it gets x0 with independent noise instead, as in a rollout.
     """
-    noise = draws.keyed_normal(*shape)
+    noise = draws.keyed_normal(*shape)  # an independent draw for each key
     predict_block, _ = networks.student_calls(cond)
     with torch.no_grad():
         velocity = functools.partial(
@@ -860,7 +866,8 @@ def load_networks(args, accelerator, weight_dtype) -> Networks:
             shard(network, BLOCKS, accelerator)
         network.to(accelerator.device)
         if args.context_parallel_degree > 1:
-            splits_rotary = not causal or network is not by_role["student"]  # a causal one cuts its own first
+            # BlockCausal cuts the rotary embedding to the block, and only then splits it between processes
+            splits_rotary = not causal or network is not by_role["student"]
             share_tokens(network, args.context_parallel_degree, accelerator, splits_rotary)
     speed_up(args, by_role.values(), BLOCKS, accelerator.print)
     if args.gradient_checkpointing:
@@ -902,11 +909,14 @@ class Clips:
         """`as_average(wanted)` is a context in which the student is its moving average."""
         self.args, self.method, self.networks, self.as_average = args, method, networks, as_average
         self.encoder, self.scheduler = encoder, scheduler
-        frames = latent_frames(method.validation_frames, FRAMES_PER_LATENT)
+        frames = latent_frames(method.validation_frames, FRAMES_PER_LATENT)  # which may be more than are trained
         self.blocks = block_lengths(frames, args.num_frame_per_block, args.independent_first_frame)
 
     def __call__(self, which: str, prompts: list[str], steps: int, seed: int, size=None) -> list:
-        """A clip [F, H, W, 3] in [0, 1] for each prompt, the i-th from noise of seed + i; `steps` are the teacher's."""
+        """A clip [F, H, W, 3] in [0, 1] for each prompt, the i-th from noise of seed + i.
+
+        The teacher takes so many `steps`; a student always takes its own.
+        """
         clips, size = [], size or self.args.validation_resolution[0]
         fitting = self.args.train_batch_size  # what fits into memory in training fits here
         for i in range(0, len(prompts), fitting):
@@ -997,7 +1007,7 @@ def main(args, data, method, notes):
     first_step = step = state["step"]
     updates = state.get("student_updates", 0)
 
-    # ---- Data: lists of samples, each with a caption and the size of its clip ----
+    # ---- Data: lists of samples, each with a caption and the size of its clip; no pixels, as the student makes clips ----
     data = plan_buckets(args, data, accelerator, clip_size)
     prompts = ["", args.negative_prompt, args.validation_negative_prompt or "", *validation_prompts(args)]
     encoder, readers = open_encoder(
@@ -1015,7 +1025,7 @@ def main(args, data, method, notes):
         return weights_exchanged(trained["student"], list(ema.values())) if wanted else contextlib.nullcontext()
 
     def export_student():
-        """Files and usage; every process takes part, and the main one writes."""
+        """Files and usage, from the main process; all have to call it where weights are split."""
         with as_average(args.use_ema):
             network = gathered(student)
             return export(args, method, Path(args.output_dir), network) if accelerator.is_main_process else None
@@ -1114,8 +1124,8 @@ def main(args, data, method, notes):
             stopping = stop_signal.agreed(accelerator)  # all leave the loop at the same step
     bar.close()
 
-    # ---- The end: a checkpoint by all processes; then, of a complete run, validation, export, report and upload, by the
-    # main process, or by all where a forward takes all ----
+    # ---- The end: all processes save a checkpoint; unless a signal stopped the run, the main one, or all where a forward
+    # takes all, then validate, export, report and upload ----
     check_finite(args, step, **means.read(accelerator))  # a stop may come between two logs
     end_run(
         args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal, stopped=stopping,

@@ -5,8 +5,8 @@ Latent Consistency Models (Luo et al. 2023, arXiv 2310.04378, algorithm 1); LCM-
 Networks
     teacher   the frozen diffusion U-Net
     student   full: a copy that also takes the guidance w; lora: the teacher itself with adapters switched on
-    target    moving average (EMA) of the student, which is what is validated and exported; of a LoRA whose ema_decay is 0
-              it is the student itself, without gradient
+    target    the student's moving average (EMA), which is validated and exported; with LoRA that of the adapters, or with
+              its default ema_decay of 0 the student itself, without gradient
 
 Algorithm, for each batch of latents and prompts
     1. draws      index ~ U{0..N-1},  t = grid[index],  w ~ U[w_min, w_max],  eps ~ N(0, 1)
@@ -27,13 +27,17 @@ Conditions
 
 Guidance
     w is the paper's: cond + w * (cond - uncond). The usual guidance_scale is 1 + w, also at inference: a full student
-    trained with w in [w_min, w_max] takes guidance_scale in [1 + w_min, 1 + w_max]. A LoRA is not told w, so it should be
-    given one (w_min = w_max), and takes guidance_scale 1.
+    trained with w in [w_min, w_max] takes guidance_scale in [1 + w_min, 1 + w_max]. A LoRA is not told w and learns a
+    mixture over the range, which w_min = w_max makes one w; it takes guidance_scale 1.
 
 Precision
     Trained weights, their moments and the average are fp32, and so are noising, solver and loss: bf16 has neither the small
-    sigmas nor the small differences. Frozen networks are in --mixed_precision; forwards run under autocast, the student's
-    by accelerate, which prepared it.
+    sigmas nor the small differences. Teacher and encoders are in --mixed_precision (the teacher's fp32 weights:
+    --no-cast_teacher_unet); all forwards run under autocast, the student's by accelerate, which prepared it.
+
+Checkpoints
+    hold what is trained (of a LoRA the adapters), the average, optimizer, scaler, rate schedule, step, place in the data
+    and counts of skipped samples. Random draws follow from the seed and a sample's position, so there is no state of them.
 
 Launch
     accelerate launch train_lcm_distill_sdxl.py --w_min 1 --w_max 12        distils the toy teacher, on a CPU, in minutes
@@ -184,6 +188,7 @@ def middle_w(args) -> float:
 #   networks   load_scheduler, noise_schedule, load_teacher, make_student, add_lora
 #   data       encoders, encode_empty_prompt, sample_latents, conditions
 #   use        predict, generate, export
+# Networks also need enable_gradient_checkpointing(), and the scheduler a config that LCMScheduler takes.
 # =====================================================================================================================
 
 import json
@@ -481,10 +486,10 @@ class Networks:
 
     teacher: torch.nn.Module
     student: torch.nn.Module
-    prepared: torch.nn.Module  # the student as accelerate has prepared it: autocast, and gradients of all processes
+    prepared: torch.nn.Module  # the student in autocast, and between processes in DDP: for its own forwards alone
     target: torch.nn.Module
     trained: list[torch.nn.Parameter]
-    average: torch.nn.Module | None  # holds the moving average of what is trained
+    average: torch.nn.Module | None  # the target, or the average of a LoRA's adapters; None where nothing is averaged
     lora: bool
 
     def as_teacher(self):
@@ -535,7 +540,7 @@ def lcm_loss(args, accelerator, networks, solver, uncond, cond, latents, index, 
                 x_t = sampled_x_t(by_student, solver, x_t, latents, eps, index, *rollout)
 
         # 3. Teacher with guidance, both halves in one forward: it needs less memory than the student's backward
-        with networks.as_teacher():
+        with networks.as_teacher():  # first all with their prompts, then all with the empty one
             outs = predict(networks.teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), with_uncond(cond, uncond))
         out_cond, out_uncond = outs.float().chunk(2)
         out = out_cond + expand_to(w, x_t) * (out_cond - out_uncond)
@@ -544,7 +549,7 @@ def lcm_loss(args, accelerator, networks, solver, uncond, cond, latents, index, 
         # 4. One solver step
         x_prev = solver.step(x0_teacher, eps_teacher, index)
 
-        # 5. Target at x_prev
+        # 5. Target at x_prev, a LoRA's without dropout
         with dropout_off(networks.student, args.lora_dropout), networks.as_target():
             f_target = f(networks.target, x_prev, t_prev)
 
@@ -719,7 +724,8 @@ def main(args, data, notes):
             stopping = stop_signal.agreed(accelerator)  # all leave the loop at the same step
     bar.close()
 
-    # ---- The end: a checkpoint by all processes; the main one validates, exports, reports and uploads a complete run ----
+    # ---- The end: all processes save a checkpoint; unless a signal stopped the run, the main one then validates, exports,
+    # reports and uploads ----
     end_run(
         args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal,
         stopped=stopping, validate=validate, export=export_target,
