@@ -19,7 +19,8 @@ Algorithm, for each batch of prompts; sigma = t / 1000, x_t = (1 - sigma) * x0 +
     4. fake_score  t, eps fresh;  loss = |v_fake - (eps - x_g)|^2
     5. optimizers  6. moving average of the student
     In the first causal_init_steps the student is instead regressed to the teacher's own trajectories.
-    x0 = x_t - sigma * v, so x_g - g lies from x_g towards x0_real - x0_fake; dividing by mean|x0_real - x_g| cancels sigma.
+    x0 = x_t - sigma * v, so x_g - g lies from x_g towards x0_real - x0_fake, and dividing by mean|x0_real - x_g| cancels
+    sigma.
     No gradient goes from block to block: the cache of clean blocks has none.
 
 Blocks
@@ -27,8 +28,8 @@ Blocks
     before it through a cache of keys and values. Teacher and fake_score see the whole clip. Else the clip is one block.
 
 Guidance
-    scales are the usual ones: uncond + s * (cond - uncond), where uncond has the negative prompt; 0 and 1 both mean cond
-    alone. The student is sampled without guidance.
+    scales are the usual ones: uncond + s * (cond - uncond), where uncond has the negative prompt; 0 and 1 both mean
+    cond alone. The student is sampled without guidance.
 
 Launch
     accelerate launch train_dmd_distill_wan.py                              distils the toy teacher, on a CPU, in minutes
@@ -387,8 +388,8 @@ def check_blocks(parser, args, data: Data) -> tuple[Data, int, list[str]]:
 #   data       encoders, latent_shape, vae_factor, tokens_of_frame
 #   use        predict, generate_by_teacher, decode, export
 #   --plan     planned_model, text_rows
-# make_causal's result has calls(velocity) and caches_before(velocity, clip, t, blocks), or it refuses. Transformers need
-# enable_gradient_checkpointing(). common/wan/parallel.py and report.py, in spite of their folder, know no model.
+# make_causal's result has calls(velocity) and caches_before(velocity, clip, t, blocks), or it refuses. Transformers
+# need enable_gradient_checkpointing(). common/wan/parallel.py and report.py, in spite of their folder, know no model.
 # =====================================================================================================================
 
 import json
@@ -531,8 +532,8 @@ def encoders(args, device, dtype: torch.dtype) -> Encoders:
         },
         text_identity=lambda: {
             "text": [weights_identity(source["model"], f, source["revision"]) for f in ("text_encoder", "tokenizer")],
-            "dtype": dtype, "precision": precision_name(args.text_encoder_1_precision), "length": args.max_sequence_length,
-            "ftfy": is_ftfy_available(),
+            "dtype": dtype, "precision": precision_name(args.text_encoder_1_precision),
+            "length": args.max_sequence_length, "ftfy": is_ftfy_available(),
         },
         text_length=args.max_sequence_length,
     )  # fmt: skip
@@ -752,7 +753,7 @@ class Networks:
         return v_uncond + scale * (v_cond - v_uncond)
 
     def student_calls(self, cond) -> tuple[Callable, Callable | None]:
-        """The student as roll_out takes it: predict(x, t, start, cache) -> v, and remember(x, t, start, cache) -> cache.
+        """The student as roll_out takes it: predict(x, t, start, cache) -> v and remember(x, t, start, cache) -> cache.
 
         x is a block whose first latent frame is `start`; the cache holds keys and values of the blocks before it.
         """
@@ -768,8 +769,8 @@ class Networks:
 def dmd_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, exits, student_turn: bool):
     """Gradients of student and fake score from a batch of prompts.
 
-    `blocks` are their lengths in latent frames, `shape` is (C, f, h, w) of a rollout, `exits` are places in the student's
-    steps, one for each block.
+    `blocks` are their lengths in latent frames, `shape` is (C, f, h, w) of a rollout, `exits` are places in the
+    student's steps, one for each block.
     """
     # 2. Rollout of the student, with a gradient if it is its turn
     noise = draws.keyed_normal(*shape)  # noise(k) is that of the k-th of the student's steps, [B, C, f, h, w]
@@ -819,10 +820,10 @@ def regression_backward(args, method, networks, means, draws, cond, uncond, bloc
     steps and each block the loss is that of its v against (x_t - x0) / sigma, the straight way to x0, where the block
     sees the clean blocks of x0 before it.
 
-    With independent noise the first block's x0 would depend on noise of later blocks, which the teacher sees and a causal
-    student does not: it would learn a blurred mean. tied_noise makes the noise of later blocks a function of the first's,
-    by moving its channels on, so that x0 follows from what the student sees. But then a later block's x_t on the trajectory
-    would tell it of the blocks before; it gets x0 with independent noise instead, as in a rollout.
+    With independent noise the first block's x0 would depend on noise of later blocks, which the teacher sees and a
+    causal student does not: it would learn a blurred mean. tied_noise makes the noise of later blocks a function of the
+    first's, by moving its channels on, so that x0 follows from what the student sees. But then a later block's x_t on
+    the trajectory would tell it of the blocks before; it gets x0 with independent noise instead, as in a rollout.
     """
     noise = draws.keyed_normal(*shape)  # an independent draw for each key
     predict_block, _ = networks.student_calls(cond)
