@@ -19,7 +19,7 @@ Algorithm, for each batch of prompts; sigma = t / 1000, x_t = (1 - sigma) * x0 +
     4. fake_score  t, eps fresh;  loss = |v_fake - (eps - x_g)|^2
     5. optimizers  6. moving average of the student
     In the first causal_init_steps the student is instead regressed to the teacher's own trajectories.
-    x0 = x_t - sigma * v, so x_g - g lies from x_g towards x0_real - x0_fake, and dividing by mean|x0_real - x_g| cancels
+    x0 = x_t - sigma * v, so x_g - g lies from x_g towards x0_real - x0_fake; dividing by mean|x0_real - x_g| cancels
     sigma.
     No gradient goes from block to block: the cache of clean blocks has none.
 
@@ -32,7 +32,7 @@ Guidance
     cond alone. The student is sampled without guidance.
 
 Launch
-    accelerate launch train_dmd_distill_wan.py                              distils the toy teacher, on a CPU, in minutes
+    accelerate launch train_dmd_distill_wan.py                             distils the toy teacher, on a CPU, in minutes
     accelerate launch train_dmd_distill_wan.py --pretrained_teacher_model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
         --train_prompts prompts.txt --validation_resolution 832x480 --resolution_type pixel_area --resolution 632 \\
         --lora_rank 128 --gradient_checkpointing --mixed_precision bf16
@@ -187,7 +187,8 @@ def parse_args(argv=None):
     add("--min_score_timestep", type=float, default=0.0, help="the lower bound without --ts_schedule")
     add("--negative_prompt", type=str, help="what guidance leads away from; default: --validation_negative_prompt, or the empty prompt")
 
-    add = parser.add_argument_group("self-forcing", "Frames are latent ones: Wan has one for the first frame and for each four that follow.").add_argument
+    text = "Frames are latent ones: Wan has one for the first frame and for each four that follow."
+    add = parser.add_argument_group("self-forcing", text).add_argument
     add("--num_frame_per_block", type=int, default=0, help="frames of a block; 0: all in one, a bidirectional student")
     add("--independent_first_frame", action=argparse.BooleanOptionalAction, default=False, help="the first block is one frame")
     add("--same_step_across_blocks", action=argparse.BooleanOptionalAction, default=False, help="one exit step for all blocks of a rollout; default: one each")
@@ -951,7 +952,7 @@ class Clips:
             return torch.cat(list(clip), 2)
 
     def evaluations(self, which: str, steps: int) -> int:
-        """Evaluations of the transformer for a clip; a causal student has one more for each block that others follow."""
+        """Evaluations of the transformer for a clip; a causal student has one more for each but the last block."""
         if which == "teacher":
             return steps * (1 if self.method.teacher_guidance == 1.0 else 2)
         return len(self.method.steps) * len(self.blocks) + len(self.blocks) - 1
@@ -971,8 +972,8 @@ def main(args, data, method, notes):
     if not RECIPE_BATCH / 4 <= clips_per_step <= RECIPE_BATCH * 4:
         say(
             f"warning: {clips_per_step} clips a step, and the papers' recipes have {RECIPE_BATCH}: "
-            f"{'raise' if clips_per_step < RECIPE_BATCH else 'lower'} --gradient_accumulation_steps, --train_batch_size or the "
-            "number of processes, or change --learning_rate and --fake_score_lr with it"
+            f"{'raise' if clips_per_step < RECIPE_BATCH else 'lower'} --gradient_accumulation_steps, --train_batch_size "
+            "or the number of processes, or change --learning_rate and --fake_score_lr with it"
         )
     repository = open_repository(args, accelerator)
 
@@ -1008,7 +1009,7 @@ def main(args, data, method, notes):
     first_step = step = state["step"]
     updates = state.get("student_updates", 0)
 
-    # ---- Data: lists of samples, each with a caption and the size of its clip; no pixels, as the student makes clips ----
+    # ---- Data: lists of samples, each with a caption and the size of its clip; the student makes clips ----
     data = plan_buckets(args, data, accelerator, clip_size)
     prompts = ["", args.negative_prompt, args.validation_negative_prompt or "", *validation_prompts(args)]
     encoder, readers = open_encoder(
@@ -1125,12 +1126,12 @@ def main(args, data, method, notes):
             stopping = stop_signal.agreed(accelerator)  # all leave the loop at the same step
     bar.close()
 
-    # ---- The end: all processes save a checkpoint; unless a signal stopped the run, the main one, or all where a forward
-    # takes all, then validate, export, report and upload ----
+    # ---- The end: all processes save a checkpoint; unless a signal stopped the run, the main one, or all where a
+    # forward takes all, then validate, export, report and upload ----
     check_finite(args, step, **means.read(accelerator))  # a stop may come between two logs
     end_run(
-        args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal, stopped=stopping,
-        student_updates=updates, validate=validate, export=export_student, report=report, method="dmd",
+        args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal,
+        stopped=stopping, student_updates=updates, validate=validate, export=export_student, report=report, method="dmd",
         teacher=teacher_of(args), all_processes=all_processes,
     )  # fmt: skip
 

@@ -5,8 +5,8 @@ Latent Consistency Models (Luo et al. 2023, arXiv 2310.04378, algorithm 1); LCM-
 Networks
     teacher   the frozen diffusion U-Net
     student   full: a copy that also takes the guidance w; lora: the teacher itself with adapters switched on
-    target    the student's moving average (EMA), which is validated and exported; with LoRA that of the adapters, or with
-              its default ema_decay of 0 the student itself, without gradient
+    target    the student's moving average (EMA), which is validated and exported; with LoRA that of the adapters, or,
+              with its default ema_decay of 0, the student itself without gradient
 
 Algorithm, for each batch of latents and prompts
     1. draws      index ~ U{0..N-1},  t = grid[index],  w ~ U[w_min, w_max],  eps ~ N(0, 1)
@@ -31,16 +31,16 @@ Guidance
     mixture over the range, which w_min = w_max makes one w; it takes guidance_scale 1.
 
 Precision
-    Trained weights, their moments and the average are fp32, and so are noising, solver and loss: bf16 has neither the small
-    sigmas nor the small differences. Teacher and encoders are in --mixed_precision (the teacher's fp32 weights:
-    --no-cast_teacher_unet); all forwards run under autocast, the student's by accelerate, which prepared it.
+    Trained weights, their moments and the average are fp32, and so are noising, solver and loss: bf16 has neither the
+    small sigmas nor the small differences. Teacher and encoders are in --mixed_precision (--no-cast_teacher_unet: the
+    teacher in fp32); all forwards run under autocast, the student's by accelerate, which prepared it.
 
 Checkpoints
-    hold what is trained (of a LoRA the adapters), the average, optimizer, scaler, rate schedule, step, place in the data
-    and counts of skipped samples. Random draws follow from the seed and a sample's position, so there is no state of them.
+    hold what is trained (of a LoRA the adapters), the average, optimizer, scaler, rate schedule, step, place in the
+    data and counts of skipped samples. Random draws follow from the seed and a sample's position: they have no state.
 
 Launch
-    accelerate launch train_lcm_distill_sdxl.py --w_min 1 --w_max 12        distils the toy teacher, on a CPU, in minutes
+    accelerate launch train_lcm_distill_sdxl.py --w_min 1 --w_max 12       distils the toy teacher, on a CPU, in minutes
     accelerate launch train_lcm_distill_sdxl.py --pretrained_teacher_model stabilityai/stable-diffusion-xl-base-1.0 \\
         --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \\
         --train_shards_path_or_url "data/{00000..00099}.tar" --lora_rank 64 --mixed_precision bf16
@@ -507,7 +507,7 @@ class Networks:
 
 
 def draw(args, positions: list[int], images, text, uncond, device):
-    """Conditions, clean latents and random numbers of a batch; a sample's follow from the seed and its position alone."""
+    """Conditions, clean latents and random numbers of a batch; each sample's follow from seed and position alone."""
     # 1. Draws
     draws = Draws(args.seed, positions, device)
     index = draws.integers(args.num_ddim_timesteps)  # [B], places in the solver's grid
@@ -724,8 +724,8 @@ def main(args, data, notes):
             stopping = stop_signal.agreed(accelerator)  # all leave the loop at the same step
     bar.close()
 
-    # ---- The end: all processes save a checkpoint; unless a signal stopped the run, the main one then validates, exports,
-    # reports and uploads ----
+    # ---- The end: all processes save a checkpoint; unless a signal stopped the run, the main one then validates,
+    # exports, reports and uploads ----
     end_run(
         args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal,
         stopped=stopping, validate=validate, export=export_target,
