@@ -219,3 +219,13 @@ def launch(script: str, *flags, processes: int = 1, fsdp=False, check: bool = Tr
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def short_wan_run(teacher: Path, folder: Path, output: str = "out", prompts: tuple[str, ...] = ("a red ball",)):
+    """Flags of the shortest run of the Wan script, which is one step on three latent frames of 2x2 tokens."""
+    path = folder / "prompts.txt"
+    path.write_text("".join(f"{prompt}\n" for prompt in prompts))
+    flags = f"--pretrained_teacher_model {teacher} --train_prompts {path} --num_frames 9 --resolution 32"
+    flags += " --max_train_steps 1 --validation_steps 0 --checkpointing_steps 0 --report_to none --report_steps="
+    flags += " --disable_benchmark --lr_warmup_steps 0 --learning_rate 1e-2 --fake_score_lr 1e-2"
+    return [*flags.split(), "--output_dir", str(folder / output)]
