@@ -121,9 +121,13 @@ def test_the_fake_score_of_least_loss_is_the_ideal_velocity():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+NUMBERS = 16  # of a sample, independent: the gap that divides a sample's gradient is a mean over them
+
+
 def mixture_velocity(x, sigma):
-    """The ideal teacher's, by hand: x [B, 1, 1, 1, 1], sigma [B]."""
-    means, deviations, keep = MEANS.float(), DEVIATIONS.float(), 1 - sigma[:, None]
+    """The ideal teacher's, by hand: x [B, 1, 1, 1, NUMBERS], sigma [B]."""
+    means, deviations, sigma = MEANS.float(), DEVIATIONS.float(), sigma.repeat_interleave(NUMBERS)
+    keep = 1 - sigma[:, None]
     variance = keep**2 * deviations**2 + sigma[:, None] ** 2
     offset = x.flatten()[:, None] - keep * means
     share = (WEIGHTS.float().log() - 0.5 * variance.log() - offset**2 / (2 * variance)).softmax(1)
@@ -144,17 +148,20 @@ class Velocity(torch.nn.Module):
 
     def forward(self, x, sigma):
         points, sigma = x.flatten(), sigma.expand(len(x))
-        inputs = [points, sigma] + [f(k * points) for k in (1.0, 2.0, 4.0) for f in (torch.sin, torch.cos)]
+        inputs = [points, sigma.repeat_interleave(NUMBERS)]
+        inputs += [f(k * points) for k in (1.0, 2.0, 4.0) for f in (torch.sin, torch.cos)]
         return mixture_velocity(x, sigma) + self.layers(torch.stack(inputs, 1)).reshape(x.shape)
 
 
 def test_the_ideal_teacher_is_the_score_s():
-    x, sigma = torch.linspace(-3, 3, 50), torch.tensor(0.4)
-    expected = ideal_velocity(noisy(MEANS, DEVIATIONS, WEIGHTS, sigma.double()), x.double(), sigma.double())
-    ours = mixture_velocity(x.reshape(-1, 1, 1, 1, 1), sigma.expand(50)).flatten()
-    torch.testing.assert_close(ours, expected.float(), atol=1e-5, rtol=1e-5)
+    x, sigma = torch.linspace(-3, 3, 3 * NUMBERS), torch.tensor([0.4, 0.1, 0.9]).double()
+    by_sample = zip(x.double().chunk(3), sigma, strict=True)
+    expected = [ideal_velocity(noisy(MEANS, DEVIATIONS, WEIGHTS, each), points, each) for points, each in by_sample]
+    ours = mixture_velocity(x.reshape(3, 1, 1, 1, NUMBERS), sigma.float()).flatten()
+    torch.testing.assert_close(ours, torch.cat(expected).float(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps, last_only, start, end",
     [
@@ -165,16 +172,20 @@ def test_the_ideal_teacher_is_the_score_s():
     ],
 )
 def test_training_on_an_ideal_teacher_converges_to_its_distribution(steps, last_only, start, end):
-    """Wasserstein distance of the student's samples from the teacher's data: above `start` untrained, below `end`."""
+    """Wasserstein distance of the student's samples from the teacher's data: above `start` untrained, below `end`.
+
+    Of five seeds it ends at 0.16 to 0.18 where exits are drawn. With samples of a single number, whose gap can be as
+    small as any, gradients have heavy tails, and it ended at 0.16 to 0.23.
+    """
     torch.manual_seed(0)
     student, fake = Velocity(), Velocity()
     optimizers = [torch.optim.Adam(student.parameters(), 1e-3), torch.optim.Adam(fake.parameters(), 4e-3)]
     rng = torch.Generator().manual_seed(1)
-    size, iterations = 1024, 3000
+    size, iterations = 1024 // NUMBERS, 3000
     decay = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) for optimizer in optimizers]
 
-    def rollout(exit_step, count):
-        noise = torch.randn(len(steps), count, 1, 1, 1, 1, generator=rng)
+    def rollout(exit_step, count, rng=rng):
+        noise = torch.randn(len(steps), count, 1, 1, 1, NUMBERS, generator=rng)
         (x,) = roll_out(
             lambda x, t, start, cache: student(x, torch.tensor(t / 1000)), None, noise.__getitem__, steps, [1],
             [exit_step],
@@ -182,14 +193,15 @@ def test_training_on_an_ideal_teacher_converges_to_its_distribution(steps, last_
         return x
 
     def distance():
+        count = 20_000
         with torch.no_grad():
-            made = rollout(len(steps) - 1, 20_000).flatten().sort().values
-        truth = noisy(MEANS, DEVIATIONS, WEIGHTS, torch.tensor(0.0)).sample((20_000,)).sort().values
-        return (made - truth).abs().mean().item()
+            found = rollout(len(steps) - 1, count // NUMBERS, torch.Generator().manual_seed(2)).flatten()
+        truth = noisy(MEANS, DEVIATIONS, WEIGHTS, torch.tensor(0.0)).sample((count,))
+        return (found.sort().values - truth.sort().values).abs().mean().item()
 
     def draw_noise(low, high):
         t = score_timesteps(torch.rand(size, generator=rng), low, high, 1.0, 0.02, 0.98)
-        return t, torch.randn(size, 1, 1, 1, 1, generator=rng)
+        return t, torch.randn(size, 1, 1, 1, NUMBERS, generator=rng)
 
     before = distance()
     for iteration in range(iterations):

@@ -124,7 +124,6 @@ def dmd_in_float64(folder, args, embeds, negative):
     return losses, student.state_dict(), fake.state_dict()
 
 
-@pytest.mark.slow
 def test_training_steps_equal_the_algorithm_restated_in_float64(run, parse, wan_teacher, watch):
     flags = f"{FULL} --max_train_steps 3 --adam_epsilon 1e-3 --fake_score_eps 1e-3 --validation_negative_prompt bad"
     args, *_ = parse(flags)
@@ -159,7 +158,15 @@ def gradients_seen(monkeypatch) -> dict[str, list[torch.Tensor]]:
     return seen
 
 
-@pytest.mark.parametrize("flags", [LORA, FULL, CAUSAL, f"{LORA} --gradient_checkpointing --lora_dropout 0.1"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        LORA,
+        FULL,
+        pytest.param(CAUSAL, marks=pytest.mark.slow),
+        pytest.param(f"{LORA} --gradient_checkpointing --lora_dropout 0.1", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("silent", ["dmd_loss", "fake_score_loss"])
 def test_neither_loss_reaches_the_other_network(flags, silent, run, monkeypatch):
     seen = gradients_seen(monkeypatch)
@@ -172,6 +179,7 @@ def test_neither_loss_reaches_the_other_network(flags, silent, run, monkeypatch)
     assert not any(g.any() for g in gone) and any(g.any() for g in there)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [LORA, CAUSAL, f"{LORA} --mixed_precision bf16"])
 def test_the_teacher_is_the_base_bit_for_bit_at_any_time(flags, run, parse, monkeypatch):
     args, *_ = parse(flags)
@@ -195,6 +203,7 @@ def test_the_teacher_is_the_base_bit_for_bit_at_any_time(flags, run, parse, monk
     assert calls["teacher"] == 4 and calls["adapted"] >= 8 and calls["other"] >= 5  # adapters start at zero
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [LORA, CAUSAL])
 def test_checkpointing_changes_no_gradient(flags, run, monkeypatch):
     """With two adapters on one base, each computed again under its own."""
@@ -275,6 +284,7 @@ BASES = {}  # weights by flags: many settings change the same run
 BLOCKS = "--num_frame_per_block 1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, base, changed",
     [
@@ -500,6 +510,7 @@ def latents_generated(flags: str, run, monkeypatch) -> list[torch.Tensor]:
     return seen
 
 
+@pytest.mark.slow
 def test_clips_follow_from_the_validation_seed(run, monkeypatch):
     first = latents_generated("--validation_seed 5", run, monkeypatch)
     other = latents_generated("--validation_seed 6", run, monkeypatch)
@@ -520,6 +531,7 @@ def test_the_shift_is_of_the_teacher_s_sampler(parse):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_average_counts_the_student_s_updates_alone(run):
     """Six steps of which three are the student's, an average of every second of these, with the decay of two."""
     flags = f"{LORA} --use_ema --ema_decay 0.9 --generator_update_interval 2"
@@ -587,6 +599,7 @@ def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, monk
     assert after < 0.5 * min(before, far)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -622,7 +635,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
         run(f"{LORA} --max_train_steps 8 --checkpointing_steps 2", "bad")
 
 
-@pytest.mark.slow
 def test_embeddings_come_from_the_cache_the_second_time(run, monkeypatch, tmp_path):
     caches = f"--cache_dir_text {tmp_path / 'text'}"
     run(f"{LORA} {caches}")
@@ -836,7 +848,7 @@ def test_stores_are_named_by_what_shaped_them(wan_teacher, clips, tmp_path):
     [
         f"{LORA} --max_sequence_length 24",
         f"{FULL} --use_ema",
-        f"{FULL} --export_pipeline",
+        pytest.param(f"{FULL} --export_pipeline", marks=pytest.mark.slow),
         f"{LORA} --dmd_denoising_steps 1000,800,700,100",
     ],
 )
@@ -883,7 +895,6 @@ def test_the_card_s_lines_sample_in_the_stock_pipeline_what_the_student_makes(
     assert ours.std() > 0.1
 
 
-@pytest.mark.slow
 def test_the_card_s_lines_of_a_causal_student_stream_what_it_makes(run, parse, tmp_path, watch):
     loads, exports = watch(script, "load_networks"), watch(script, "export")
     run(f"{CAUSAL} --max_train_steps 3 --context_noise 50", "causal")
@@ -913,7 +924,6 @@ def test_the_card_s_lines_of_a_causal_student_stream_what_it_makes(run, parse, t
     assert ours.std() > 0.1
 
 
-@pytest.mark.slow
 def test_the_file_for_comfyui_is_the_same_adapter(run, tmp_path, wan_teacher):
     """By diffusers' own reader of that layout."""
     run(f"{LORA} --lora_alpha 2 --export_formats diffusers,comfyui", "comfy")

@@ -216,6 +216,28 @@ def test_what_a_rollout_keeps_grows_as_the_clip_does(checkpointing):
     assert first > 4 * piece and abs(second - first) < 0.02 * first
 
 
+@pytest.mark.parametrize("blocks", [[6], [1, 5], [2, 2, 2]])
+def test_one_forward_of_a_clip_has_the_caches_of_its_blocks_one_by_one(blocks):
+    x, t, text = inputs()
+    network = tiny_wan()
+    causal = BlockCausal(network)
+
+    def velocity(x, t):
+        return call(network, x, torch.full((len(x),), t), text)
+
+    caches, (_, remember) = causal.caches_before(velocity, x, 50.0, blocks), causal.calls(velocity)
+    assert len(caches) == len(blocks) and caches[0] is None
+    longer, start = None, 0
+    for length, cache in zip(blocks, [*caches[1:], None], strict=True):
+        longer = remember(x[:, :, start : start + length], 50.0, start, longer)
+        start += length
+        if cache is not None:
+            for layer, (k, v) in enumerate(cache[0]):
+                for found, place in ((k, 0), (v, 1)):
+                    wanted = torch.cat([piece[layer][place] for piece in longer], 1)
+                    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
 def test_one_block_is_the_bidirectional_student():
     network, stock = tiny_wan(), tiny_wan()
     (ours,) = clip(network, BlockCausal(network), blocks=(6,), exits=(0,))
