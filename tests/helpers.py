@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import threading
 import time
 from pathlib import Path
 
+import av
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -218,6 +221,74 @@ def toy_shards(folder: Path, shards: int = 4, samples: int = 8, height: int = 32
     return str(folder / f"{{00000..{shards - 1:05d}}}.tar")
 
 
+def grey_frame(i: int, height: int = 32, width: int = 48) -> np.ndarray:
+    """A grey of 12 i, with a white corner at the top left."""
+    pixels = np.full((height, width, 3), 12 * i, np.uint8)
+    pixels[: height // 2, : width // 2] = 255
+    return pixels
+
+
+VIDEO_KINDS = {
+    "mp4": ("mp4", "libx264", "yuv420p"),
+    "mov": ("mov", "mpeg4", "yuv420p"),
+    "webm": ("webm", "libvpx-vp9", "yuv420p"),
+    "vp8": ("webm", "libvpx", "yuv420p"),
+    "mkv": ("matroska", "ffv1", "bgr0"),
+    "avi": ("avi", "mpeg4", "yuv420p"),
+}
+
+
+def video_file(frames: list[np.ndarray], kind: str = "mkv", **settings) -> bytes:
+    container, codec, pixels = VIDEO_KINDS[kind]
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=8)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pixels
+        for name, value in settings.items():
+            setattr(stream.codec_context, name, value)
+        for pixels in frames:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        output.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def animation(frames: list[np.ndarray], kind: str) -> bytes:
+    file = io.BytesIO()
+    first, *rest = map(Image.fromarray, frames)
+    first.save(file, kind, save_all=True, append_images=rest, duration=125, lossless=True)
+    return file.getvalue()
+
+
+def clip_members(kind: str, count: int, **size) -> dict[str, bytes]:
+    """Members of a sample that is a clip of so many frames."""
+    frames = [grey_frame(i, **size) for i in range(count)]
+    if kind in ("gif", "webp"):
+        return {kind: animation(frames, kind)}
+    if kind in ("png", "jpg"):
+        names = [f"{i}.{kind}" for i in range(count)]  # 10 comes after 9
+        random.Random(0).shuffle(names)
+        order = [int(name.split(".")[0]) for name in names]
+        pictures = [encoded(Image.fromarray(frames[i]), {"jpg": "jpeg"}.get(kind, kind)) for i in order]
+        return dict(zip(names, pictures, strict=True))
+    return {VIDEO_KINDS[kind][0].replace("matroska", "mkv"): video_file(frames, kind)}
+
+
+def folder_of_clips(root: Path) -> Path:
+    """Three clips with captions: a file, one in a subfolder, and a folder of frames; a note and a hidden file."""
+    (root / "sub" / "walk.v1").mkdir(parents=True)
+    (root / "first.mp4").write_bytes(clip_members("mp4", 9)["mp4"])
+    (root / "first.txt").write_text("one caption\nanother caption\n")
+    (root / "sub" / "a_second.gif").write_bytes(clip_members("gif", 9, height=48, width=32)["gif"])
+    (root / "sub" / "a_second.txt").write_text("second")
+    for name, data in clip_members("png", 11).items():
+        (root / "sub" / "walk.v1" / name).write_bytes(data)
+    (root / "sub" / "walk.v1.txt").write_text("a walk")
+    (root / "notes.md").write_text("no clip")
+    (root / ".hidden.mp4").write_bytes(b"x")
+    return root
+
+
 def launch(script: str, *flags, processes: int = 1, fsdp=False, check: bool = True, wait: bool = True, **environment):
     """The script as a user starts it."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
@@ -277,3 +348,13 @@ class HookServer(http.server.ThreadingHTTPServer):
         self.received, self.delay, self.status = [], 0.0, 200
         self.url = f"http://127.0.0.1:{self.server_address[1]}/hook"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+
+def short_wan_run(teacher: Path, folder: Path, output: str = "out", prompts: tuple[str, ...] = ("a red ball",)):
+    """Flags of the shortest run of the Wan script, which is one step on three latent frames of 2x2 tokens."""
+    path = folder / "prompts.txt"
+    path.write_text("".join(f"{prompt}\n" for prompt in prompts))
+    flags = f"--pretrained_teacher_model {teacher} --train_prompts {path} --num_frames 9 --resolution 32"
+    flags += " --max_train_steps 1 --validation_steps 0 --checkpointing_steps 0 --report_to none --report_steps="
+    flags += " --disable_benchmark --lr_warmup_steps 0 --learning_rate 1e-2 --fake_score_lr 1e-2"
+    return [*flags.split(), "--output_dir", str(folder / output)]

@@ -19,13 +19,13 @@ from tests.toy.teacher_wan import TOY, load, sample, toy_prompts
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_no_arguments_are_the_recipe(kind):
-    args = script.parse_args(["--model_type", kind])
-    assert args.toy and args.notes[0].endswith(f"distilling the toy teacher by its recipe ({kind}).")
-    assert args.pretrained_teacher_model == str(TOY / "wan") and args.num_frames == video.FRAMES
-    assert args.datasets[0].sizes == ((video.SIDE, video.SIDE),)
-    assert script.blocks_of(args, 9) == [9] and args.steps == [1000.0, 757.0, 522.0]
-    assert script.parse_args([] if kind == "full" else ["--lora_rank", "8"]).model_type == kind
-    causal = script.parse_args(["--num_frame_per_block", "3", "--learning_rate", "0.5"])
+    args, data, method, notes = script.parse_args(["--model_type", kind])
+    assert args.pretrained_teacher_model is None and script.teacher_of(args) == str(TOY / "wan")
+    assert notes[0].endswith(f"distilling the toy teacher by its recipe ({kind}).")
+    assert args.num_frames == video.FRAMES and data.datasets[0].sizes == ((video.SIDE, video.SIDE),)
+    assert script.blocks_of(args, 9) == [9] and method.steps == [1000.0, 757.0, 522.0]
+    assert script.parse_args([] if kind == "full" else ["--lora_rank", "8"])[0].model_type == kind
+    causal, *_ = script.parse_args(["--num_frame_per_block", "3", "--learning_rate", "0.5"])
     assert script.blocks_of(causal, 9) == [3, 3, 3] and causal.learning_rate == 0.5
     assert causal.causal_init_steps > args.causal_init_steps > 0  # self-forcing has settings of its own
 
@@ -33,8 +33,8 @@ def test_no_arguments_are_the_recipe(kind):
 def test_clips_of_one_s_own_take_the_place_of_the_toy_s_prompts(tmp_path):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.mp4").write_bytes(b"not read yet")
-    args = script.parse_args(["--train_data_dir", str(tmp_path / "clips")])
-    assert args.train_prompts is None and args.datasets[0].sizes == ()
+    args, data, *_ = script.parse_args(["--train_data_dir", str(tmp_path / "clips")])
+    assert args.train_prompts is None and data.source == "--train_data_dir" and data.datasets[0].sizes == ()
 
 
 def test_the_prompts_are_all_of_this_world():
@@ -78,8 +78,11 @@ def test_the_untrained_transformer_s_heads_look_at_their_neighbours(monkeypatch)
     assert seen[0][:4, token].tolist() == [token - 4, token + 4, token + 2, token + 1]
 
 
+@pytest.mark.slow
 def test_the_teacher_follows_prompts_and_needs_its_steps():
     pipeline, prompts = load(TOY / "wan"), toy_prompts(32)
-    scale = script.parse_args([]).validation_guidance
-    many, few = (video.adherence(sample(pipeline, prompts, steps, scale, 0), prompts) for steps in (50, 3))
+    _, _, method, _ = script.parse_args([])
+    many, few = (
+        video.adherence(sample(pipeline, prompts, steps, method.teacher_guidance, 0), prompts) for steps in (50, 3)
+    )
     assert many >= 0.9 and few < many - 0.2  # of 32; the README's table is exact

@@ -12,7 +12,14 @@ def draw(seed: int, clips: list[video.Clip], **size) -> np.ndarray:
     return np.stack([video.draw_clip(clip, rng, **size) for clip in clips])
 
 
-@pytest.mark.parametrize("size", [{}, {"frames": 49, "height": 48, "width": 64}, {"frames": 17}])
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"frames": 49, "height": 48, "width": 64}, marks=pytest.mark.slow),
+        {"frames": 17},
+    ],
+)
 def test_the_oracle_reads_what_was_drawn(size):
     clips = video.all_clips()
     assert len(clips) == 224
@@ -30,6 +37,7 @@ def test_the_oracle_sees_every_attribute():
             assert video.follows(frames, f"a red square {other}") == (other == motion)
 
 
+@pytest.mark.slow
 def test_motion_is_read_from_frames():
     """Backwards in time, left is right, growing is shrinking, and standing still is standing still."""
     opposite = {"moving left": "moving right", "moving up": "moving down", "growing": "shrinking"}
@@ -68,6 +76,7 @@ def test_one_caption_has_many_clips():
     assert starts.std(0).min() > 0.3  # pixels: places differ by up to a 25th of the picture
 
 
+@pytest.mark.slow
 def test_distance_sees_pictures_and_motion():
     """Other clips of the same captions are near; dull, ghostly, frozen and slow ones, and those of few, are farther."""
     rng = np.random.default_rng(7)

@@ -12,7 +12,9 @@ from tests.toy.make import draw
 from tests.toy.report import report
 
 
-@pytest.mark.parametrize("size", [(64, 64), (48, 80), (80, 48)])
+@pytest.mark.parametrize(
+    "size", [(64, 64), *(pytest.param(size, marks=pytest.mark.slow) for size in ((48, 80), (80, 48)))]
+)
 def test_the_oracle_reads_what_was_drawn(size):
     images, captions = draw(3, 400, *size)
     assert world.adherence(images, captions) >= 0.995
@@ -55,6 +57,7 @@ def test_frechet_distance_of_gaussians():
     assert world.frechet_distance(a, a) == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_distance_sees_what_too_few_steps_look_like():
     """Other pictures of the same prompts are near; blurred ones are farther, dull ones much farther."""
     images, captions = draw(4, 300)

@@ -1,22 +1,12 @@
-"""DMD's mathematics: against distributions whose scores are known, and against the other form of the same gradient."""
+"""DMD's losses in common/losses.py: against distributions whose scores are known, and against DMD's own form."""
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 from common.draws import draw_exits, score_range, score_timesteps
 from common.losses import dmd_gradient, dmd_loss, fake_score_loss
-from common.solvers import (
-    denoising_steps,
-    flow_grid,
-    flow_trajectory,
-    renoise,
-    shift_time,
-    stock_scheduler,
-    unshift_time,
-)
-from common.wan.causal import roll_out
+from common.solvers import renoise, roll_out
 
 MEANS, DEVIATIONS = torch.tensor([-1.5, 0.2, 1.4]).double(), torch.tensor([0.3, 0.2, 0.4]).double()
 WEIGHTS = torch.tensor([0.5, 0.2, 0.3]).double()
@@ -127,147 +117,17 @@ def test_the_fake_score_of_least_loss_is_the_ideal_velocity():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Timesteps
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text, shift, expected",
-    [
-        ("1000,757,522", 1.0, [1000, 757, 522]),
-        ("1000,500", 7.0, [1000, 500]),
-        ("4", 5.0, [1000, 937.5, 833.333333, 625]),
-        ("2", 1.0, [1000, 500]),
-        ("1000", 1.0, [1000]),
-    ],
-)
-def test_steps_are_listed_or_counted(text, shift, expected):
-    assert denoising_steps(text, shift) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("text", ["757,522", "1000,522,757", "1000,1000", "1000,0", "2.5", "0", "1000,x", ""])
-def test_steps_that_are_none_are_refused(text):
-    with pytest.raises(ValueError):
-        denoising_steps(text, 5.0)
-
-
-def test_the_shift_is_flow_matching_s_own():
-    u = torch.linspace(0.001, 1, 1000)
-    stock = FlowMatchEulerDiscreteScheduler(shift=5.0).sigmas.flip(0)
-    torch.testing.assert_close(shift_time(u, 5.0), stock, rtol=1e-5, atol=0)
-    torch.testing.assert_close(unshift_time(stock, 5.0), u, rtol=1e-4, atol=1e-6)
-
-
-def test_score_timesteps_cover_the_window_by_their_shift():
-    u = (torch.arange(100_000) + 0.5) / 100_000
-    plain = score_timesteps(u, 0.0, 1000.0, 1.0, 0.02, 0.98)
-    assert plain.min() == 20 and plain.max() == 980
-    torch.testing.assert_close(plain.mean(), torch.tensor(500.0), atol=1.0, rtol=0)
-    shifted = score_timesteps(u, 0.0, 1000.0, 5.0, 0.02, 0.98)
-    torch.testing.assert_close(shifted.median(), torch.tensor(5000 / 6), atol=1.0, rtol=0)  # of u = 1/2
-    for shift in (1.0, 7.0):  # bounds are timesteps, whatever the shift
-        bounded = score_timesteps(u, 522.0, 757.0, shift, 0.02, 0.98)
-        assert 522 <= bounded.min() < 523 and 756 < bounded.max() <= 757.001
-
-
-def test_the_range_of_score_timesteps_follows_the_exit():
-    steps = [1000.0, 757.0, 522.0]
-    assert score_range([1], steps, False, False, 0.0) == (0.0, 1000.0)
-    assert score_range([1], steps, False, False, 300.0) == (300.0, 1000.0)
-    assert score_range([1], steps, True, False, 300.0) == (522.0, 1000.0)
-    assert score_range([1], steps, True, True, 0.0) == (522.0, 757.0)
-    assert score_range([2], steps, True, True, 0.0) == (0.0, 522.0)
-    assert score_range([0, 1, 0], steps, True, True, 0.0) == (522.0, 1000.0)  # around all blocks' ranges
-
-
-def test_exits_follow_from_seed_and_iteration():
-    drawn = [draw_exits(7, i, 3, 5, False, False) for i in range(2000)]
-    assert drawn == [draw_exits(7, i, 3, 5, False, False) for i in range(2000)]
-    assert drawn != [draw_exits(8, i, 3, 5, False, False) for i in range(2000)]
-    shares = torch.tensor(drawn).flatten().bincount() / 10_000
-    torch.testing.assert_close(shares, torch.full((3,), 1 / 3), atol=0.02, rtol=0)
-    assert any(len(set(exits)) > 1 for exits in drawn)
-    same = [draw_exits(7, i, 3, 5, True, False) for i in range(300)]
-    assert all(len(set(exits)) == 1 for exits in same) and {exits[0] for exits in same} == {0, 1, 2}
-    assert draw_exits(7, 0, 3, 5, False, True) == [2] * 5
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def bent(x, t):
-    """A velocity that is no straight line to any x0."""
-    return torch.sin(3 * x) + t / 1000
-
-
-@pytest.mark.parametrize("text, stock", [
-    ("1000", True), ("1000,500", True), ("1000,757,522", True), ("1000,666,333", True), ("4", True),
-    ("1000,800,700,100", False),
-])  # fmt: skip
-def test_the_stock_scheduler_takes_the_rollout_s_steps(text, stock, tmp_path):
-    steps = denoising_steps(text, 5.0)
-    scheduler = stock_scheduler(steps)
-    assert (scheduler is not None) == stock
-    if not stock:
-        return
-    scheduler.save_pretrained(tmp_path)
-    scheduler = FlowMatchLCMScheduler.from_pretrained(tmp_path)
-    scheduler.set_timesteps(len(steps))
-    torch.testing.assert_close(scheduler.timesteps, torch.tensor(steps), atol=2e-4, rtol=0)
-    torch.manual_seed(0)
-    noise = torch.randn(len(steps), 2, 4, 3, 2, 2)
-    (ours,) = roll_out(
-        lambda x, t, start, cache: bent(x, t), None, noise.__getitem__, steps, [3], [len(steps) - 1]
-    )  # fmt: skip
-    torch.manual_seed(0)
-    x = torch.randn(len(steps), 2, 4, 3, 2, 2)[0]
-    torch.manual_seed(0)
-    draws = iter([*torch.randn(len(steps), 2, 4, 3, 2, 2)[1:], torch.zeros(2, 4, 3, 2, 2)])
-    from diffusers.schedulers import scheduling_flow_match_lcm as module
-
-    original, module.randn_tensor = module.randn_tensor, lambda *args, **kwargs: next(draws)
-    try:
-        for t in scheduler.timesteps:
-            x = scheduler.step(bent(x, t), t, x, return_dict=False)[0]
-    finally:
-        module.randn_tensor = original
-    torch.testing.assert_close(ours, x, atol=1e-5, rtol=0)
-
-
-def test_the_flow_s_trajectory_is_nearer_to_the_flow_than_three_times_as_many_steps_of_euler():
-    steps = [1000.0, 757.0, 522.0]
-    noise = torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-
-    def euler(count: int):
-        """What diffusers' solver passes at each of the steps, and where it ends."""
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-        scheduler.set_timesteps(sigmas=[t / 1000 for t in flow_grid(steps, count, 3.0)[:-1]])
-        x, seen = noise, {}
-        for t in scheduler.timesteps:
-            seen[round(t.item(), 2)] = x
-            x = scheduler.step(bent(x, t), t, x, return_dict=False)[0]
-        return torch.stack([*(seen[t] for t in steps), x])
-
-    grid = flow_grid(steps, 16, 3.0)
-    assert {*steps, 0.0} < set(grid) and len(grid) == 19
-    kept, end = flow_trajectory(bent, noise, grid, steps)
-    flow = euler(2000)
-    ours, theirs = ((found - flow).abs().flatten(1).amax(1) for found in (torch.stack([*kept, end]), euler(50)))
-    print(f"errors {ours.tolist()}, of 50 steps of Euler {theirs.tolist()}")
-    assert ours[0] == theirs[0] == 0
-    assert (ours[1:] < theirs[1:]).all()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Training on an ideal teacher
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+NUMBERS = 16  # of a sample, independent: the gap that divides a sample's gradient is a mean over them
+
+
 def mixture_velocity(x, sigma):
-    """The ideal teacher's, by hand: x [B, 1, 1, 1, 1], sigma [B]."""
-    means, deviations, keep = MEANS.float(), DEVIATIONS.float(), 1 - sigma[:, None]
+    """The ideal teacher's, by hand: x [B, 1, 1, 1, NUMBERS], sigma [B]."""
+    means, deviations, sigma = MEANS.float(), DEVIATIONS.float(), sigma.repeat_interleave(NUMBERS)
+    keep = 1 - sigma[:, None]
     variance = keep**2 * deviations**2 + sigma[:, None] ** 2
     offset = x.flatten()[:, None] - keep * means
     share = (WEIGHTS.float().log() - 0.5 * variance.log() - offset**2 / (2 * variance)).softmax(1)
@@ -288,17 +148,20 @@ class Velocity(torch.nn.Module):
 
     def forward(self, x, sigma):
         points, sigma = x.flatten(), sigma.expand(len(x))
-        inputs = [points, sigma] + [f(k * points) for k in (1.0, 2.0, 4.0) for f in (torch.sin, torch.cos)]
+        inputs = [points, sigma.repeat_interleave(NUMBERS)]
+        inputs += [f(k * points) for k in (1.0, 2.0, 4.0) for f in (torch.sin, torch.cos)]
         return mixture_velocity(x, sigma) + self.layers(torch.stack(inputs, 1)).reshape(x.shape)
 
 
 def test_the_ideal_teacher_is_the_score_s():
-    x, sigma = torch.linspace(-3, 3, 50), torch.tensor(0.4)
-    expected = ideal_velocity(noisy(MEANS, DEVIATIONS, WEIGHTS, sigma.double()), x.double(), sigma.double())
-    ours = mixture_velocity(x.reshape(-1, 1, 1, 1, 1), sigma.expand(50)).flatten()
-    torch.testing.assert_close(ours, expected.float(), atol=1e-5, rtol=1e-5)
+    x, sigma = torch.linspace(-3, 3, 3 * NUMBERS), torch.tensor([0.4, 0.1, 0.9]).double()
+    by_sample = zip(x.double().chunk(3), sigma, strict=True)
+    expected = [ideal_velocity(noisy(MEANS, DEVIATIONS, WEIGHTS, each), points, each) for points, each in by_sample]
+    ours = mixture_velocity(x.reshape(3, 1, 1, 1, NUMBERS), sigma.float()).flatten()
+    torch.testing.assert_close(ours, torch.cat(expected).float(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps, last_only, start, end",
     [
@@ -309,16 +172,20 @@ def test_the_ideal_teacher_is_the_score_s():
     ],
 )
 def test_training_on_an_ideal_teacher_converges_to_its_distribution(steps, last_only, start, end):
-    """Wasserstein distance of the student's samples from the teacher's data: above `start` untrained, below `end`."""
+    """Wasserstein distance of the student's samples from the teacher's data: above `start` untrained, below `end`.
+
+    Of five seeds it ends at 0.16 to 0.18 where exits are drawn. With samples of a single number, whose gap can be as
+    small as any, gradients have heavy tails, and it ended at 0.16 to 0.23.
+    """
     torch.manual_seed(0)
     student, fake = Velocity(), Velocity()
     optimizers = [torch.optim.Adam(student.parameters(), 1e-3), torch.optim.Adam(fake.parameters(), 4e-3)]
     rng = torch.Generator().manual_seed(1)
-    size, iterations = 1024, 3000
+    size, iterations = 1024 // NUMBERS, 3000
     decay = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) for optimizer in optimizers]
 
-    def rollout(exit_step, count):
-        noise = torch.randn(len(steps), count, 1, 1, 1, 1, generator=rng)
+    def rollout(exit_step, count, rng=rng):
+        noise = torch.randn(len(steps), count, 1, 1, 1, NUMBERS, generator=rng)
         (x,) = roll_out(
             lambda x, t, start, cache: student(x, torch.tensor(t / 1000)), None, noise.__getitem__, steps, [1],
             [exit_step],
@@ -326,14 +193,15 @@ def test_training_on_an_ideal_teacher_converges_to_its_distribution(steps, last_
         return x
 
     def distance():
+        count = 20_000
         with torch.no_grad():
-            made = rollout(len(steps) - 1, 20_000).flatten().sort().values
-        truth = noisy(MEANS, DEVIATIONS, WEIGHTS, torch.tensor(0.0)).sample((20_000,)).sort().values
-        return (made - truth).abs().mean().item()
+            found = rollout(len(steps) - 1, count // NUMBERS, torch.Generator().manual_seed(2)).flatten()
+        truth = noisy(MEANS, DEVIATIONS, WEIGHTS, torch.tensor(0.0)).sample((count,))
+        return (found.sort().values - truth.sort().values).abs().mean().item()
 
     def draw_noise(low, high):
         t = score_timesteps(torch.rand(size, generator=rng), low, high, 1.0, 0.02, 0.98)
-        return t, torch.randn(size, 1, 1, 1, 1, generator=rng)
+        return t, torch.randn(size, 1, 1, 1, NUMBERS, generator=rng)
 
     before = distance()
     for iteration in range(iterations):

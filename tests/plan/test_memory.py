@@ -1,5 +1,6 @@
 """The memory plan: counted on the real configs, measured against what PyTorch's own profiler sees, and its advice."""
 
+import functools
 import json
 import shutil
 from argparse import Namespace
@@ -7,18 +8,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
+from transformers import UMT5Config, UMT5EncoderModel
 
 import train_dmd_distill_wan as script
+from common.networks import quantize
 from common.optim import Lion
 from common.plan.memory import (
     GB,
     RESERVE,
     Meter,
+    PlannedModel,
     Setup,
     account,
     activations,
@@ -31,12 +34,10 @@ from common.plan.memory import (
     plan_of,
     remedies,
     report,
-    setup_of,
     state_bytes,
     trained_parameters,
 )
-from tests.helpers import launch, tiny_wan_pipeline
-from tests.test_method import one_process  # noqa: F401
+from tests.helpers import short_wan_run
 
 WAN = {
     "patch_size": [1, 2, 2], "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16,
@@ -48,11 +49,27 @@ SMALL_UMT5 = {"vocab_size": 100, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_laye
 VAE = {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 
 
-def setup(transformer=WAN, **changes) -> Setup:
+TARGETS = tuple(script.LORA_TARGETS.split(","))
+
+
+@functools.cache  # of equal models the same one: measurements are kept by model
+def model_of(transformer: str, text_encoder: str) -> PlannedModel:
+    config, text_config = json.loads(transformer), json.loads(text_encoder)
+    return PlannedModel(
+        transformer=lambda blocks: WanTransformer3DModel.from_config(config | {"num_layers": blocks}),
+        vae=lambda: AutoencoderKLWan.from_config(VAE), text_encoder=lambda: UMT5EncoderModel(UMT5Config(**text_config)),
+        predict=lambda network, x, t, text: network(x, t, text).sample, blocks=config["num_layers"],
+        block="WanTransformerBlock", channels=config["in_channels"], patch=tuple(config["patch_size"]),
+        text_width=config["text_dim"], heads=config["num_attention_heads"],
+        width=config["num_attention_heads"] * config["attention_head_dim"],
+    )  # fmt: skip
+
+
+def setup(transformer=WAN, text_encoder=SMALL_UMT5, **changes) -> Setup:
     """81 frames of 832x480."""
-    sizes = {"batch": 1, "frames": 21, "height": 60, "width": 104, "validation": (1, 8, 8)}
-    configs = {"transformer": json.dumps(transformer), "vae": json.dumps(VAE), "text_encoder": json.dumps(SMALL_UMT5)}
-    return Setup(**configs | sizes | changes)
+    model = model_of(json.dumps(transformer), json.dumps(text_encoder))
+    sizes = {"batch": 1, "frames": 21, "height": 60, "width": 104, "validation": (1, 8, 8), "lora_targets": TARGETS}
+    return Setup(model, **sizes | changes)
 
 
 def tiny(transformer=TINY, **changes) -> Setup:
@@ -66,7 +83,7 @@ def tiny(transformer=TINY, **changes) -> Setup:
 
 def test_sizes_of_the_real_model():
     """1.42 billion weights, 2.8 GB in bf16; an adapter of rank 128 with all its state 2.8 GB."""
-    network = counted(json.dumps(WAN), 128, setup().lora_targets)
+    network = counted(setup().model, 128, TARGETS)
     base = sum(p.numel() for name, p in network.named_parameters() if "lora_" not in name)
     assert base == 1_418_996_800
     assert frozen_bytes(network, torch.bfloat16, "no_change") == pytest.approx(2.84 * GB, rel=0.01)
@@ -78,9 +95,9 @@ def test_sizes_of_the_real_model():
 
 
 def test_the_text_encoder_is_eleven_gigabytes():
-    phase = account(tiny(text_encoder=json.dumps(UMT5)))["filling the caches"]
+    phase = account(tiny(text_encoder=UMT5))["filling the caches"]
     assert phase["text encoder"] == pytest.approx(11.36 * GB, rel=0.01)
-    quantised = account(tiny(text_encoder=json.dumps(UMT5), text_precision="int8-torchao"))
+    quantised = account(tiny(text_encoder=UMT5, text_precision="int8-torchao"))
     assert quantised["filling the caches"]["text encoder"] == pytest.approx((11.36 + 2.1) / 2 * GB, rel=0.01)
 
 
@@ -93,13 +110,11 @@ def stored_bytes(p) -> int:
 @pytest.mark.parametrize("precision", ["no_change", "int8-torchao"])
 def test_frozen_bytes_are_those_of_a_loaded_network(tmp_path, precision):
     """What diffusers loads in bf16, with some of it kept in fp32, and what torchao makes of that."""
-    from common.networks import quantize
-
     WanTransformer3DModel.from_config(TINY).save_pretrained(tmp_path)
     network = WanTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     quantize(network, precision, "cpu")
     total = sum(map(stored_bytes, network.parameters()))
-    assert frozen_bytes(counted(json.dumps(TINY)), torch.bfloat16, precision) == total
+    assert frozen_bytes(counted(tiny().model), torch.bfloat16, precision) == total
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion"])
@@ -193,7 +208,7 @@ def test_one_block_of_the_real_model_computed_again():
 def test_each_further_block_keeps_the_same(checkpointing):
     """Two and three blocks say what five keep."""
     run = tiny(TINY | {"num_layers": 5}, checkpointing=checkpointing)
-    network = build(run.transformer, run.rank, run.lora_targets)
+    network = build(run.model, run.rank, run.lora_targets)
     if checkpointing:
         network.enable_gradient_checkpointing()
     with FakeTensorMode():
@@ -215,7 +230,7 @@ def test_each_further_block_keeps_the_same(checkpointing):
 def test_a_lora_of_the_real_model_fits_into_twenty_gigabytes():
     run = setup(checkpointing=True, caches="full")
     assert 14 * GB < sum(account(run)["training"].values()) < 20 * GB
-    assert "fits into 24 GB" in report(run, 24 * GB)
+    assert "fits into 24 GB" in report(run, 81, 24 * GB)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +257,7 @@ def test_what_makes_a_run_smaller(changes, smaller):
 
 def test_a_full_student_has_three_networks():
     parts = account(tiny(model_type="full"))["training"]
-    count = sum(p.numel() for p in counted(json.dumps(TINY)).parameters())
+    count = sum(p.numel() for p in counted(tiny().model).parameters())
     assert parts["fake score, likewise"] == 4 * count and parts["student's adamw state"] == 8 * count
     kept_for_two_passes = account(tiny(model_type="full", accumulation=2))["training"]
     name = "gradients, beyond what has gone when they come"
@@ -251,7 +266,7 @@ def test_a_full_student_has_three_networks():
 
 def test_a_causal_student_keeps_keys_and_values():
     """Blocks of 1, 1 and 2 frames of 16 tokens: those of 1 and 1 frame, of 48 channels in 3 layers, bf16."""
-    parts = account(tiny(frames=4, blocks=(1, 1, 2)))["training"]
+    parts = account(tiny(frames=4, block_lengths=(1, 1, 2)))["training"]
     assert parts["keys and values of earlier blocks"] == 3 * 2 * (1 + 1) * 16 * 48 * 2
     assert "keys and values of earlier blocks" not in account(tiny())["training"]
 
@@ -268,7 +283,7 @@ def test_encoders_stay_where_no_cache_is_filled_before_training():
         assert phases["training"]["VAE, after a validation"] == phases["validation"]["VAE"] > 0
 
 
-def test_validation_draws_as_many_clips_at_once_as_are_trained():
+def test_validation_generates_as_many_clips_at_once_as_are_trained():
     name = "its decoding, or a forward"
     one, three = (account(tiny(batch=batch))["validation"][name] for batch in (1, 3))
     assert three == pytest.approx(3 * one, rel=0.1)
@@ -277,121 +292,18 @@ def test_validation_draws_as_many_clips_at_once_as_are_trained():
 def test_advice_fits_and_says_what_it_saves():
     run = tiny(batch=4, ema="gpu", frames=5, height=32, width=32, caches="full")
     room = most(run) + RESERVE
-    assert remedies(run, room) == [] and "fits into" in report(run, room)
+    assert remedies(run, room) == [] and "fits into" in report(run, 17, room)
     room = 0.7 * most(run) + RESERVE
     steps = remedies(run, room)
     assert steps[0][0] == "--gradient_checkpointing" and steps[-1][1] + RESERVE <= room
     sizes = [most(run), *(size for _, size in steps)]
     assert sizes == sorted(sizes, reverse=True)
-    text = report(run, room)
+    text = report(run, 17, room)
     assert "does not fit" in text and "--gradient_checkpointing" in text and "and still not" not in text
-    assert "and still not" in report(run, 1.0)
+    assert "and still not" in report(run, 17, 1.0)
     run = replace(run, caches="fill")  # 8 bits of a text encoder that is small here save nothing
     sizes = [most(run), *(size for _, size in remedies(run, 1.0))]
     assert all(later < earlier for earlier, later in zip(sizes, sizes[1:], strict=False))
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return tiny_wan_pipeline(tmp_path_factory.mktemp("wan"))
-
-
-@pytest.fixture
-def parse(teacher, tmp_path):
-    """`parse(flags)`: the script's arguments, for clips of 9 frames of 64x64."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red ball\n")
-
-    def parsed(flags: str):
-        usual = f"--pretrained_teacher_model {teacher} --train_prompts {prompts} --resolution 64 --num_frames 9"
-        usual += " --validation_num_video_frames 9"
-        return script.parse_args(f"{usual} --output_dir {tmp_path / 'out'} {flags}".split())
-
-    return parsed
-
-
-def test_a_plan_of_a_teacher_in_a_folder(tmp_path, parse):
-    """From the configs alone: there are no weights to load."""
-    folder = tiny_wan_pipeline(tmp_path / "configs")
-    for path in folder.rglob("*.safetensors"):
-        path.unlink()
-    usual = f"--pretrained_teacher_model {folder} --resolution_type pixel_area --validation_resolution 128x32"
-    args = parse(f"{usual} --num_frames 17 --train_batch_size 2 --lora_rank 4 --lora_target_modules to_q,to_k")
-    run = setup_of(args, torch.float32)
-    assert (run.batch, run.frames, run.height, run.width) == (2, 5, 4, 16)  # 64 x 64 in the shape of 4 to 1
-    assert run.validation == (3, 4, 16) and run.blocks == () and run.ema == "none"
-    text = report(run)
-    assert "2 x 17 frames of 16x4 latents: 2 x 80 tokens" in text
-    for row in ("teacher, base of all three, float32", "student, LoRA of rank 4", "filling the caches", "validation"):
-        assert row in text
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("--num_frames 17 --num_training_frames 3", {"frames": 3, "blocks": ()}),  # a bidirectional one rolls out less
-        ("--num_frames 17 --num_frame_per_block 1 --num_training_frames 3", {"frames": 3, "blocks": (1,) * 5}),
-        ("--use_ema", {"ema": "gpu"}),
-        ("--use_ema --ema_device cpu", {"ema": "cpu"}),
-        ("--vae_cache_ondemand", {"caches": "ondemand"}),
-        ("--context_parallel_degree 2", {"context_parallel": 2}),
-        ("--gradient_checkpointing --gradient_accumulation_steps 3", {"checkpointing": True, "accumulation": 3}),
-        ("--model_type full --optimizer lion", {"model_type": "full", "optimizer": "lion"}),
-        ("--base_model_precision int8-torchao", {"base_precision": "int8-torchao"}),
-        ("--text_encoder_1_precision int8-torchao", {"text_precision": "int8-torchao"}),
-    ],
-)
-def test_flags_reach_the_plan(flags, expected, parse):
-    plain, run = (vars(setup_of(parse(each), torch.float32)) for each in ("", flags))
-    assert {name: value for name, value in run.items() if value != plain[name]} | expected == expected
-    assert {name: run[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize(
-    "flags", ["--lora_rank 4", "--lora_rank 4 --base_model_precision int8-torchao", "--model_type full"]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_plan_s_weights_and_moments_are_those_that_the_script_makes(flags, dtype, parse):
-    """Each network's parameters, of the script's own loading, and its own optimizers after a step."""
-    args = parse(f"{flags} --adam_epsilon 1e-6")
-    networks, _ = script.load_networks(args, Accelerator(), dtype)
-    named = {id(p): (name, p) for network in networks.values() for name, p in network.named_parameters()}.values()
-    trained = {name: [p for p in networks[name].parameters() if p.requires_grad] for name in ("student", "fake_score")}
-    if args.model_type == "lora":  # two adapters on one network
-        trained = {name: [p for key, p in named if name in key.split(".")] for name in trained}
-    frozen = sum(stored_bytes(p) for _, p in named if not p.requires_grad)
-    parts = account(setup_of(args, dtype))["training"]
-    assert [size for name, size in parts.items() if name.startswith("teacher")] == [frozen]
-    for name, params in trained.items():
-        (planned,) = [size for row, size in parts.items() if row.startswith(name.replace("_", " ") + ",")]
-        assert planned == sum(map(stored_bytes, params)) > 0
-        device = torch.device("cpu")
-        make = script.make_optimizer if name == "student" else script.make_fake_score_optimizer
-        optimizer = make(args, params, *([1e-3] if name == "student" else []), device)
-        for p in params:
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-        moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
-        (planned,) = [size for row, size in parts.items() if row.startswith(name.replace("_", " ") + "'s adamw state")]
-        assert planned == sum(moment.nbytes for moment in moments)
-
-
-def test_a_plan_under_fsdp_splits_what_it_splits(parse, monkeypatch):
-    """Advice is of flags that go with it."""
-    args, four = (
-        parse("--model_type full --use_ema --plan 0.001"),
-        Namespace(num_processes=4, device=torch.device("cpu")),
-    )
-    whole = plan_of(args, four, torch.float32)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    split = plan_of(args, four, torch.float32)
-    assert "two blocks that FSDP has gathered" in split and "two blocks" not in whole
-    assert "--ema_device cpu" in whole
-    assert "--ema_device cpu" not in split
-    run = setup_of(args, torch.float32)
-    parts, shares = (account(each)["training"] for each in (run, replace(run, shards=4)))
-    for name in ("fake score, likewise", "student's adamw state", "EMA of the student"):
-        assert shares[name] == parts[name] // 4 > 0
 
 
 def test_processes_share_what_has_heads_and_tokens_for_each():
@@ -400,15 +312,118 @@ def test_processes_share_what_has_heads_and_tokens_for_each():
     assert not can_share(setup(context_parallel=2), 2) and not can_share(setup(shards=2), 2)
 
 
-def test_a_user_asks_for_a_plan(teacher, tmp_path):
+# ---------------------------------------------------------------------------------------------------------------------
+# A run's own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parse(wan_teacher, tmp_path):
+    """`parse(flags)`: what the script's parser returns for clips of 9 frames of 64x64."""
+
+    def parsed(flags: str, teacher=wan_teacher):
+        usual = [*short_wan_run(teacher, tmp_path), "--resolution", "64", "--validation_num_video_frames", "9"]
+        return script.parse_args([*usual, "--validation_prompt", "ball", *flags.split()])
+
+    return parsed
+
+
+def setup_of(parsed, dtype=torch.float32) -> Setup:
+    args, data, method, _ = parsed
+    return script.planned_setup(args, data, method, dtype)
+
+
+@pytest.fixture
+def without_weights(wan_teacher, tmp_path):
+    return shutil.copytree(wan_teacher, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def test_a_plan_of_a_teacher_in_a_folder(parse, without_weights):
+    """From the configs alone: there are no weights to load."""
+    flags = "--resolution_type pixel_area --validation_resolution 128x32 --num_frames 17 --train_batch_size 2"
+    run = setup_of(parse(f"{flags} --lora_rank 4 --lora_target_modules to_q,to_k", without_weights))
+    assert (run.batch, run.frames, run.height, run.width) == (2, 5, 4, 16)  # 64 x 64 in the shape of 4 to 1
+    assert run.validation == (3, 4, 16) and run.block_lengths == () and run.ema == "none"
+    text = report(run, 17)
+    assert "2 x 17 frames of 16x4 latents: 2 x 80 tokens" in text
+    for row in ("teacher, base of all three, float32", "student, LoRA of rank 4", "filling the caches", "validation"):
+        assert row in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        # A bidirectional one rolls out less
+        ("--num_frames 17 --num_training_frames 3", {"frames": 3, "block_lengths": ()}),
+        ("--num_frames 17 --num_frame_per_block 1 --num_training_frames 3", {"frames": 3, "block_lengths": (1,) * 5}),
+        ("--use_ema", {"ema": "gpu"}),
+        ("--use_ema --ema_device cpu", {"ema": "cpu"}),
+        ("--vae_cache_ondemand", {"caches": "ondemand"}),
+        ("--context_parallel_degree 2", {"context_parallel": 2}),
+        ("--gradient_checkpointing --gradient_accumulation_steps 3", {"checkpointing": True, "accumulation": 3}),
+        ("--model_type full --optimizer lion", {"model_type": "full", "lora_rank": 0, "optimizer": "lion"}),
+        ("--base_model_precision int8-quanto", {"base_precision": "int8-torchao"}),
+        ("--text_encoder_1_precision int8-torchao", {"text_precision": "int8-torchao"}),
+        ("--max_sequence_length 24", {"text_length": 24}),
+    ],
+)
+def test_flags_reach_the_plan(flags, expected, parse):
+    plain, run = (vars(setup_of(parse(each))) for each in ("", flags))
+    changed = {name: value for name, value in run.items() if value != plain[name] and name != "model"}
+    assert changed | expected == expected
+    assert {name: run[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "flags", ["--lora_rank 4", "--lora_rank 4 --base_model_precision int8-torchao", "--model_type full"]
+)
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_plan_s_weights_and_moments_are_those_of_a_run(flags, precision, parse, watch):
+    """Each network's parameters and each optimizer's moments after a step of the script itself."""
+    parsed = parse(f"{flags} --mixed_precision {precision}")
+    loads, makes = watch(script, "load_networks"), watch(script, "make_optimizer")
+    script.main(*parsed)
+    networks = loads[0][1].by_role
+    named = {id(p): (name, p) for network in networks.values() for name, p in network.named_parameters()}.values()
+    trained = {name: [p for p in networks[name].parameters() if p.requires_grad] for name in ("student", "fake_score")}
+    if parsed[0].model_type == "lora":  # two adapters on one network
+        trained = {name: [p for key, p in named if name in key.split(".")] for name in trained}
+    frozen = sum(stored_bytes(p) for _, p in named if not p.requires_grad)
+    parts = account(setup_of(parsed, {"no": torch.float32, "bf16": torch.bfloat16}[precision]))["training"]
+    assert [size for name, size in parts.items() if name.startswith("teacher")] == [frozen]
+    for (name, params), (arguments, optimizer) in zip(trained.items(), makes, strict=True):
+        assert list(map(id, arguments[1])) == list(map(id, params))
+        (planned,) = [size for row, size in parts.items() if row.startswith(name.replace("_", " ") + ",")]
+        assert planned == sum(map(stored_bytes, params)) > 0
+        assert len(optimizer.state) == len(params)
+        moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+        (planned,) = [size for row, size in parts.items() if row.startswith(name.replace("_", " ") + "'s adamw state")]
+        assert planned == sum(moment.nbytes for moment in moments)
+
+
+def test_a_plan_under_fsdp_splits_what_it_splits(parse, monkeypatch):
+    """Advice is of flags that go with it."""
+    parsed = parse("--model_type full --use_ema --plan 0.001")
+    args, run, four = parsed[0], setup_of(parsed), Namespace(num_processes=4, device=torch.device("cpu"))
+    whole = plan_of(args, run, 9, four)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    split = plan_of(args, run, 9, four)
+    assert "two blocks that FSDP has gathered" in split and "two blocks" not in whole
+    assert "--ema_device cpu" in whole
+    assert "--ema_device cpu" not in split
+    parts, shares = (account(each)["training"] for each in (run, replace(run, shards=4)))
+    for name in ("fake score, likewise", "student's adamw state", "EMA of the student"):
+        assert shares[name] == parts[name] // 4 > 0
+
+
+def test_a_user_asks_for_a_plan(parse, without_weights, tmp_path, capsys, one_process):
     """And gets it where there are no weights to load. Nothing is left behind."""
-    folder = shutil.copytree(teacher, tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors"))
-    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
-    prompts.write_text("a red ball\n")
-    flags = ["--pretrained_teacher_model", folder, "--train_prompts", prompts, "--resolution", 64, "--num_frames", 33]
-    flags += ["--output_dir", out, "--train_batch_size", 4, "--lora_rank", 4]
-    told = launch("train_dmd_distill_wan.py", *flags, "--plan", 1.01).stdout
+    flags = "--num_frames 33 --validation_num_video_frames 33 --train_batch_size 4 --lora_rank 4"
+    script.main(*parse(f"{flags} --plan 1.01", without_weights))
+    told = capsys.readouterr().out
     assert "4 x 33 frames of 8x8 latents: 4 x 144 tokens" in told and "training" in told
-    assert "does not fit into 1 GB" in told and "--train_batch_size 1 " in told  # validation draws as many
-    assert "student's adamw state" in told and not out.exists()
-    assert "fit into" not in launch("train_dmd_distill_wan.py", *flags, "--plan").stdout  # there is no GPU here
+    assert "does not fit into 1 GB" in told and "--train_batch_size 1 " in told  # validation generates as many
+    assert "student's adamw state" in told and not (tmp_path / "out").exists()
+    one_process()
+    script.main(*parse(f"{flags} --plan", without_weights))
+    assert "fit into" not in capsys.readouterr().out  # there is no GPU here

@@ -16,6 +16,7 @@ def kinds(pictures, sizes):
     return ~cut & ~small, small, cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_views_are_what_their_size_ids_say(bucket):
     pictures, sizes, captions = draw_views(0, 400, *bucket)
@@ -45,6 +46,7 @@ def teacher():
     return load(TOY / "sdxl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", BUCKETS)
 def test_the_teacher_follows_prompts_at_the_recipe_s_largest_guidance(teacher, size):
     prompts = toy_prompts(16)
@@ -58,6 +60,7 @@ def height_of_things(images: np.ndarray) -> float:
     return float(np.mean([(rows[0] * each).sum() / each.sum() for each in differs if each.any()]))
 
 
+@pytest.mark.slow
 def test_the_teacher_hears_size_ids(teacher):
     prompts = toy_prompts(16)
     whole = sample(teacher, prompts, 15, 4.0, 0)
@@ -68,6 +71,7 @@ def test_the_teacher_hears_size_ids(teacher):
     assert world.adherence(cut, prompts) < world.adherence(whole, prompts) - 0.25
 
 
+@pytest.mark.slow
 def test_the_toy_s_clip_tells_a_caption_from_its_twin():
     """Twins differ in one attribute; 86% of 256 pairs that it has never seen."""
     score, count = ClipScore(str(TOY / "clip"), "cpu"), 128

@@ -1,72 +1,58 @@
 """The Wan script: a whole run in float64, whose gradient goes where, every setting's effect, resume and export."""
 
+import itertools
 import json
 import re
-import shutil
-from itertools import combinations
+from argparse import Namespace
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel
-from safetensors.torch import load_file
+from diffusers import FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel, WanVideoToVideoPipeline
+from safetensors import safe_open
+from safetensors.torch import load, load_file
 
 import train_dmd_distill_wan as script
+from common.cache import text_key
 from common.data.clips import ClipReader, open_clip_readers, save_clip
+from common.data.sources import read_part
 from common.draws import sample_generator, tied_noise
-from common.networks import active_adapter, adapter_layers
-from common.wan import encoders as wan
-from common.wan.causal import block_ends, first_tokens, roll_out
-from tests.helpers import ROOT, launch, tiny_wan_pipeline
-from tests.test_method import one_process  # noqa: F401
+from common.networks import active_adapter, adapter_layers, precision_name
+from common.solvers import roll_out
+from common.wan.causal import block_ends, first_tokens
+from tests.helpers import ROOT, folder_of_clips, short_wan_run
 
-# The shortest run: three latent frames of 2x2 tokens
-SHORT = (
-    "--num_frames 9 --resolution 32 --max_train_steps 1 --validation_steps 0 --checkpointing_steps 0 --report_to none"
-)
-SHORT += " --report_steps= --disable_benchmark --lr_warmup_steps 0 --learning_rate 1e-2 --fake_score_lr 1e-2"
 LORA, FULL, CAUSAL = "--lora_rank 4", "--model_type full", "--lora_rank 4 --num_frame_per_block 1"
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return tiny_wan_pipeline(tmp_path_factory.mktemp("wan"))
-
-
 @pytest.fixture
-def parse(teacher, tmp_path, monkeypatch):
-    """`parse(flags)`: arguments of a short run in this test's folder. Clips of validation are not drawn."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red ball\n")
-    monkeypatch.setattr(script, "validation_prompts", lambda args: ["a red ball"])
+def parse(wan_teacher, tmp_path):
+    """`parse(flags)`: what the script's parser returns for a short run in this test's folder."""
 
     def parsed(flags: str, output: str = "out"):
-        words = (
-            f"--pretrained_teacher_model {teacher} --train_prompts {prompts} {SHORT} --output_dir {tmp_path / output}"
-        )
-        return script.parse_args([*words.split(), *flags.split()])
+        usual = [*short_wan_run(wan_teacher, tmp_path, output), "--validation_prompt", "a red ball"]
+        return script.parse_args([*usual, *flags.split()])
 
     return parsed
 
 
 @pytest.fixture
-def run(parse, tmp_path, monkeypatch):
-    """`run(flags)`: the last checkpoint's weights by name, {student, fake_score, ema}."""
-
-    class Drawn:
-        def save(self, path):
-            path.write_bytes(b"")
-
-    monkeypatch.setattr(script, "below_each_other", lambda sheets: Drawn())
-    monkeypatch.setattr(script.Progress, "picture", lambda *args: None)
-    monkeypatch.setattr(script.wan, "decode_latents", lambda vae, latents: torch.zeros(len(latents), 3, 5, 16, 16))
+def run(parse, monkeypatch, one_process):
+    """`run(flags)`: the last checkpoint's weights by name, {student, fake_score, ema}. No clip is decoded."""
+    monkeypatch.setattr(script, "decode", lambda vae, latents: [np.zeros((5, 16, 16, 3), np.float32)] * len(latents))
     runs = iter(range(100))
 
     def ran(flags: str, output: str | None = None):
-        args = parse(flags, output or f"out{next(runs)}")
-        script.main(args)
-        (folder,) = sorted(script.Path(args.output_dir).glob(f"checkpoint-{args.max_train_steps}"))
+        parsed = parse(flags, output or f"out{next(runs)}")
+        one_process()
+        script.main(*parsed)
+        args = parsed[0]
+        (folder,) = sorted(Path(args.output_dir).glob(f"checkpoint-{args.max_train_steps}"))
         return {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
 
     return ran
@@ -75,19 +61,6 @@ def run(parse, tmp_path, monkeypatch):
 def equal(a: dict, b: dict) -> bool:
     assert a.keys() == b.keys()
     return all(torch.equal(a[key], b[key]) for key in a)
-
-
-def watch(monkeypatch, name: str) -> list[tuple]:
-    """(arguments, result) of each call of a function of the script."""
-    calls, original = [], getattr(script, name)
-
-    def watched(*args, **kwargs):
-        result = original(*args, **kwargs)
-        calls.append((args, result))
-        return result
-
-    monkeypatch.setattr(script, name, watched)
-    return calls
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,8 +109,8 @@ def dmd_in_float64(folder, args, embeds, negative):
             if turn == "student":
                 with torch.no_grad():
                     cond, uncond = (x0_of(teacher, x_t, sigma, text) for text in (embeds, negative))
-                    real, made = uncond + 3.0 * (cond - uncond), x0_of(fake, x_t, sigma, embeds)
-                    g = (made - real) / (x0 - real).abs().mean()
+                    real, wrong = uncond + 3.0 * (cond - uncond), x0_of(fake, x_t, sigma, embeds)
+                    g = (wrong - real) / (x0 - real).abs().mean()
                 losses.append(0.5 * g.square().mean().item())
                 (x0 * g / g.numel()).sum().backward()
             else:
@@ -151,18 +124,18 @@ def dmd_in_float64(folder, args, embeds, negative):
     return losses, student.state_dict(), fake.state_dict()
 
 
-def test_training_steps_equal_the_algorithm_restated_in_float64(run, parse, teacher, monkeypatch):
+def test_training_steps_equal_the_algorithm_restated_in_float64(run, parse, wan_teacher, watch):
     flags = f"{FULL} --max_train_steps 3 --adam_epsilon 1e-3 --fake_score_eps 1e-3 --validation_negative_prompt bad"
-    args = parse(flags)
-    pipe = WanPipeline.from_pretrained(teacher)
+    args, *_ = parse(flags)
+    pipe = WanPipeline.from_pretrained(wan_teacher)
     with torch.no_grad():
         embeds, negative = pipe.encode_prompt("a red ball", "bad", max_sequence_length=512)
-    losses, student, fake = dmd_in_float64(teacher, args, embeds.double(), negative.double())
-    ours = {name: watch(monkeypatch, name) for name in ("dmd_loss", "fake_score_loss")}
+    losses, student, fake = dmd_in_float64(wan_teacher, args, embeds.double(), negative.double())
+    ours = {name: watch(script, name) for name in ("dmd_loss", "fake_score_loss")}
     weights = run(flags)
     found = [loss.item() for pair in zip(ours["dmd_loss"], ours["fake_score_loss"], strict=True) for _, loss in pair]
     torch.testing.assert_close(found, losses, rtol=2e-4, atol=0)
-    start = load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")
+    start = load_file(wan_teacher / "transformer" / "diffusion_pytorch_model.safetensors")
     for name, expected in (("student", student), ("fake_score", fake)):
         assert max((expected[key] - start[key]).abs().max() for key in start) > 3e-3
         assert max((weights[name][key] - expected[key]).abs().max() for key in start) < 3e-6
@@ -185,7 +158,15 @@ def gradients_seen(monkeypatch) -> dict[str, list[torch.Tensor]]:
     return seen
 
 
-@pytest.mark.parametrize("flags", [LORA, FULL, CAUSAL, f"{LORA} --gradient_checkpointing --lora_dropout 0.1"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        LORA,
+        FULL,
+        pytest.param(CAUSAL, marks=pytest.mark.slow),
+        pytest.param(f"{LORA} --gradient_checkpointing --lora_dropout 0.1", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("silent", ["dmd_loss", "fake_score_loss"])
 def test_neither_loss_reaches_the_other_network(flags, silent, run, monkeypatch):
     seen = gradients_seen(monkeypatch)
@@ -198,9 +179,10 @@ def test_neither_loss_reaches_the_other_network(flags, silent, run, monkeypatch)
     assert not any(g.any() for g in gone) and any(g.any() for g in there)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [LORA, CAUSAL, f"{LORA} --mixed_precision bf16"])
 def test_the_teacher_is_the_base_bit_for_bit_at_any_time(flags, run, parse, monkeypatch):
-    args = parse(flags)
+    args, *_ = parse(flags)
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     stock = script.load_transformer(args, dtype)
     calls, original = {"teacher": 0, "adapted": 0, "other": 0}, script.predict
@@ -221,6 +203,7 @@ def test_the_teacher_is_the_base_bit_for_bit_at_any_time(flags, run, parse, monk
     assert calls["teacher"] == 4 and calls["adapted"] >= 8 and calls["other"] >= 5  # adapters start at zero
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [LORA, CAUSAL])
 def test_checkpointing_changes_no_gradient(flags, run, monkeypatch):
     """With two adapters on one base, each computed again under its own."""
@@ -234,8 +217,8 @@ def test_checkpointing_changes_no_gradient(flags, run, monkeypatch):
 
 
 def test_adapters_switch_without_touching_requires_grad(parse):
-    args = parse(LORA)
-    network = script.add_adapters(script.load_transformer(args, torch.float32), args)
+    args, *_ = parse(LORA)
+    network = script.add_adapters(args, script.load_transformer(args, torch.float32))
     before = {name: p.requires_grad for name, p in network.named_parameters()}
     assert sum(before.values()) == 2 * 2 * 2 * (4 + 4 + 2)  # adapters, A and B, layers, modules
     for name in ("student", "teacher", "fake_score"):
@@ -245,8 +228,8 @@ def test_adapters_switch_without_touching_requires_grad(parse):
 
 
 def test_an_adapter_is_active_again_where_another_one_s_turn_ends(parse):
-    args = parse(LORA)
-    network = script.add_adapters(script.load_transformer(args, torch.float32), args)
+    args, *_ = parse(LORA)
+    network = script.add_adapters(args, script.load_transformer(args, torch.float32))
     layers = adapter_layers(network)
     assert len(layers) == 20
     with active_adapter(layers, "student"):
@@ -301,6 +284,7 @@ BASES = {}  # weights by flags: many settings change the same run
 BLOCKS = "--num_frame_per_block 1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, base, changed",
     [
@@ -356,36 +340,54 @@ def test_every_key_of_the_document_is_among_them():
     assert [key for key in keys if f"--{key}" not in tested.replace("--no-", "--")] == []
 
 
-def test_the_document_s_config_means_its_flags(parse, tmp_path):
-    library, hook = tmp_path / "library.json", tmp_path / "hook.json"
+def test_the_document_s_config_and_dataset_mean_their_flags(tmp_path):
+    library, hook, datasets = (tmp_path / f"{name}.json" for name in ("library", "hook", "datasets"))
     library.write_text('{"one": "a red ball"}')
     hook.write_text('{"webhook_url": "http://127.0.0.1:1/", "level": "error"}')
-    datasets = tmp_path / "datasets.json"
     clips = tmp_path / "clips"
     clips.mkdir()
     (clips / "a.mp4").write_bytes(b"not read yet")
     entry = json.loads((ROOT / "tests/configs/dmd_wan.dataset.json").read_text())
     datasets.write_text(json.dumps(entry | {"instance_data_dir": str(clips)}))
-    args = script.parse_args(
-        f"--config tests/configs/dmd_wan.config.json --data_backend_config {datasets} --webhook_config {hook} "
-        f"--validation_prompt_library {library}".split()
-    )
-    assert args.pretrained_teacher_model == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    assert args.steps == [1000.0, 757.0, 522.0] and args.fake_score_betas == [0.9, 0.999]
+    flags = f"--config {ROOT}/tests/configs/dmd_wan.config.json --data_backend_config {datasets}"
+    flags += f" --webhook_config {hook} --validation_prompt_library {library}"
+    args, data, method, notes = script.parse_args(flags.split())
+    assert args.pretrained_teacher_model == script.teacher_of(args) == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    assert method.steps == [1000.0, 757.0, 522.0] and args.fake_score_betas == [0.9, 0.999]
     assert args.lora_rank == 128 and args.use_ema and args.ema_update_interval == 5
-    assert args.datasets[0].num_frames == 81 and script.blocks_of(args, 21) == [3] * 7  # 121 frames are cut
-    assert args.validation_num_video_frames == 81 and args.grad_clip_method == "value"
-    assert args.base_model_precision == "int8-torchao" and args.negative_prompt == args.validation_negative_prompt
+    (dataset,) = data.datasets
+    assert (entry["num_frames"], args.validation_num_video_frames) == (121, 121)
+    assert (dataset.num_frames, method.validation_frames) == (81, 81) and script.blocks_of(args, 21) == [3] * 7
+    for name in (f"{dataset.id}: num_frames", "--validation_num_video_frames"):
+        assert any(note.startswith(f"{name} 121: 31 latent frames") and "81 frames" in note for note in notes)
+    assert args.grad_clip_method == "value" and precision_name(args.base_model_precision) == "int8-torchao"
+    assert args.negative_prompt == args.validation_negative_prompt and method.teacher_guidance == 3.0
 
 
 def test_the_document_s_advanced_settings_mean_their_flags(parse):
     """28 latent frames are 109: one block, or a first frame and 9 blocks of 3."""
-    config = "--config tests/configs/dmd_wan_advanced.config.json --num_frames 109"
-    args = parse(config)
-    assert args.steps == [1000.0, 666.0, 333.0] and script.blocks_of(args, 28) == [28]
+    config = f"--config {ROOT}/tests/configs/dmd_wan_advanced.config.json --num_frames 109"
+    args, _, method, _ = parse(config)
+    assert method.steps == [1000.0, 666.0, 333.0] and script.blocks_of(args, 28) == [28]
     assert (args.generator_update_interval, args.fake_score_guidance_scale, args.timestep_shift) == (4, 1.2, 7.0)
-    args = parse(f"{config} --num_frame_per_block 3 --independent_first_frame")
+    args, *_ = parse(f"{config} --num_frame_per_block 3 --independent_first_frame")
     assert script.blocks_of(args, 28) == [1] + [3] * 9 and args.same_step_across_blocks
+
+
+def test_defaults_that_follow_from_other_flags(parse):
+    args, data, method, notes = parse("--validation_guidance 1", "usual")
+    assert (args.model_type, args.lora_rank, args.lora_alpha, args.lora_dropout) == ("lora", 128, 128, 0.0)
+    assert (args.causal_init_lr, args.causal_init_guidance, args.negative_prompt) == (1e-2, 3.0, "")
+    assert (method.teacher_guidance, method.validation_frames) == (3.0, 9) and data.datasets[0].num_frames == 9
+    assert args.validation_resolution == [(32, 32)] and args.report_steps == [] and notes == []
+    args, _, method, notes = parse("--validation_guidance 5 --validation_num_inference_steps 4 --model_type full")
+    assert method.teacher_guidance == 5.0 and args.lora_rank is None
+    assert notes == [
+        "--validation_num_inference_steps 4: the student has 3",
+        "--validation_guidance 5: of the teacher; a student takes none",
+    ]
+    with pytest.raises(AttributeError, match="read-only"):
+        args.seed = 1
 
 
 @pytest.mark.parametrize(
@@ -397,6 +399,7 @@ def test_the_document_s_advanced_settings_mean_their_flags(parse):
         ("--min_timestep_ratio 0.5 --max_timestep_ratio 0.4", "need 0 <= min < max <= 1"),
         ("--context_noise 1000", r"must be in \[0, 1000\)"),
         ("--num_frames 121 --num_frame_per_block 4", "117 or 129 frames are|are no whole blocks"),
+        ("--validation_num_video_frames 4", "--validation_num_video_frames 4: must be 4k \\+ 1, as 1 or 5"),
         ("--num_frame_per_block 3 --num_frames 33 --num_training_frames 5", "must be whole blocks"),
         ("--causal_init_lr 1e-4", "there are none"),
         ("--causal_init_guidance 0.5 --causal_init_steps 1", "must be at least 1"),
@@ -420,11 +423,61 @@ def test_flags_that_do_not_go_together_are_refused(flags, message, parse, capsys
     assert re.search(message, error), error
 
 
-def test_a_batch_far_from_the_recipe_s_is_warned_about(run, capsys):
-    assert script.batch_warning(64) is None and script.batch_warning(16) is None
-    assert "lower --gradient_accumulation_steps" in script.batch_warning(1000)
-    run(LORA)
-    assert "warning: 1 clips a step" in capsys.readouterr().out
+@pytest.mark.parametrize(("batch", "word"), [(1, "raise"), (15, "raise"), (16, None), (256, None), (257, "lower")])
+def test_a_batch_far_from_the_recipe_s_is_warned_about(batch, word, parse, capsys, monkeypatch):
+    monkeypatch.setattr(script, "load_networks", lambda *args: exit("enough is known"))
+    with pytest.raises(SystemExit, match="enough is known"):
+        script.main(*parse(f"{LORA} --gradient_accumulation_steps {batch}"))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(told) == (word is not None)
+    assert all(f"{batch} clips a step" in line and f"{word} --gradient_acc" in line for line in told)
+
+
+def test_processes_share_tokens_only_where_that_comes_out_even(run):
+    with pytest.raises(SystemExit, match="must divide 1 processes"):
+        run(f"{LORA} --context_parallel_degree 2")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks of a rollout
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def blocks(per_block, first=False, training=21):
+    settings = {"num_frame_per_block": per_block, "independent_first_frame": first, "num_training_frames": training}
+    return Namespace(**settings)
+
+
+@pytest.mark.parametrize(
+    ("frames", "settings", "fitted"),
+    [
+        (121, blocks(0), 121),  # one block
+        (81, blocks(3), 81),
+        (121, blocks(3), 81),  # the document's: 31 latent frames are cut to 21
+        (129, blocks(3), 129),  # 33 latent frames: a longer rollout
+        (85, blocks(3, first=True), 85),  # 1 + 21
+        (121, blocks(3, first=True), 121),  # 1 + 30
+        (125, blocks(3, True, 28), 109),  # 32 to 28 = 1 + 27
+    ],
+)
+def test_clips_are_cut_to_whole_blocks(frames, settings, fitted):
+    found, notes = script.fit_to_blocks("num_frames", frames, settings)
+    cut = f"cut to --num_training_frames {settings.num_training_frames}, {fitted} frames"
+    assert found == fitted and [cut in note for note in notes] == [True] * (fitted != frames)
+
+
+@pytest.mark.parametrize(
+    ("frames", "settings", "named"),
+    [
+        (121, blocks(3, training=28), "31 latent frames are no whole blocks of --num_frame_per_block 3; 117 or 129"),
+        (25, blocks(3), "7 latent frames .* 21 or 33 frames are"),
+        (5, blocks(3), "2 latent frames .* 9 frames are"),
+        (81, blocks(3, first=True), "after the first frame; 73 or 85 frames are"),
+    ],
+)
+def test_an_error_says_which_numbers_of_frames_do(frames, settings, named):
+    with pytest.raises(ValueError, match=named):
+        script.fit_to_blocks("num_frames", frames, settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,7 +486,7 @@ def test_a_batch_far_from_the_recipe_s_is_warned_about(run, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags, drawn",
+    "flags, whose",
     [
         ("", {"student"}),
         ("--use_ema", {"ema"}),
@@ -441,35 +494,36 @@ def test_a_batch_far_from_the_recipe_s_is_warned_about(run, capsys):
         ("--use_ema --ema_validation comparison", {"student", "ema"}),
     ],
 )
-def test_validation_draws_whose_clips_were_asked_for(flags, drawn, run, parse):
+def test_validation_generates_whose_clips_were_asked_for(flags, whose, run, tmp_path):
     run(f"{LORA} {flags}", "shown")
-    folder = script.Path(parse("", "shown").output_dir, "validation", "step-000001")
-    assert {path.name.split("-")[0] for path in folder.glob("*.mp4")} == drawn
+    folder = tmp_path / "shown" / "validation" / "step-000001"
+    assert {path.name.split("-")[0] for path in folder.glob("*.mp4")} == whose
 
 
-def latents_drawn(flags: str, run, monkeypatch) -> list[torch.Tensor]:
+def latents_generated(flags: str, run, monkeypatch) -> list[torch.Tensor]:
     """Of one clip each, in order: those that are shown, then the first prompt's seeds that are watched."""
     seen = []
     monkeypatch.setattr(
-        script.wan, "decode_latents", lambda vae, x: seen.extend(x) or torch.zeros(len(x), 3, 5, 16, 16)
+        script, "decode", lambda vae, x: seen.extend(x) or [np.zeros((5, 16, 16, 3), np.float32)] * len(x)
     )
     run(f"{LORA} {flags}")
     return seen
 
 
+@pytest.mark.slow
 def test_clips_follow_from_the_validation_seed(run, monkeypatch):
-    first = latents_drawn("--validation_seed 5", run, monkeypatch)
-    other = latents_drawn("--validation_seed 6", run, monkeypatch)
+    first = latents_generated("--validation_seed 5", run, monkeypatch)
+    other = latents_generated("--validation_seed 6", run, monkeypatch)
     shown, *watched = first
     assert len(watched) == 4  # seeds of the same prompt
     assert torch.equal(shown, watched[0])
-    assert not any(torch.equal(x, y) for x, y in combinations(watched, 2))
+    assert not any(torch.equal(x, y) for x, y in itertools.combinations(watched, 2))
     torch.testing.assert_close(other[0], watched[1])  # the next seed
 
 
 def test_the_shift_is_of_the_teacher_s_sampler(parse):
-    assert script.schedule_shift(script.load_scheduler(parse(LORA))) == 3.0
-    assert script.schedule_shift(script.load_scheduler(parse(f"{LORA} --flow_schedule_shift 7"))) == 7.0
+    assert script.schedule_shift(script.load_scheduler(parse(LORA)[0])) == 3.0
+    assert script.schedule_shift(script.load_scheduler(parse(f"{LORA} --flow_schedule_shift 7")[0])) == 7.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,6 +531,7 @@ def test_the_shift_is_of_the_teacher_s_sampler(parse):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_average_counts_the_student_s_updates_alone(run):
     """Six steps of which three are the student's, an average of every second of these, with the decay of two."""
     flags = f"{LORA} --use_ema --ema_decay 0.9 --generator_update_interval 2"
@@ -488,13 +543,13 @@ def test_the_average_counts_the_student_s_updates_alone(run):
         torch.testing.assert_close(found[key], 0.19 * second[key], atol=1e-7, rtol=1e-5)
 
 
-def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, parse, monkeypatch):
+@pytest.mark.slow
+def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, monkeypatch, watch):
     """The same prompt and noise again and again. The fake score is not trained meanwhile. The first block is asked
     along a flow from noise that is all tied to its own; later ones at noise that has nothing to do with it."""
-    loaded, networks = script.load_networks, []
-    monkeypatch.setattr(script, "load_networks", lambda *args: networks.append(loaded(*args)) or networks[-1])
-    monkeypatch.setattr("common.stream.sample_generator", lambda seed, position: torch.Generator().manual_seed(0))
-    flows, asked = watch(monkeypatch, "flow_trajectory"), []
+    loads, flows, asked = watch(script, "load_networks"), watch(script, "flow_trajectory"), []
+    monkeypatch.setattr(script, "FLOW_STEPS", 4)  # more of them only take time
+    monkeypatch.setattr("common.draws.sample_generator", lambda seed, position: torch.Generator().manual_seed(0))
     original = script.predict
 
     def predict(network, x, t, cond):
@@ -503,15 +558,16 @@ def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, pars
         return original(network, x, t, cond)
 
     monkeypatch.setattr(script, "predict", predict)
-    flags = "--causal_init_steps 100 --max_train_steps 100 --learning_rate 3e-3 --lora_alpha 16"
+    flags = "--causal_init_steps 60 --max_train_steps 60 --learning_rate 5e-3 --lora_alpha 16"
     weights = run(f"{CAUSAL} {flags}")
     assert not any(value.any() for key, value in weights["fake_score"].items() if "lora_B" in key)
-    (flow, (starts, ends)), (nets, causal) = flows[-1], networks[0]
+    (flow, (starts, ends)), networks = flows[-1], loads[0][1]
+    student, causal = networks.by_role["student"], networks.causal
     blocks = ends.shape[2]  # of a frame each
     asked = asked[-3 * blocks :]
     torch.testing.assert_close(flow[1], tied_noise(flow[1], 1))
     assert [t.item() for _, t, _ in asked[::blocks]] == [1000.0, 757.0, 522.0]
-    drawn = []
+    independent = []
     for i, (x, t, _) in enumerate(asked):
         step, block = divmod(i, blocks)
         if block == 0:
@@ -521,20 +577,20 @@ def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, pars
             noise = (x - (1 - sigma) * ends[:, :, block : block + 1]) / sigma
             others = [flow[1][:, :, block], *(asked[k][0] for k in (block, i - 1) if k != i)]
             assert all((noise.flatten() - other.flatten()).abs().mean() > 0.3 for other in others)
-            drawn.append(noise)
-    assert abs(torch.cat(drawn).std() - 1) < 0.15  # of 6 x 64 numbers
+            independent.append(noise)
+    assert abs(torch.cat(independent).std() - 1) < 0.15  # of 6 x 64 numbers
 
     def error(name: str) -> float:
         """Of all that was asked, each block after the flow's own."""
         found, kept = [], []
-        with torch.no_grad(), active_adapter(adapter_layers(nets["student"]), name):
-            with causal.at(0, None, block_ends([1] * blocks, ends.shape[3] * ends.shape[4] // 4), kept):
-                original(nets["student"], ends, torch.tensor([0.0]), asked[0][2])
+        with torch.no_grad(), active_adapter(networks.layers, name):
+            with causal.block(0, None, block_ends([1] * blocks, ends.shape[3] * ends.shape[4] // 4), kept):
+                original(student, ends, torch.tensor([0.0]), asked[0][2])
             for i, (x, t, cond) in enumerate(asked):
                 block = i % blocks
                 past = first_tokens(kept, block * ends.shape[3] * ends.shape[4] // 4)
-                with causal.at(block, past):
-                    x0 = x - t / 1000 * original(nets["student"], x, t, cond)
+                with causal.block(block, past):
+                    x0 = x - t / 1000 * original(student, x, t, cond)
                 found.append((x0 - ends[:, :, block : block + 1]).square().mean())
         return sum(found).item()
 
@@ -543,6 +599,7 @@ def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, pars
     assert after < 0.5 * min(before, far)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -581,31 +638,204 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
 def test_embeddings_come_from_the_cache_the_second_time(run, monkeypatch, tmp_path):
     caches = f"--cache_dir_text {tmp_path / 'text'}"
     run(f"{LORA} {caches}")
-    monkeypatch.setattr(wan, "load_text_encoder", lambda *args: pytest.fail("the text encoder was loaded"))
+    monkeypatch.setattr(script, "load_text_encoder", lambda *args: pytest.fail("the text encoder was loaded"))
     run(f"{LORA} {caches}")
 
 
 def test_a_single_prompt_is_read_again_and_again(parse):
-    args = parse(LORA)
-    batches = script.open_batches(args, Accelerator(), open_clip_readers(args, captions_only=True), None)
+    args, data, *_ = parse(LORA)
+    batches = script.open_batches(args, data, Accelerator(), script.open_caption_readers(args, data), None)
     samples = [next(batches)[0] for _ in range(5)]
     assert [sample.position for sample in samples] == [0, 1, 2, 3, 4]
     assert {sample.caption for sample in samples} == {"a red ball"}
 
 
-def test_of_clips_the_captions_and_sizes_are_read_alone(teacher, tmp_path, monkeypatch):
+def test_of_clips_the_captions_and_sizes_are_read_alone(wan_teacher, tmp_path, monkeypatch):
     """The rollout starts from noise: no pixel is decoded, and no latents are cached."""
     clips = tmp_path / "clips"
-    save_clip(np.zeros((9, 32, 48, 3), np.float32), clips / "a.mp4")
+    save_clip(np.zeros((9, 32, 48, 3), np.float32), clips / "a.mp4", script.FRAMES_PER_SECOND)
     (clips / "a.txt").write_text("a red ball")
     monkeypatch.setattr(ClipReader, "read_frames", lambda *args: pytest.fail("a clip was decoded"))
-    monkeypatch.setattr(wan, "load_vae", lambda *args: pytest.fail("the VAE was loaded"))
-    flags = f"--pretrained_teacher_model {teacher} --train_data_dir {clips} {SHORT} --output_dir {tmp_path / 'out'}"
-    args = script.parse_args([*flags.split(), "--train_batch_size", "1", "--disable_bucket_pruning"])
-    encoder, readers = script.open_encoder(args, Accelerator(), torch.float32)
-    (sample,) = next(script.open_batches(args, Accelerator(), readers, None))
+    monkeypatch.setattr(script, "load_vae", lambda *args: pytest.fail("the VAE was loaded"))
+    flags = f"--pretrained_teacher_model {wan_teacher} --train_data_dir {clips} --output_dir {tmp_path / 'out'}"
+    flags += " --num_frames 9 --resolution 32 --max_train_steps 1 --disable_bucket_pruning"
+    args, data, *_ = script.parse_args(flags.split())
+    accelerator = Accelerator()
+    encoders = script.encoders(args, accelerator.device, torch.float32)
+    readers = script.open_caption_readers(args, data)
+    encoder, readers = script.open_encoder(args, data, readers, encoders, accelerator, [])
+    (sample,) = next(script.open_batches(args, data, accelerator, readers, None))
     assert (sample.caption, sample.bucket, sample.pixels) == ("a red ball", (9, 32, 48), None)
     assert encoder.encode_text([sample.caption])["prompt_embeds"].shape == (1, 512, 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wan's encoders and the caches
+# ---------------------------------------------------------------------------------------------------------------------
+
+PROMPTS = ["a red ball", "a  blue   box &amp; a much longer text about it", ""]
+
+
+class OneProcess:
+    device = torch.device("cpu")
+    is_main_process, num_processes, process_index = True, 1, 0
+    print = staticmethod(print)
+    wait_for_everyone = staticmethod(lambda: None)
+
+
+def opened(teacher, *flags, dtype=torch.float32, vae_dtype=torch.float32):
+    """Data, their encoder after filling, readers, and how often each network was loaded.
+
+    Readers are those of clips, which the script itself does not need: a fork that trains on clips does.
+    """
+    flags = ["--pretrained_teacher_model", teacher, "--max_train_steps", 1, "--num_frames", 9, *flags]
+    args, data, *_ = script.parse_args([str(flag) for flag in flags])
+    loads, own = Counter(), script.encoders(args, OneProcess.device, dtype)
+    encoders = replace(
+        own, load_vae=lambda: loads.update(["load_vae"]) or own.load_vae(),
+        load_text=lambda: loads.update(["load_text"]) or own.load_text(),
+        latents_identity=lambda: own.latents_identity() | {"dtype": vae_dtype},
+    )  # fmt: skip
+    readers = open_clip_readers(args, data)
+    encoder, readers = script.open_encoder(args, data, readers, encoders, OneProcess(), ["", "negative"])
+    return data, encoder, readers, loads
+
+
+@pytest.fixture
+def clips(tmp_path):
+    return folder_of_clips(tmp_path / "clips")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return tmp_path / "prompts.txt"
+
+
+def test_embeddings_are_the_pipelines(wan_teacher):
+    pipeline = WanPipeline.from_pretrained(wan_teacher)
+    expected, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, max_sequence_length=512)
+    rows = script.encode_prompts((pipeline.tokenizer, pipeline.text_encoder), PROMPTS, 512)["prompt_embeds"]
+    assert [len(row) for row in rows] == [11, len("a blue box & a much longer text about it") + 1, 1]
+    long = "x" * 600
+    [cut] = script.encode_prompts((pipeline.tokenizer, pipeline.text_encoder), [long], 512)["prompt_embeds"]
+    expected_cut, _ = pipeline.encode_prompt([long], do_classifier_free_guidance=False, max_sequence_length=512)
+    torch.testing.assert_close(cut, expected_cut[0], rtol=1e-4, atol=1e-5)
+    for row, padded in zip(rows, expected, strict=True):
+        torch.testing.assert_close(row, padded[: len(row)], rtol=1e-4, atol=1e-5)
+        assert not padded[len(row) :].any()
+
+
+def test_latents_are_the_pipelines(wan_teacher):
+    """WanVideoToVideoPipeline's, without the noise that it adds."""
+    args = Namespace(pretrained_teacher_model=wan_teacher, teacher_revision=None, cache_dir=None)
+    vae = script.load_vae(args, "cpu", torch.float32)
+    clips = torch.rand(2, 3, 9, 16, 32) * 2 - 1
+    stand_in = SimpleNamespace(vae=vae, vae_scale_factor_temporal=4, vae_scale_factor_spatial=8)
+    stand_in.scheduler = SimpleNamespace(add_noise=lambda latents, noise, t: latents)
+    with torch.no_grad():
+        expected = WanVideoToVideoPipeline.prepare_latents(stand_in, clips, 2, 4, 16, 32, torch.float32, "cpu")
+        latents = script.encode_pixels(vae, clips)["latents"]
+        assert latents.shape == (2, 4, 3, 2, 4)
+        torch.testing.assert_close(latents, expected)
+        raw = latents * torch.tensor([2.0, 0.5, 1.0, 4.0]).view(1, 4, 1, 1, 1)
+        raw = raw + torch.tensor([0.5, -0.25, 0.0, 1.0]).view(1, 4, 1, 1, 1)
+        pixels = (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
+        shown = script.decode(vae, latents)
+        assert len(shown) == 2
+        torch.testing.assert_close(torch.tensor(np.stack(shown)), pixels)
+
+
+def test_a_full_cache_loads_neither_network(wan_teacher, clips, tmp_path):
+    flags = ["--train_data_dir", clips, "--resolution", 32, "--output_dir", tmp_path / "out"]
+    data, encoder, readers, loads = opened(wan_teacher, *flags)
+    assert loads == {"load_vae": 1, "load_text": 1}
+    assert len(encoder.latents[0].index) == 3
+    assert len(encoder.text.index) == 4 + 2  # captions, "", negative
+    data, encoder, readers, loads = opened(wan_teacher, *flags)
+    samples = samples_of(data, readers)
+    tall = samples["a_second"]
+    latents = encoder.encode_images([tall])["latents"]
+    text = encoder.encode_text([tall.caption, ""])["prompt_embeds"]
+    assert loads == {} and latents.shape == (1, 4, 3, 6, 4) and text.shape == (2, 512, 16)
+    assert not text[0, 7:].any() and text[0, :7].any(-1).all() and not text[1, 1:].any()
+    # what is kept is what would be encoded now
+    _, fresh, readers, _ = opened(wan_teacher, *flags, "--vae_cache_disable")
+    again = samples_of(data, readers)["a_second"]
+    assert again.pixels is not None
+    torch.testing.assert_close(fresh.encode_images([again])["latents"], latents, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fresh.encode_text([tall.caption, ""])["prompt_embeds"], text)
+
+
+def samples_of(data, readers) -> dict:
+    samples = {}
+    for dataset, one in zip(data.datasets, readers, strict=True):
+        for key, members in itertools.chain.from_iterable(map(read_part, dataset.parts)):
+            samples[key.rpartition("/")[2]] = one(members, "v", key.rpartition("/")[2])
+    return samples
+
+
+def test_only_valid_tokens_are_on_the_disk(wan_teacher, prompts, tmp_path):
+    prompts.write_text("short\na longer one\n")
+    _, encoder, _, _ = opened(wan_teacher, "--train_prompts", prompts, "--output_dir", tmp_path)
+    key = text_key("a longer one")
+    with safe_open(encoder.text.index[key], "pt") as file:
+        assert load(file.get_tensor(key).numpy().tobytes())["prompt_embeds"].shape == (13, 16)
+
+
+def test_prompts_alone_never_load_the_vae(wan_teacher, prompts, tmp_path, capsys):
+    flags = ["--train_prompts", prompts, "--output_dir", tmp_path / "out"]
+    prompts.write_text("a red ball\na blue box\n")
+    data, encoder, readers, loads = opened(wan_teacher, *flags)
+    assert loads == {"load_text": 1} and not (tmp_path / "out" / "cache" / "vae").exists()
+    assert "caches: 0 latents, 4 prompts" in capsys.readouterr().out
+    data, encoder, readers, loads = opened(wan_teacher, *flags)
+    samples = list(samples_of(data, readers).values())
+    assert encoder.encode_images(samples) == {}
+    assert encoder.encode_text([sample.caption for sample in samples])["prompt_embeds"].shape == (2, 512, 16)
+    assert loads == {}
+    prompts.write_text("a red ball\na green box\n")  # one new: the text encoder again, for that one
+    _, encoder, _, loads = opened(wan_teacher, *flags)
+    assert loads == {"load_text": 1} and len(encoder.text.index) == 3 + 2
+
+
+def test_on_demand_keeps_what_is_met(wan_teacher, clips, tmp_path):
+    flags = ["--train_data_dir", clips, "--resolution", 32, "--output_dir", tmp_path, "--vae_cache_ondemand"]
+    data, encoder, readers, loads = opened(wan_teacher, *flags)
+    assert loads == {}
+    sample = samples_of(data, readers)["walk"]
+    first = encoder.encode_images([sample])["latents"]
+    encoder.encode_text([sample.caption])
+    encoder.flush()
+    data, encoder, readers, loads = opened(wan_teacher, *flags)
+    sample = samples_of(data, readers)["walk"]
+    assert sample.pixels is None and torch.equal(encoder.encode_images([sample])["latents"], first)
+    encoder.encode_text([sample.caption])
+    assert loads == {}
+
+
+def test_stores_are_named_by_what_shaped_them(wan_teacher, clips, tmp_path):
+    base = ["--train_data_dir", clips, "--resolution", 32, "--output_dir", tmp_path, "--vae_cache_ondemand"]
+
+    def folders(*flags, **dtypes):
+        _, encoder, _, _ = opened(wan_teacher, *base, *flags, **dtypes)
+        return encoder.latents[0].folder, encoder.text.folder
+
+    plain = folders()
+    assert folders() == plain
+    for flags in (("--num_frames", 5), ("--frame_interval", 2), ("--resolution", 48), ("--center_crop",)):
+        latents, text = folders(*flags)
+        assert latents != plain[0] and text == plain[1]
+    latents, text = folders(dtype=torch.bfloat16)
+    assert latents == plain[0] and text != plain[1]
+    latents, text = folders(vae_dtype=torch.bfloat16)
+    assert latents != plain[0] and text == plain[1]
+    for flags in (
+        ("--pretrained_t5_model_name_or_path", "elsewhere"),
+        ("--max_sequence_length", 16),
+        ("--text_encoder_1_precision", "int8-torchao"),
+    ):
+        latents, text = folders(*flags)
+        assert latents == plain[0] and text != plain[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -618,19 +848,18 @@ def test_of_clips_the_captions_and_sizes_are_read_alone(teacher, tmp_path, monke
     [
         f"{LORA} --max_sequence_length 24",
         f"{FULL} --use_ema",
-        f"{FULL} --export_pipeline",
+        pytest.param(f"{FULL} --export_pipeline", marks=pytest.mark.slow),
         f"{LORA} --dmd_denoising_steps 1000,800,700,100",
     ],
 )
-def test_the_card_s_lines_sample_in_the_stock_pipeline_what_the_student_makes(flags, run, parse, monkeypatch):
+def test_the_card_s_lines_sample_in_the_stock_pipeline_what_the_student_makes(
+    flags, run, parse, monkeypatch, watch, tmp_path
+):
     """The very lines, at exactly the trained timesteps, from the same noise."""
-    networks, usages, original = [], [], script.export
-    loaded = script.load_networks
-    monkeypatch.setattr(script, "load_networks", lambda *args: networks.append(loaded(*args)) or networks[-1])
-    monkeypatch.setattr(script, "export", lambda *args: usages.append(original(*args)) or usages[-1])
+    loads, exports = watch(script, "load_networks"), watch(script, "export")
     weights = run(f"{flags} --max_train_steps 3", "exported")
-    args = parse(flags, "exported")
-    (_, usage), student = usages[-1], networks[0][0]["student"]
+    args, _, method, _ = parse(flags, "exported")
+    (_, (_, usage)), student = exports[-1], loads[0][1].by_role["student"]
     assert ("partial" in usage) == ("800" in flags)
 
     namespace, steps_taken = {}, []
@@ -644,65 +873,66 @@ def test_the_card_s_lines_sample_in_the_stock_pipeline_what_the_student_makes(fl
     call = call.replace('"your prompt"', '"a red ball", height=32, width=32, output_type="latent"')
     torch.manual_seed(0)
     theirs = eval(call.replace(".frames[0]", ".frames"), namespace)
-    torch.testing.assert_close(torch.tensor(steps_taken), torch.tensor(args.steps), atol=2e-4, rtol=0)
+    torch.testing.assert_close(torch.tensor(steps_taken), torch.tensor(method.steps), atol=2e-4, rtol=0)
 
     if args.use_ema:
-        student = WanTransformer3DModel.from_pretrained(script.Path(args.output_dir), subfolder="transformer")
+        student = WanTransformer3DModel.from_pretrained(tmp_path / "exported", subfolder="transformer")
         ours_ema = weights["ema"]
         for name, p in student.named_parameters():
             assert torch.equal(p, ours_ema[name.replace(".", "/")])
     with torch.no_grad():
         embeds, _ = pipe.encode_prompt("a red ball", max_sequence_length=args.max_sequence_length)
     torch.manual_seed(0)
-    drawn = [torch.randn(1, 4, 3, 4, 4) for _ in args.steps]
+    noise = [torch.randn(1, 4, 3, 4, 4) for _ in method.steps]
 
     def predict(x, t, start, cache):
         with active_adapter(adapter_layers(student), "student"):
-            return script.predict(student, x, torch.tensor([t]), embeds)
+            return script.predict(student, x, torch.tensor([t]), {"prompt_embeds": embeds})
 
     with torch.no_grad():
-        (ours,) = roll_out(predict, None, drawn.__getitem__, args.steps, [3], [len(args.steps) - 1])
+        (ours,) = roll_out(predict, None, noise.__getitem__, method.steps, [3], [len(method.steps) - 1])
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
     assert ours.std() > 0.1
 
 
-def test_the_card_s_lines_of_a_causal_student_stream_what_it_makes(run, parse, monkeypatch):
-    loaded, networks, cards = script.load_networks, [], []
-    monkeypatch.setattr(script, "load_networks", lambda *args: networks.append(loaded(*args)) or networks[-1])
-    monkeypatch.setattr(script, "write_model_card", lambda *args, usage, **kwargs: cards.append(usage))
+def test_the_card_s_lines_of_a_causal_student_stream_what_it_makes(run, parse, tmp_path, watch):
+    loads, exports = watch(script, "load_networks"), watch(script, "export")
     run(f"{CAUSAL} --max_train_steps 3 --context_noise 50", "causal")
-    args, namespace = parse(f"{CAUSAL} --context_noise 50", "causal"), {}
-    setup, draw = cards[0].replace("your prompt", "a red ball").split("noise = ")
+    (_, _, method, _), namespace = parse(f"{CAUSAL} --context_noise 50", "causal"), {}
+    usage = exports[0][1][1]
+    assert usage in (tmp_path / "causal" / "README.md").read_text()
+    setup, sampling = usage.replace("your prompt", "a red ball").split("noise = ")
     exec(setup, namespace)  # loading draws random numbers
     torch.manual_seed(0)
-    exec(f"noise = {draw}", namespace)
-    theirs = torch.cat(namespace["made"], 2)
+    exec(f"noise = {sampling}", namespace)
+    theirs = torch.cat(namespace["clip"], 2)
 
-    (nets, causal), steps = networks[0], args.steps
+    networks, cond = loads[0][1], {"prompt_embeds": namespace["text"]}
     torch.manual_seed(0)
     drawn = [torch.randn(1, 4, 3, 4, 4) for _ in range(4)]
     noise = {0: drawn[0], 1: drawn[1], 2: drawn[2], None: drawn[3]}  # the order in which a first block asks
 
     def velocity(x, t):
-        with active_adapter(adapter_layers(nets["student"]), "student"):
-            return script.predict(nets["student"], x, torch.tensor([t]), namespace["text"])
+        with active_adapter(networks.layers, "student"):
+            return script.predict(networks.by_role["student"], x, torch.tensor([t]), cond)
 
     with torch.no_grad():
-        made = roll_out(*causal.calls(velocity), noise.__getitem__, steps, [1, 1, 1], [2, 2, 2], context_noise=50.0)
-        ours = torch.cat(list(made), 2)
+        calls = networks.causal.calls(velocity)
+        blocks = roll_out(*calls, noise.__getitem__, method.steps, [1, 1, 1], [2, 2, 2], context_noise=50.0)
+        ours = torch.cat(list(blocks), 2)
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
     assert ours.std() > 0.1
 
 
-def test_the_file_for_comfyui_is_the_same_adapter(run, parse, teacher):
+def test_the_file_for_comfyui_is_the_same_adapter(run, tmp_path, wan_teacher):
     """By diffusers' own reader of that layout."""
     run(f"{LORA} --lora_alpha 2 --export_formats diffusers,comfyui", "comfy")
-    folder, outputs = parse("", "comfy").output_dir, []
+    outputs = []
     x, text = torch.randn(1, 4, 3, 4, 4), torch.randn(1, 8, 16)
     for name in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors", None):
-        pipe = WanPipeline.from_pretrained(teacher)
+        pipe = WanPipeline.from_pretrained(wan_teacher)
         if name:
-            pipe.load_lora_weights(folder, weight_name=name)
+            pipe.load_lora_weights(tmp_path / "comfy", weight_name=name)
         with torch.no_grad():
             outputs.append(pipe.transformer(x, torch.tensor([757.0]), text).sample)
     ours, comfy, base = outputs
@@ -710,127 +940,9 @@ def test_the_file_for_comfyui_is_the_same_adapter(run, parse, teacher):
     assert (ours - base).abs().max() > 1e-3
 
 
-def test_an_exported_pipeline_loads_whole(run, parse):
+def test_an_exported_pipeline_loads_whole(run, tmp_path):
     run(f"{FULL} --export_pipeline", "whole")
-    pipe = WanPipeline.from_pretrained(parse("", "whole").output_dir)
+    pipe = WanPipeline.from_pretrained(tmp_path / "whole")
     assert isinstance(pipe.scheduler, FlowMatchLCMScheduler)
     assert pipe("a red ball", height=32, width=32, num_frames=5, num_inference_steps=3, guidance_scale=1.0,
                 output_type="np").frames.shape == (1, 5, 32, 32, 3)  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# As a user starts it
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def user_flags(teacher, tmp_path, output):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red ball\na blue box\na green star\na red box\n")
-    words = f"--pretrained_teacher_model {teacher} --train_prompts {prompts} {SHORT} --max_train_steps 2"
-    return f"{words} --validation_prompt ball --output_dir {tmp_path / output}".split()
-
-
-def test_two_processes_with_half_the_batch_equal_one(teacher, tmp_path):
-    """Bidirectional and full; gradients are averaged once a step, whatever was called in between."""
-    for output, processes, batch in (("one", 1, 2), ("two", 2, 1)):
-        flags = user_flags(teacher, tmp_path, output)
-        flags += ["--train_batch_size", batch, "--adam_epsilon", 1e-3, "--fake_score_eps", 1e-3, *FULL.split()]
-        launch("train_dmd_distill_wan.py", *flags, processes=processes)
-    one, two = (load_file(tmp_path / output / "checkpoint-2" / "student.safetensors") for output in ("one", "two"))
-    start = load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")
-    assert max((one[key] - start[key]).abs().max() for key in one) > 1e-3
-    for key in one:
-        torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=0)
-
-
-def assert_same_report(one, two):
-    """Also of the exported student: its average, where there is one."""
-    rows, others = (json.loads((folder / "report.json").read_text()) for folder in (one, two))
-    assert [row["sampler"] for row in rows] == ["teacher", "teacher, other noise", "teacher", "student"]
-    for row, other in zip(rows, others, strict=True):
-        assert other | {"seconds": 0, "distance": 0} == row | {"seconds": 0, "distance": 0}
-        assert other["distance"] == pytest.approx(row["distance"], rel=1e-3, abs=1e-6)
-    assert (two / "side_by_side.png").stat().st_size > 500
-
-
-def test_fsdp_equals_one_process_through_a_resume_and_exports_all_of_it(teacher, tmp_path):
-    """Self-forcing, so that a network is called many times before one backward(), with an average and checkpointing."""
-    usual = f"{FULL} --num_frame_per_block 1 --gradient_checkpointing --use_ema --ema_decay 0.5 --adam_epsilon 1e-3"
-    usual += " --fake_score_eps 1e-3 --validation_steps 2 --max_train_steps 3 --report_steps 2"
-    one, two = (user_flags(teacher, tmp_path, output) + usual.split() for output in ("one", "two"))
-    script.main(script.parse_args([*one, "--train_batch_size", "2"]))
-    two += ["--train_batch_size", 1, "--checkpointing_steps", 2]
-    launch("train_dmd_distill_wan.py", *two, processes=2, fsdp=True)
-    shutil.rmtree(tmp_path / "two" / "checkpoint-3")
-    resumed = [*two, "--resume_from_checkpoint", "latest"]
-    told = launch("train_dmd_distill_wan.py", *resumed, processes=2, fsdp=True).stdout
-    assert "resumed from" in told and "checkpoint-2" in told
-    start = load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")
-    for name in ("student", "fake_score", "ema"):
-        whole, split = (load_file(tmp_path / each / "checkpoint-3" / f"{name}.safetensors") for each in ("one", "two"))
-        assert whole.keys() == split.keys()
-        assert max((whole[key] - start[key.replace("/", ".")]).abs().max() for key in whole) > 1e-3
-        for key in whole:
-            torch.testing.assert_close(split[key], whole[key], atol=2e-5, rtol=0)
-    exported = WanTransformer3DModel.from_pretrained(tmp_path / "two", subfolder="transformer").state_dict()
-    assert exported.keys() == start.keys()
-    assert all(torch.equal(exported[key.replace("/", ".")], value) for key, value in split.items())
-    assert (tmp_path / "two" / "samples.png").stat().st_size > 1000
-    assert_same_report(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        f"{CAUSAL} --use_ema --ema_decay 0.5 --train_batch_size 2 --report_steps 2",
-        "--num_frame_per_block 2 --independent_first_frame --causal_init_steps 1 --context_noise 50"
-        " --gradient_checkpointing",
-    ],
-)
-def test_two_processes_that_share_the_tokens_equal_one(flags, teacher, tmp_path):
-    """On the same samples, self-forcing, whose fake score is as bidirectional as any; validation draws with both."""
-    words = [*flags.split(), "--adam_epsilon", "1e-3", "--fake_score_eps", "1e-3", "--validation_steps", "1"]
-    words += [] if "lora" in flags else FULL.split()
-    one, two = (user_flags(teacher, tmp_path, output) + words for output in ("one", "two"))
-    script.main(script.parse_args(one))
-    launch("train_dmd_distill_wan.py", *two, "--context_parallel_degree", 2, processes=2)
-    for name in ("student", "fake_score", *(["ema"] if "ema" in flags else [])):
-        one, two = (load_file(tmp_path / each / "checkpoint-2" / f"{name}.safetensors") for each in ("one", "two"))
-        assert one.keys() == two.keys() and max(value.abs().max() for value in one.values()) > 1e-3
-        for key in one:
-            torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=0)
-    states = (json.loads((tmp_path / each / "checkpoint-2" / "state.json").read_text()) for each in ("one", "two"))
-    assert next(states)["stream"] == next(states)["stream"]
-    if "report" in flags:
-        assert_same_report(tmp_path / "one", tmp_path / "two")
-
-
-def test_processes_share_tokens_only_where_that_comes_out_even(run):
-    with pytest.raises(SystemExit, match="must divide 1 processes"):
-        run(f"{LORA} --context_parallel_degree 2")
-
-
-def test_a_run_leaves_clips_and_a_card(teacher, tmp_path):
-    flags = user_flags(teacher, tmp_path, "out")
-    flags += [*FULL.split(), "--num_frame_per_block", 1, "--report_to", "tensorboard"]
-    launch("train_dmd_distill_wan.py", *flags)
-    assert (tmp_path / "out" / "samples.png").stat().st_size > 1000
-    (clip,) = (tmp_path / "out" / "validation").glob("step-000002/student-00-32x32.mp4")
-    assert clip.stat().st_size > 200
-    assert "roll_out(" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_a_run_ends_with_a_report_of_teacher_and_student(teacher, tmp_path):
-    flags = user_flags(teacher, tmp_path, "out")
-    flags += ["--max_train_steps", 1, "--report_steps", "3", "--num_frame_per_block", 1, "--train_batch_size", 2]
-    done = launch("train_dmd_distill_wan.py", *flags)
-    rows = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [(row["sampler"], row["steps"], row["evaluations"]) for row in rows] == [
-        ("teacher", 50, 100), ("teacher, other noise", 50, 100), ("teacher", 3, 6), ("student", 3, 3 * 3 + 2),
-    ]  # fmt: skip
-    assert rows[0]["distance"] == 0.0 < min(row["distance"] for row in rows[1:])
-    card = (tmp_path / "out" / "README.md").read_text()
-    table = "| student | 3 |"
-    assert table in done.stdout and table in card and "side_by_side.png" in card
-    for name in ("side_by_side.mp4", "side_by_side.png", "report.png", "samples.png"):
-        assert (tmp_path / "out" / name).stat().st_size > 500
