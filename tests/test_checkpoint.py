@@ -49,6 +49,7 @@ def test_limit_finish_and_bad_names(flags, tmp_path, capsys):
         train(*flags(tmp_path, "--lora_rank", 4, "--resume_from_checkpoint", "latest"))
 
 
+@pytest.mark.slow
 def test_a_new_run_in_a_used_folder(flags, tmp_path, capsys):
     """It keeps its own checkpoints, its last one too, and deletes none of another run's that are further."""
     used = ["--checkpoints_total_limit", 1, "--checkpointing_steps", 2]
@@ -90,6 +91,7 @@ def test_checkpoints_that_do_not_fit_are_named(flags, tmp_path):
             train(*flags(tmp_path / "new", *short, *more, "--resume_from_checkpoint", path))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_folder(flags, tmp_path):
     """By a path; and latest in an empty folder is a new run, and says so."""
     train(*flags(tmp_path / "a", "--max_train_steps", 3))
