@@ -1,12 +1,14 @@
-"""The model card, and that no secret is in it."""
+"""The model card without a secret in it, and a hub that says no."""
 
 import json
 import re
 import sys
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 
+import train_lcm_distill_sd as script
 from common.export import hide_secrets, write_model_card
 from common.flags import Flags
 
@@ -44,7 +46,24 @@ def test_a_webhooks_url_is_not_in_the_card(tmp_path, monkeypatch):
     assert "hook.json" in text and "https://secret" not in text
 
 
-@pytest.mark.parametrize("words", ["--hub_token hf_x", "--hub_token=hf_x", "--hub_tok hf_x", "--hub_t=hf_x"])
-def test_the_cards_command_has_no_token(words):
-    hidden = hide_secrets(["train.py", *words.split(), "--seed", "1"])
+@pytest.mark.parametrize("flag", ["--hub_token", "--hub_tok", "--hub_to", "--hub_t"])  # argparse takes abbreviations
+@pytest.mark.parametrize("words", ["{} hf_x", "{}=hf_x"])
+def test_the_cards_command_has_no_token(words, flag):
+    hidden = hide_secrets(["train.py", *words.format(flag).split(), "--seed", "1"])
     assert "hf_x" not in " ".join(hidden) and hidden[-2:] == ["--seed", "1"]
+
+
+def run(*flags):
+    script.main(*script.parse_args([str(flag) for flag in flags]))
+
+
+def test_a_hub_that_refuses_is_known_before_training(tmp_path, sd_teacher, small_shards, monkeypatch):
+    def refuses(*_, **__):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", refuses)
+    flags = ["--pretrained_teacher_model", sd_teacher, "--train_shards_path_or_url", small_shards / "00000.tar"]
+    flags += ["--resolution", 32, "--output_dir", tmp_path / "out", "--push_to_hub", "--hub_model_id", "me/out"]
+    with pytest.raises(SystemExit, match="--push_to_hub: cannot create me/out on the hub"):
+        run(*flags)
+    assert not list(tmp_path.glob("out/checkpoint-*"))

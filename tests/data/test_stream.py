@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import train_lcm_distill_sd as script
 from common.data.buckets import Rules
 from common.data.datasets import Data, Dataset
 from common.data.samples import NoGoodSamples, open_readers
@@ -63,6 +65,29 @@ def test_nothing_good_ends_with_the_causes(tmp_path, workers):
     shards = [str(write_shard(tmp_path / f"{i}.tar", [{"png": b"", "txt": b"x"}] * 3)) for i in range(2)]
     with pytest.raises(NoGoodSamples, match=r"no usable sample in any of 2 shards: \d+ x "):
         next(batches(shards, workers=workers))
+
+
+@pytest.mark.slow
+def test_a_script_counts_faults_and_ends_where_nothing_is_good(tmp_path, sd_teacher, capsys):
+    """By a sentence that names the flag, not by a traceback."""
+    faulty_shards(tmp_path / "bad")
+    flags = ["--pretrained_teacher_model", sd_teacher, "--output_dir", tmp_path / "out", "--resolution", 32]
+    flags += ["--validation_steps", 0, "--train_batch_size", 2, "--max_train_steps", 12, "--disable_benchmark"]
+    flags += ["--report_steps=", "--report_to", "none"]
+
+    def train(*more):
+        script.main(*script.parse_args([str(flag) for flag in (*flags, *more)]))
+
+    train("--train_shards_path_or_url", tmp_path / "bad" / "{a,b,c,d}.tar")
+    source = batches([str(tmp_path / "bad" / f"{name}.tar") for name in "abcd"], batch_size=2, seed=42, buffer=1000)
+    captions(source, 12)
+    said = {cause: int(count) for count, cause in re.findall(r"skipped (\d+) x (.*)", capsys.readouterr().out)}
+    assert said == source.faults and len(said) > 5
+    assert not (tmp_path / "bad" / "unpickled").exists()
+    write_shard(tmp_path / "none.tar", [{"png": b"", "txt": b"x"}])
+    for more in (["--vae_cache_disable"], ["--dataloader_num_workers", 1]):
+        with pytest.raises(SystemExit, match="^--train_shards_path_or_url: no usable sample in any of 1 shards"):
+            train("--train_shards_path_or_url", tmp_path / "none.tar", *more)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
