@@ -1,7 +1,11 @@
 """Fixtures that several test modules share. Folders of a session's fixtures are read and never written."""
 
+import http.server
+import json
 import signal
+import threading
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -9,7 +13,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+from tests.documents import StandInHub
 from tests.helpers import (
+    ROOT,
     HookServer,
     clip_folder,
     teacher_like,
@@ -18,6 +24,8 @@ from tests.helpers import (
     tiny_wan_pipeline,
     toy_shards,
 )
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 torch.set_num_threads(1)  # tests run side by side, and small tensors gain nothing
 
@@ -124,3 +132,55 @@ def two_shapes(tmp_path):
         Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
         (tmp_path / "images" / f"{i}.txt").write_text(f"number {i}")
     return f"--train_data_dir {tmp_path / 'images'} --resolution_type pixel_area --crop_aspect preserve"
+
+
+def images(tmp_path):
+    """A folder of small images with captions, one of them too small."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, size in enumerate([(64, 48), (48, 64), (40, 40), (16, 16)] * 3):
+        Image.new("RGB", size, (20 * i, 0, 90)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"colour {i}")
+    return folder
+
+
+@pytest.fixture
+def wan_files(tmp_path):
+    """What the documents' Wan config names: prompts, a hook, a dataset file with a clip; all but the teacher."""
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").write_bytes(b"not read yet")
+    (tmp_path / "clips" / "a.txt").write_text("a clip")
+    (tmp_path / "library.json").write_text('{"first": "a red ball"}')
+    (tmp_path / "webhook.json").write_text('{"webhook_url": "http://127.0.0.1:9/"}')
+    dataset = json.loads((ROOT / "tests" / "configs" / "dmd_wan.dataset.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps(dataset | {"instance_data_dir": str(tmp_path / "clips")}))
+    return {
+        "validation_prompt_library": str(tmp_path / "library.json"),
+        "webhook_config": str(tmp_path / "webhook.json"),
+        "data_backend_config": str(tmp_path / "data.json"),
+        "output_dir": str(tmp_path / "out"),
+    }
+
+
+@pytest.fixture
+def hub():
+    """A hub on this machine; `environment` leads a process to it."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandInHub)
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    server.requests, server.created, server.files = [], [], {}
+    server.commits, server.broken_commits = {}, 0
+    server.environment = {"HF_ENDPOINT": server.url, "HF_TOKEN": "x", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    server.environment |= {"HF_HUB_DISABLE_XET": "1"}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def hub_here(hub, monkeypatch):
+    """The same for runs in this process."""
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    for name in ("HF_TOKEN", "NO_PROXY"):
+        monkeypatch.setenv(name, hub.environment[name])
+    return hub

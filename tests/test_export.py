@@ -1,4 +1,4 @@
-"""The model card, that no secret is in it, and LoRA files for other programs."""
+"""The model card without a secret in it, a hub that says no, and LoRA files for other programs."""
 
 import itertools
 import json
@@ -6,6 +6,7 @@ import re
 import sys
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -14,6 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import train_lcm_distill_sd as script
 from common.export import hide_secrets, save_kohya_lora, sgm_name, write_model_card
 from common.flags import Flags
 
@@ -51,9 +53,10 @@ def test_a_webhooks_url_is_not_in_the_card(tmp_path, monkeypatch):
     assert "hook.json" in text and "https://secret" not in text
 
 
-@pytest.mark.parametrize("words", ["--hub_token hf_x", "--hub_token=hf_x", "--hub_tok hf_x", "--hub_t=hf_x"])
-def test_the_cards_command_has_no_token(words):
-    hidden = hide_secrets(["train.py", *words.split(), "--seed", "1"])
+@pytest.mark.parametrize("flag", ["--hub_token", "--hub_tok", "--hub_to", "--hub_t"])  # argparse takes abbreviations
+@pytest.mark.parametrize("words", ["{} hf_x", "{}=hf_x"])
+def test_the_cards_command_has_no_token(words, flag):
+    hidden = hide_secrets(["train.py", *words.format(flag).split(), "--seed", "1"])
     assert "hf_x" not in " ".join(hidden) and hidden[-2:] == ["--seed", "1"]
 
 
@@ -199,3 +202,19 @@ def test_dora_scales_give_the_adapted_weights(tmp_path):
     assert changed == sum("magnitude" in name for name, _ in unet.named_parameters()) > 10
     assert (output(plain) - before).abs().mean() > 1e-2
     torch.testing.assert_close(output(plain), output(unet), rtol=0, atol=1e-4)
+
+
+def run(*flags):
+    script.main(*script.parse_args([str(flag) for flag in flags]))
+
+
+def test_a_hub_that_refuses_is_known_before_training(tmp_path, sd_teacher, small_shards, monkeypatch):
+    def refuses(*_, **__):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", refuses)
+    flags = ["--pretrained_teacher_model", sd_teacher, "--train_shards_path_or_url", small_shards / "00000.tar"]
+    flags += ["--resolution", 32, "--output_dir", tmp_path / "out", "--push_to_hub", "--hub_model_id", "me/out"]
+    with pytest.raises(SystemExit, match="--push_to_hub: cannot create me/out on the hub"):
+        run(*flags)
+    assert not list(tmp_path.glob("out/checkpoint-*"))

@@ -5,9 +5,12 @@ import copy
 import json
 import pickle
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
+import train_lcm_distill_sd as script
 from common import tracking
 from common.data.buckets import Rules
 from common.flags import (
@@ -25,6 +28,7 @@ from common.flags import (
     parse_with_config,
     shared_defaults,
 )
+from tests.helpers import ROOT, toy_shards
 
 
 def new_parser() -> argparse.ArgumentParser:
@@ -271,3 +275,269 @@ def test_help_is_short_where_it_can_be(capsys):
 def test_keys_of_configs_are_flags_of_somebody():
     known = {action.dest for action in new_parser()._actions}
     assert set(FLAG_OF_KEY.values()) <= known and not set(FLAG_OF_KEY) & known
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags of a script
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return toy_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture
+def parse_script(shards, tmp_path):
+    """`parse_script(config, *flags)`: args, data and notes, of a config and flags on shards that exist."""
+
+    def parsed(config: dict | None, *flags):
+        words = ["--pretrained_teacher_model", "teacher", "--train_shards_path_or_url", shards, *flags]
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            words += ["--config", tmp_path / "config.json"]
+        return script.parse_args([str(word) for word in words])
+
+    return parsed
+
+
+AT_LEAST_ONE = (
+    "train_batch_size", "gradient_accumulation_steps", "vae_encode_batch_size", "num_train_epochs", "max_train_steps",
+    "max_train_samples", "checkpoints_total_limit", "resolution", "num_ddim_timesteps", "unet_time_cond_proj_dim",
+    "lora_rank", "lora_alpha", "validation_preview_steps", "eval_samples",
+)  # fmt: skip
+
+
+NOT_NEGATIVE = (
+    "dataloader_num_workers", "checkpointing_steps", "validation_steps", "lr_warmup_steps", "seed", "eval_steps",
+    "scheduled_sampling_max_step_offset",
+)  # fmt: skip
+
+
+POSITIVE = ("learning_rate", "max_grad_norm", "adam_epsilon", "huber_c", "timestep_scaling_factor")
+
+
+FRACTIONS = ("adam_beta1", "adam_beta2", "ema_decay", "lora_dropout")
+
+
+BAD_FLAGS = [
+    *((f"--{name}", value) for name in AT_LEAST_ONE for value in ("0", "-3")),
+    *((f"--{name}", "-1") for name in NOT_NEGATIVE),
+    *((f"--{name}", value) for name in POSITIVE for value in ("0.0", "-0.5", "inf", "nan")),
+    *((f"--{name}", value) for name in FRACTIONS for value in ("-0.5", "1.0", "nan")),
+    ("--adam_weight_decay", "-0.5"),
+    ("--proportion_empty_prompts", "1.5"),
+    ("--proportion_empty_prompts", "nan"),
+    ("--w_min", "16.0"),  # above the default --w_max 15.0
+    ("--w_min", "-0.5"),
+    ("--w_min", "nan"),
+    ("--resolution", "33"),
+    ("--validation_num_inference_steps", "1,0"),
+    ("--validation_num_inference_steps", "few"),
+    ("--report_to", "clearml"),
+    ("--report_to", "wandb,clearml"),
+    ("--validation_prompt_library", "no_such_file.json"),
+    ("--train_shards_path_or_url", "no_such_shard.tar"),
+    ("--optimizer", "sgd"),
+    ("--mixed_precision", "fp8"),
+    ("--interpolation_type", "sinc"),
+    ("--loss_type", "l1"),
+    ("--lr_scheduler", "cosin"),
+    ("--max_train_steps", "many"),
+    ("--report_steps", "1,0"),
+    ("--validation_resolution", "64x65"),
+    ("--validation_resolution", "64x64x64"),
+    ("--validation_resolution", "big"),
+    ("--base_model_precision", "int4"),
+    ("--attention_mechanism", "flashy"),
+    ("--lr_end", "1.0"),  # above the rate
+    ("--export_formats", "pickle"),
+    ("--webhook_config", "no_such.json"),
+]
+
+
+@pytest.mark.parametrize(("flag", "value"), BAD_FLAGS)
+def test_a_bad_flag_is_named_with_its_value(parse_script, capsys, flag, value):
+    with pytest.raises(SystemExit) as stop:
+        parse_script(None, f"{flag}={value}")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert flag in message and value.split(",")[-1] in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--w_min 3 --w_max 2", "--w_min 3.0 and --w_max 2.0: need 0 <= w_min <= w_max"),
+        ("--vae_cache_ondemand --vae_cache_disable", "--vae_cache_ondemand and --vae_cache_disable"),
+        ("--use_8bit_adam --optimizer lion", "--use_8bit_adam and --optimizer lion"),
+        ("--model_type full --lora_rank 4", "--model_type full: takes no --lora_* flag"),
+        ("--model_type full --use_dora", "--model_type full: takes no --lora_* flag"),
+        ("--train_shards_path_or_url pipe:true", "--max_train_steps or --max_train_samples"),
+        ("--lora 4", "ambiguous option: --lora could match"),
+        ("--scheduled_sampling_probability 0.5", "--scheduled_sampling_max_step_offset: one needs the other"),
+        ("--scheduled_sampling_max_step_offset 5", "--scheduled_sampling_max_step_offset: one needs the other"),
+        ("--ignore_final_epochs", "--ignore_final_epochs: needs --max_train_steps"),
+        ("--num_train_epochs 0", "--num_train_epochs 0: must be at least 1, or give --max_train_steps"),
+        ("--lr_end 1e-6", "--lr_end 1e-06 and --lr_scheduler constant: it has no decay"),
+        ("--evaluation_type clip", "--evaluation_type clip: needs --evaluation_clip_model"),
+        ("--push_checkpoints_to_hub", "--push_checkpoints_to_hub: needs --push_to_hub"),
+        ("--export_formats kohya", "--export_formats kohya: is a layout of LoRA files"),
+    ],
+)
+def test_flags_that_do_not_go_together(parse_script, capsys, flags, named):
+    with pytest.raises(SystemExit) as stop:
+        parse_script(None, *flags.split())
+    assert stop.value.code == 2 and named in capsys.readouterr().err
+
+
+def test_a_teacher_needs_shards(capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--pretrained_teacher_model", "teacher"])
+    assert "--train_shards_path_or_url: needed with --pretrained_teacher_model" in capsys.readouterr().err
+
+
+def test_flags_without_a_job_say_so(parse_script, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [note.split(":")[0] for note in parse_script(None, "--allow_tf32", "--local_rank", 3)[2]] == [
+        "--allow_tf32",
+        "--local_rank",
+    ]
+
+
+def test_the_kind_of_student_follows_from_its_flags(parse_script):
+    for words, kind in (([], "full"), (["--use_dora"], "lora"), (["--lora_rank", 4], "lora")):
+        assert parse_script(None, *words)[0].model_type == kind
+    assert parse_script(None, "--model_type", "lora")[0].lora_rank == 64
+
+
+def test_no_flags_are_the_toy_recipe():
+    args, data, notes = script.parse_args([])
+    assert args.pretrained_teacher_model is None and script.teacher_of(args) == str(ROOT / "tests" / "toy" / "sd")
+    assert args.resolution == 64 and args.model_type == "full" and "toy teacher" in notes[0]
+    assert data.source == "--train_shards_path_or_url" and len(data.datasets[0].parts) == 4
+    assert script.parse_args(["--learning_rate", "0.5"])[0].learning_rate == 0.5
+    lora, *_ = script.parse_args(["--lora_rank", "4"])  # the recipe has settings of its own for a LoRA
+    assert (args.num_ddim_timesteps, lora.num_ddim_timesteps, lora.lora_rank) == (50, 10, 4)
+
+
+VALUE_OF_KEY = {
+    "pretrained_model_name_or_path": "another/teacher",
+    "caption_dropout_probability": 0.25,
+    "vae_batch_size": 7,
+    "use_gradient_checkpointing": True,
+    "validation_step_interval": 11,
+    "checkpoint_step_interval": 13,
+}
+
+
+@pytest.mark.parametrize("key", FLAG_OF_KEY)
+def test_a_key_with_another_name_reaches_its_flag(tmp_path, shards, key):
+    config = {"pretrained_model_name_or_path": "teacher", "train_shards_path_or_url": shards, key: VALUE_OF_KEY[key]}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    args, *_ = script.parse_args(["--config", str(tmp_path / "c.json")])
+    assert getattr(args, FLAG_OF_KEY[key]) == VALUE_OF_KEY[key]
+    assert args.pretrained_teacher_model is not None
+
+
+@pytest.mark.parametrize("nested", [{"lcm": {"w_min": 1.0, "w_max": 12}}, {"w_min": 1.0, "w_max": 12}])
+def test_settings_of_the_method_are_nested_or_flat(parse_script, nested):
+    args, *_ = parse_script({"distillation_method": "lcm", "model_family": "sd", "distillation_config": nested})
+    assert (args.w_min, args.w_max) == (1.0, 12.0)
+
+
+def test_flags_win_over_the_config_and_the_config_over_defaults(parse_script):
+    config = {"learning_rate": 0.5, "train_batch_size": 3, "random_flip": True, "lora_rank": 8, "max_grad_norm": None}
+    args, *_ = parse_script(config, "--learning_rate", 0.25)
+    assert (args.learning_rate, args.train_batch_size, args.random_flip, args.model_type) == (0.25, 3, True, "lora")
+    assert args.max_grad_norm == 1.0  # null: as if it were not there
+    assert (
+        parse_script({"learning_rate": 0.5}, "--learning_rate", 1e-4)[0].learning_rate == 1e-4
+    )  # also where it is the default
+
+
+def test_a_single_number_of_steps_is_a_list_of_one(parse_script):
+    """As the quickstart's config has it."""
+    assert parse_script({"validation_num_inference_steps": 4})[0].validation_num_inference_steps == [4]
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"learning_rat": 1e-4}, "unknown key 'learning_rat', did you mean 'learning_rate'?"),
+        ({"validation_step_intervall": 5}, "did you mean 'validation_step_interval'?"),
+        ({"zzzzzz": 5}, "unknown key 'zzzzzz'"),
+        ({"gradient_checkpointing": "False"}, "gradient_checkpointing is 'False', and must be of type bool"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing is 1, and must be of type bool"),
+        ({"train_batch_size": "4"}, "train_batch_size is '4', and must be of type int"),
+        ({"train_batch_size": True}, "train_batch_size is True, and must be of type int"),
+        ({"train_batch_size": 1.5}, "train_batch_size is 1.5, and must be of type int"),
+        ({"learning_rate": "1e-4"}, "learning_rate is '1e-4', and must be of type float"),
+        ({"output_dir": ["a"]}, "output_dir is ['a'], and must be of type str"),
+        ({"loss_type": "l1"}, "loss_type is 'l1', and must be one of l2, huber"),
+        ({"model_family": "sdxl"}, "model_family is 'sdxl', and this script is for 'sd'"),
+        ({"distillation_method": "dmd"}, "distillation_method is 'dmd', and this script is for 'lcm'"),
+        ({"distillation_config": {"dmd": {"ts_schedule": True}}}, "unknown key 'dmd'"),
+        ({"distillation_config": [1]}, "distillation_config is [1], and must be an object"),
+        ({"delete_problematic_images": True}, "delete_problematic_images: this program never deletes your files"),
+        ({"config": "other.json"}, "unknown key 'config'"),
+        ({"w_min": 3.0, "w_max": 2.0}, "--w_min 3.0 and --w_max 2.0"),
+        ([], "must be a JSON object"),
+    ],
+)
+def test_a_bad_config_of_a_script_is_one_sentence(parse_script, capsys, config, named):
+    with pytest.raises(SystemExit) as stop:
+        parse_script(config)
+    assert stop.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_config_that_is_no_json(tmp_path, capsys):
+    (tmp_path / "c.json").write_text("{learning_rate: 1}")
+    with pytest.raises(SystemExit):
+        script.parse_args(["--config", str(tmp_path / "c.json")])
+    assert "c.json is not JSON" in capsys.readouterr().err
+
+
+def test_a_dataset_file(tmp_path, shards, capsys):
+    def with_entries(entries):
+        (tmp_path / "data.json").write_text(json.dumps(entries))
+        config = {"pretrained_model_name_or_path": "teacher", "data_backend_config": str(tmp_path / "data.json")}
+        (tmp_path / "c.json").write_text(json.dumps(config))
+        return script.parse_args(["--config", str(tmp_path / "c.json")])
+
+    def refused(entries) -> str:
+        with pytest.raises(SystemExit) as stop:
+            with_entries(entries)
+        assert stop.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    first = shards.replace("{00000..00003}", "{00000..00001}")
+    second = shards.replace("{00000..00003}", "{00002..00003}")
+    images = {"id": "a", "type": "webdataset", "instance_data_dir": first, "cache_dir_vae": "latents"}
+    _, data, _ = with_entries(
+        [
+            images,
+            {"id": "off", "type": "webdataset", "instance_data_dir": "no_such.tar", "disabled": True},
+            {"id": "b", "type": "webdataset", "instance_data_dir": second},
+            {"id": "text", "type": "local", "dataset_type": "text_embeds", "cache_dir": "embeds", "default": True},
+        ]
+    )
+    assert [Path(part).name for dataset in data.datasets for part in dataset.parts] == [
+        f"0000{i}.tar" for i in range(4)
+    ]
+    assert [dataset.cache_dir_vae for dataset in data.datasets] == ["latents", None]
+    assert (data.cache_dir_text, data.samples) == ("embeds", 32)
+    assert len(with_entries(images)[1].datasets[0].parts) == 2  # a single object is a list of one
+    assert "'c': type is 'parquet', and must be one of local, webdataset" in refused(
+        [images, {"id": "c", "type": "parquet"}]
+    )
+    assert "'d' has no instance_data_dir" in refused([{"id": "d", "type": "webdataset"}])
+    assert "must be a list of objects" in refused(["a.tar"])
+    with pytest.raises(SystemExit):
+        script.parse_args(["--pretrained_teacher_model", "teacher", "--data_backend_config", "no_such.json"])
+    assert "no_such.json: No such file" in capsys.readouterr().err
+
+
+def test_fp16_on_a_cpu_is_refused(parse_script, tmp_path):
+    with pytest.raises(SystemExit, match="--mixed_precision fp16: needs a GPU"):
+        script.main(*parse_script(None, "--mixed_precision", "fp16", "--output_dir", tmp_path))
