@@ -14,10 +14,11 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import UMT5Config, UMT5EncoderModel
 
-from tests.bench import TOY, Bench, measure
+from tests.bench.lcm import Bench, measure
 from tests.toy import world_video as video
 from tests.toy.make_wan import TEXT_TOKENS, make_tokenizer
 
+TOY = Path(__file__).parent.parent / "toy"
 UMT5 = {"d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}  # its embeddings are cached: its size is no matter
 
 
@@ -49,8 +50,8 @@ def wan_flags(options, folder: Path) -> list:
 class WanBench(Bench):
     noun = "clips"
 
-    def __init__(self, script, options, args):
-        super().__init__(script, options, args)
+    def __init__(self, script, options, args, data):
+        super().__init__(script, options, args, data)
         self.keep("draw_exits")
 
     def keep(self, name: str):
@@ -62,19 +63,21 @@ class WanBench(Bench):
             setattr(self.script, name, lambda *args: results.append(function(*args)) or results[-1])
 
     def prepare_floor(self):
-        networks, _ = self.load_networks
+        networks = self.load_networks.by_role
         encoder, _ = self.open_encoder
         script, args, device = self.script, self.args, encoder.device
         samples = next(self.open_batches)
-        cond = encoder.encode_text([sample.caption for sample in samples])["prompt_embeds"]
+        cond = encoder.encode_text([sample.caption for sample in samples])
         frames, *size = samples[0].bucket
-        shape = script.latent_shape(networks["student"], self.vae_config(), script.latent_frames(frames), size)
+        frames = script.latent_frames(frames, script.FRAMES_PER_LATENT)
+        shape = script.latent_shape(args, networks["student"], frames, size)
         x, t = torch.randn(len(samples), *shape, device=device), torch.full((len(samples),), 500.0, device=device)
-        twice = torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, cond])
-        self.layers = script.adapter_layers(networks["student"])
+        both = {name: torch.cat([values, values]) for name, values in cond.items()}
+        twice = torch.cat([x, x]), torch.cat([t, t]), both
+        self.layers, dtype = self.load_networks.layers, cond["prompt_embeds"].dtype
 
         def forward(which, *inputs):
-            with torch.autocast(device.type, cond.dtype, enabled=args.mixed_precision == "bf16"):
+            with torch.autocast(device.type, dtype, enabled=args.mixed_precision == "bf16"):
                 return script.predict(networks[which], *inputs)
 
         def forward_backward(which):
@@ -94,9 +97,6 @@ class WanBench(Bench):
             "fake score forward and backward": ("fake_score", lambda: forward_backward("fake_score")),
             "optimizer steps": ("student", optimizer_steps),
         }
-
-    def vae_config(self) -> dict:
-        return self.script.wan.AutoencoderKLWan.load_config(self.args.pretrained_teacher_model, subfolder="vae")
 
     def measure_floor(self, steps: int) -> float:
         total = 0.0

@@ -1,22 +1,7 @@
-"""Where the time and the memory of a training step go: `python -m tests.bench sd` (or `sdxl`, or `wan`).
+"""What `python -m tests.bench sd` and `sdxl` measure, and what the benches have alike."""
 
-The real script runs, and at intervals stops for as many bare steps with its own networks: the evaluations that the
-method cannot do without (student forward and backward, teacher on both prompts, target, and the rollout's forward where
---scheduled_sampling_probability asks for it), the optimizer's step, and, where nothing is cached, the encoders'
-forwards. Their time is the floor. What is printed is step / floor, from one run.
-
-On a GPU: `python -m tests.bench sd --size real --batch_size 12 --mixed_precision bf16 [--compile]`, random weights.
-What is Wan's own is in tests/bench_wan.py.
-"""
-
-import argparse
-import importlib
-import json
 import resource
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -24,36 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import toy_shards
-from tests.toy import report
 
-TOY = Path(__file__).parent / "toy"
-LCM = {"cached": [], "streaming": ["--vae_cache_disable"], "lora": ["--lora_rank", 64]}
-WAN = {"lora": [], "full": ["--model_type", "full"]}  # both from full caches
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "4090": 165.0}  # dense bf16
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", choices=["sd", "sdxl", "wan"])
-    parser.add_argument(
-        "--size",
-        choices=["toy", "real"],
-        default="toy",
-        help="real: SD 1.5's, SDXL's or Wan 1.3B's shapes, random weights",
-    )
-    parser.add_argument(
-        "--scenario", choices=sorted({*LCM, *WAN}), help="one only; default: all, each in a process of its own"
-    )
-    parser.add_argument("--batch_size", type=int, help="default: 32; wan: 16, of real size 1")
-    parser.add_argument("--block", type=int, default=25, help="steps between two measurements of the floor")
-    parser.add_argument("--blocks", type=int, default=4, help="the first one warms up and is not counted")
-    parser.add_argument("--mixed_precision", default="no", choices=["no", "fp16", "bf16"])
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--work", type=Path, help="where a real-sized teacher is kept; default: a temporary folder")
-    options = parser.parse_args(argv)
-    if options.batch_size is None:
-        options.batch_size = {"toy": 16, "real": 1}[options.size] if options.script == "wan" else 32
-    return options
 
 
 def synchronize():
@@ -152,8 +109,8 @@ class Bench:
 
     noun = "images"
 
-    def __init__(self, script, options, args):
-        self.script, self.options, self.args = script, options, args
+    def __init__(self, script, options, args, data):
+        self.script, self.options, self.args, self.caches = script, options, args, data.caches
         self.block_seconds, self.floor_seconds, self.in_block = [], [], 0
         self.parts, self.part_seconds = {}, {}
         for name in ("load_networks", "make_optimizer", "open_encoder", "open_batches"):
@@ -191,7 +148,7 @@ class Bench:
 
     def prepare_floor(self):
         teacher, student, target = self.load_networks
-        encoder, reader = self.open_encoder
+        encoder, _ = self.open_encoder
         device, count = encoder.device, self.args.train_batch_size
         samples = next(self.open_batches)
         images = encoder.encode_images(samples)
@@ -200,7 +157,7 @@ class Bench:
         both = {name: torch.cat([values, values]) for name, values in cond.items()}
         x, t = images["mean"].float(), torch.full((count,), 500, device=device)
         lora = self.args.model_type == "lora"
-        embedding = None if lora else torch.zeros(count, self.args.unet_time_cond_proj_dim, device=device)
+        w = None if lora else torch.zeros(count, device=device)
         predict = self.script.predict
         enabled, dtype = self.args.mixed_precision in ("fp16", "bf16"), both["prompt_embeds"].dtype
         autocast = lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled)  # noqa: E731
@@ -213,11 +170,11 @@ class Bench:
         @torch.no_grad()
         def forward(unet):
             with autocast():
-                predict(unet, x, t, cond, embedding)
+                predict(unet, x, t, cond, w)
 
         def student_forward_backward():
             with autocast():
-                out = predict(student, x, t, cond, embedding)
+                out = predict(student, x, t, cond, w)
             out.float().square().mean().backward()
 
         def optimizer_step():
@@ -232,12 +189,12 @@ class Bench:
         }
         if self.args.scheduled_sampling_probability:
             self.parts["rollout"] = lambda: forward(student)
-        if self.args.caches == "off":
+        if self.caches == "off":
             pixels = torch.stack([sample.pixels for sample in samples]).to(device).float() / 127.5 - 1.0
             prompts = [sample.caption for sample in samples]
-            no_grad = torch.no_grad()
-            self.parts["VAE"] = no_grad(lambda: self.script.encode_pixels(encoder.vae, pixels))
-            self.parts["text encoder"] = no_grad(lambda: self.script.encode_prompts(encoder.loaded_text, prompts))
+            no_grad, text_encoder = torch.no_grad(), encoder.load(encoder.encoders.load_text)
+            self.parts["VAE"] = no_grad(lambda: encoder.encoders.encode_pixels(encoder.vae, pixels))
+            self.parts["text encoder"] = no_grad(lambda: encoder.encoders.encode_prompts(text_encoder, prompts))
 
     def measure_floor(self, steps: int) -> float:
         """Mean of so many."""
@@ -259,7 +216,7 @@ class Bench:
 
         def one():
             samples = next(self.open_batches)
-            if self.args.caches != "off":
+            if self.caches != "off":
                 encoder.encode_images(samples)
                 encoder.encode_text([sample.caption for sample in samples])
 
@@ -295,28 +252,6 @@ class Bench:
         return result
 
 
-def run_scenario(options) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--output_dir", folder, "--train_batch_size", options.batch_size, "--report_to", "none"]
-        flags += ["--validation_steps", 0, "--checkpointing_steps", 0, "--mixed_precision", options.mixed_precision]
-        flags += ["--max_train_steps", options.block * options.blocks, "--disable_benchmark", "--report_steps="]
-        flags += ["--dataloader_num_workers", 2]
-        flags += ["--compile"] * options.compile
-        if options.script == "wan":
-            from tests.bench_wan import WanBench, wan_flags
-
-            script, bench_class = importlib.import_module("train_dmd_distill_wan"), WanBench
-            flags += [*wan_flags(options, Path(folder)), *WAN[options.scenario]]
-        else:
-            script, bench_class = importlib.import_module(f"train_lcm_distill_{options.script}"), Bench
-            flags += [*lcm_flags(options, Path(folder)), *LCM[options.scenario]]
-        args = script.parse_args([str(flag) for flag in flags])
-        bench = bench_class(script, options, args)
-        report.report = lambda *_: ""  # it takes longer than the bench
-        script.main(args)
-        return bench.result()
-
-
 def lcm_flags(options, folder: Path) -> list:
     flags = ["--validation_num_inference_steps", 1]
     if options.size == "real":
@@ -324,26 +259,3 @@ def lcm_flags(options, folder: Path) -> list:
         flags += ["--pretrained_teacher_model", real_teacher(options.work or folder / "teacher"), "--resolution", side]
         flags += ["--train_shards_path_or_url", toy_shards(folder / "shards", 4, 64, side, side)]
     return flags
-
-
-def main(options):
-    if options.scenario:
-        print(json.dumps(run_scenario(options)))
-        return
-    columns = {}
-    for scenario in WAN if options.script == "wan" else LCM:
-        command = [sys.executable, "-m", "tests.bench", *sys.argv[1:], "--scenario", scenario]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        print(*[line for line in output.splitlines() if line.startswith("bench:")], sep="\n")
-        columns[scenario] = json.loads(output.splitlines()[-1])
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\n{options.script}, {options.size}, batch {options.batch_size}, {machine}, torch {torch.__version__}")
-    print(f"{'':34}" + "".join(f"{scenario:>12}" for scenario in columns))
-    for name in names:
-        cells = [f"{column[name]:12.3f}" if name in column else f"{'':12}" for column in columns.values()]
-        print(f"{name:34}" + "".join(cells))
-
-
-if __name__ == "__main__":
-    main(parse_args())
