@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import shutil
 import signal
 import threading
 
@@ -12,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 from tests.documents import StandInHub
-from tests.helpers import ROOT, tiny_pipeline, tiny_sdxl_pipeline, tiny_wan_pipeline, toy_shards
+from tests.helpers import ROOT, sd_scheduler, tiny_pipeline, tiny_sdxl_pipeline, tiny_wan_pipeline, toy_shards
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -38,8 +39,13 @@ def one_process(monkeypatch):
 
 @pytest.fixture(scope="session")
 def sd_teachers(tmp_path_factory):
-    """A Stable Diffusion folder with random weights for each prediction type."""
-    return {name: tiny_pipeline(tmp_path_factory.mktemp(name), name) for name in PREDICTION_TYPES}
+    """A Stable Diffusion folder for each prediction type, all with the same random weights."""
+    first, *others = PREDICTION_TYPES
+    folders = {first: tiny_pipeline(tmp_path_factory.mktemp(first), first)}
+    for name in others:
+        folders[name] = shutil.copytree(folders[first], tmp_path_factory.mktemp("teachers") / name)
+        sd_scheduler(name).save_pretrained(folders[name] / "scheduler")
+    return folders
 
 
 @pytest.fixture(scope="session")
