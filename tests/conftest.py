@@ -134,6 +134,7 @@ def two_shapes(tmp_path):
     return f"--train_data_dir {tmp_path / 'images'} --resolution_type pixel_area --crop_aspect preserve"
 
 
+@pytest.fixture
 def images(tmp_path):
     """A folder of small images with captions, one of them too small."""
     folder = tmp_path / "images"

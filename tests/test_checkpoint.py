@@ -30,6 +30,7 @@ def test_lion_trains(flags, tmp_path):
     assert all(value.isfinite().all() for value in weights(tmp_path, 2).values())
 
 
+@pytest.mark.slow
 def test_limit_finish_and_bad_names(flags, tmp_path, capsys):
     mine = tmp_path / "checkpoint-notes.txt"
     mine.write_text("mine")
@@ -75,6 +76,7 @@ def test_a_folder_that_is_not_ours_stays(flags, tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_fit_are_named(flags, tmp_path):
     full, lora = tmp_path / "full", tmp_path / "lora"
     short = ["--max_train_steps", 1]

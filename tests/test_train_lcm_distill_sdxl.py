@@ -581,11 +581,11 @@ WAN, LAUNCHED = "test_every_setting_has_its_effect", "test_the_documents_wan_con
 EMA, CLIP_SIZES = "test_the_average_counts_the_student_s_updates_alone", "test_clips_are_cut_to_whole_blocks"
 SEEN_BY = {
     "model_type": "test_the_student_is_of_the_kind_and_rank_that_was_asked_for",
-    "model_family": "test_a_bad_config_is_one_sentence",
+    "model_family": "test_a_bad_config_of_a_script_is_one_sentence",
     "model_flavour": "test_a_documents_config_means_its_flags",
     "output_dir": RUN,
     "pretrained_model_name_or_path": RUN,
-    "distillation_method": "test_a_bad_config_is_one_sentence",
+    "distillation_method": "test_a_bad_config_of_a_script_is_one_sentence",
     "distillation_config": "test_settings_of_the_method_are_nested_or_flat",
     "num_ddim_timesteps": TRAINED,
     "w_min": TRAINED,
@@ -674,7 +674,7 @@ SEEN_BY = {
     "disable_benchmark": LAUNCHED,
     "attention_mechanism": "test_another_attention_mechanism_computes_the_attention",
     "compress_disk_cache": "test_damage_is_made_again",
-    "delete_problematic_images": "test_a_bad_config_is_one_sentence",
+    "delete_problematic_images": "test_a_bad_config_of_a_script_is_one_sentence",
     "disable_bucket_pruning": "test_the_table_of_buckets",
     "ema_validation": "test_whose_clips_are_shown",
     "flow_schedule_shift": "test_the_shift_is_of_the_teacher_s_sampler",

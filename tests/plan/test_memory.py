@@ -361,7 +361,7 @@ def test_a_plan_of_a_teacher_in_a_folder(parse, without_weights):
         ("--vae_cache_ondemand", {"caches": "ondemand"}),
         ("--context_parallel_degree 2", {"context_parallel": 2}),
         ("--gradient_checkpointing --gradient_accumulation_steps 3", {"checkpointing": True, "accumulation": 3}),
-        ("--model_type full --optimizer lion", {"model_type": "full", "lora_rank": 0, "optimizer": "lion"}),
+        ("--model_type full --optimizer lion", {"model_type": "full", "lora_rank": 128, "optimizer": "lion"}),
         ("--base_model_precision int8-quanto", {"base_precision": "int8-torchao"}),
         ("--text_encoder_1_precision int8-torchao", {"text_precision": "int8-torchao"}),
         ("--max_sequence_length 24", {"text_length": 24}),
