@@ -142,9 +142,9 @@ def ended(saver, monkeypatch, **how):
     options = {"step": 4, "trained": True, "stopped": False, "all_processes": False} | how
     end_run(
         saver.args, saver, SimpleNamespace(end=lambda step, stopped: done.append(("tracking", step, stopped))),
-        "owner/name" if saver.args.push_to_hub else None, stop_signal=SimpleNamespace(over=call("no more signals", None)),
-        validate=call("pictures", Image.new("RGB", (8, 8))), export=call("export", (["weights"], "import x\n")),
-        report=call("report", "| a |\n"), method="lcm", teacher="owner/teacher", **options,
+        "owner/name" if saver.args.push_to_hub else None, validate=call("pictures", Image.new("RGB", (8, 8))),
+        stop_signal=SimpleNamespace(over=call("no more signals", None)), report=call("report", "| a |\n"),
+        export=call("export", (["weights"], "import x\n")), method="lcm", teacher="owner/teacher", **options,
     )  # fmt: skip
     return done
 
