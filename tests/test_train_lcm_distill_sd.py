@@ -529,8 +529,9 @@ def test_a_lora_trains_on_a_base_in_8_bits_and_loads_on_the_plain_one(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_same_bit_for_bit(lcm):
+def test_a_resumed_run_is_the_same_bit_for_bit(lcm, watch, logged):
     """With all that has random numbers or weights of its own: DoRA, 8 bits, dropout, rollouts."""
+    losses = watch(script, "consistency_loss")
     flags = "--use_dora --lora_rank 2 --lora_dropout 0.3 --base_model_precision int8-torchao --learning_rate 1e-3"
     flags += " --scheduled_sampling_max_step_offset 10 --scheduled_sampling_probability 0.5"
     once = lcm.run(f"{flags} --max_train_steps 3", out="once")
@@ -538,6 +539,10 @@ def test_a_resumed_run_is_the_same_bit_for_bit(lcm):
     lcm.run(f"{flags} --max_train_steps 3 --resume_from_checkpoint latest", out="parts")
     weights, again = (load_file(out / "checkpoint-3" / "student.safetensors") for out in (once, parts))
     assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
+    found = [loss.item() for _, loss in losses]
+    assert found[3:] == found[:3]
+    step, values = logged[-1]
+    assert step == 3 and values["loss"] == pytest.approx(sum(found[4:]) / 2)  # the mean since the resume
 
 
 def test_a_full_student_has_a_teacher_in_8_bits_and_all_of_its_own(lcm):
