@@ -94,6 +94,7 @@ def test_sizes_of_the_real_model():
     assert 8 * by_hand + state_bytes(trained, "adamw") == pytest.approx(2.8 * GB, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_text_encoder_is_eleven_gigabytes():
     phase = account(tiny(text_encoder=UMT5))["filling the caches"]
     assert phase["text encoder"] == pytest.approx(11.36 * GB, rel=0.01)
@@ -169,6 +170,7 @@ def test_the_meter_agrees_with_the_profiler(checkpointing):
     assert meter.peak == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.slow
 def test_what_checkpoints_hold_of_the_real_model():
     """32,760 tokens of 1536 channels in bf16, at the door of each of 30 blocks: 3.0 GB."""
     kept, own = activations(setup(checkpointing=True), (1, 21, 60, 104))
@@ -179,6 +181,7 @@ def test_what_checkpoints_hold_of_the_real_model():
     assert setup().tokens() == 32_760
 
 
+@pytest.mark.slow
 def test_one_block_of_the_real_model_computed_again():
     """4.6 GB where weights and activations are bf16 alike; adapters of PEFT in fp32 copy their inputs besides."""
     with torch.device("meta"):
@@ -204,6 +207,7 @@ def test_one_block_of_the_real_model_computed_again():
     assert meter.peak - kept < own < 1.5 * (meter.peak - kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_each_further_block_keeps_the_same(checkpointing):
     """Two and three blocks say what five keep."""
@@ -227,12 +231,14 @@ def test_each_further_block_keeps_the_same(checkpointing):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_lora_of_the_real_model_fits_into_twenty_gigabytes():
     run = setup(checkpointing=True, caches="full")
     assert 14 * GB < sum(account(run)["training"].values()) < 20 * GB
     assert "fits into 24 GB" in report(run, 81, 24 * GB)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "smaller"),
     [
@@ -255,6 +261,7 @@ def test_what_makes_a_run_smaller(changes, smaller):
         assert by_name[1] < by_name[0]
 
 
+@pytest.mark.slow
 def test_a_full_student_has_three_networks():
     parts = account(tiny(model_type="full"))["training"]
     count = sum(p.numel() for p in counted(tiny().model).parameters())
@@ -264,6 +271,7 @@ def test_a_full_student_has_three_networks():
     assert kept_for_two_passes[name] == 8 * count and parts[name] < 4 * count
 
 
+@pytest.mark.slow
 def test_a_causal_student_keeps_keys_and_values():
     """Blocks of 1, 1 and 2 frames of 16 tokens: those of 1 and 1 frame, of 48 channels in 3 layers, bf16."""
     parts = account(tiny(frames=4, block_lengths=(1, 1, 2)))["training"]
@@ -271,6 +279,7 @@ def test_a_causal_student_keeps_keys_and_values():
     assert "keys and values of earlier blocks" not in account(tiny())["training"]
 
 
+@pytest.mark.slow
 def test_encoders_stay_where_no_cache_is_filled_before_training():
     assert "filling the caches" not in account(tiny(caches="full"))
     filled = account(tiny())
@@ -283,12 +292,14 @@ def test_encoders_stay_where_no_cache_is_filled_before_training():
         assert phases["training"]["VAE, after a validation"] == phases["validation"]["VAE"] > 0
 
 
+@pytest.mark.slow
 def test_validation_generates_as_many_clips_at_once_as_are_trained():
     name = "its decoding, or a forward"
     one, three = (account(tiny(batch=batch))["validation"][name] for batch in (1, 3))
     assert three == pytest.approx(3 * one, rel=0.1)
 
 
+@pytest.mark.slow
 def test_advice_fits_and_says_what_it_saves():
     run = tiny(batch=4, ema="gpu", frames=5, height=32, width=32, caches="full")
     room = most(run) + RESERVE
@@ -374,6 +385,7 @@ def test_flags_reach_the_plan(flags, expected, parse):
     assert {name: run[name] for name in expected} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", ["--lora_rank 4", "--lora_rank 4 --base_model_precision int8-torchao", "--model_type full"]
 )
@@ -401,6 +413,7 @@ def test_the_plan_s_weights_and_moments_are_those_of_a_run(flags, precision, par
         assert planned == sum(moment.nbytes for moment in moments)
 
 
+@pytest.mark.slow
 def test_a_plan_under_fsdp_splits_what_it_splits(parse, monkeypatch):
     """Advice is of flags that go with it."""
     parsed = parse("--model_type full --use_ema --plan 0.001")
@@ -416,6 +429,7 @@ def test_a_plan_under_fsdp_splits_what_it_splits(parse, monkeypatch):
         assert shares[name] == parts[name] // 4 > 0
 
 
+@pytest.mark.slow
 def test_a_user_asks_for_a_plan(parse, without_weights, tmp_path, capsys, one_process):
     """And gets it where there are no weights to load. Nothing is left behind."""
     flags = "--num_frames 33 --validation_num_video_frames 33 --train_batch_size 4 --lora_rank 4"

@@ -74,6 +74,7 @@ def test_distance_sees_what_too_few_steps_look_like():
     assert distance(128 + 0.8 * (pixels - 128)) > 10 * near
 
 
+@pytest.mark.slow
 def test_the_toy_s_report_has_the_steps_that_were_asked_for(tmp_path):
     def pictures(which, prompts, steps, seed, size):
         rng = np.random.default_rng((seed, steps))
