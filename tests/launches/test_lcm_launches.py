@@ -65,7 +65,7 @@ def repeat_pictures(folders: list[Path], place: Path):
         scale = 128 // 32  # of the grid's pictures
         enlarged = again.repeat(scale, 0).repeat(scale, 1)
         assert enlarged.std() > 5  # there is something to recognise
-        # one level of rounding, for the run drew its prompts as one batch
+        # one level of rounding, for the run generated all prompts as one batch
         assert np.abs(find(enlarged, sheet).astype(int) - enlarged).max() <= 2, folder
 
 
