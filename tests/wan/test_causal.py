@@ -218,9 +218,9 @@ def test_what_a_rollout_keeps_grows_as_the_clip_does(checkpointing):
 
 @pytest.mark.parametrize("blocks", [[6], [1, 5], [2, 2, 2]])
 def test_one_forward_of_a_clip_has_the_caches_of_its_blocks_one_by_one(blocks):
+    """Keys and values carry no gradient, wherever they are asked for."""
     x, t, text = inputs()
-    network = tiny_wan()
-    causal = BlockCausal(network)
+    network, causal = trainable()
 
     def velocity(x, t):
         return call(network, x, torch.full((len(x),), t), text)
@@ -236,6 +236,7 @@ def test_one_forward_of_a_clip_has_the_caches_of_its_blocks_one_by_one(blocks):
                 for found, place in ((k, 0), (v, 1)):
                     wanted = torch.cat([piece[layer][place] for piece in longer], 1)
                     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+                    assert not found.requires_grad and not wanted.requires_grad
 
 
 def test_one_block_is_the_bidirectional_student():
