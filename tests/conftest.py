@@ -25,8 +25,6 @@ from tests.helpers import (
     toy_shards,
 )
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-
 torch.set_num_threads(1)  # tests run side by side, and small tensors gain nothing
 
 
