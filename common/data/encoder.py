@@ -175,8 +175,9 @@ def open_stores(args, data: Data, readers: list, encoders: Encoders) -> tuple[li
     A dataset of prompts alone has no latents: the store of texts stands in for theirs.
     """
     root, folders = f"{args.output_dir}/cache", []
+    weights = encoders.latents_identity()  # once, as it hashes the weights' files
     for dataset, reader in zip(data.datasets, readers, strict=True):
-        name = identity(**encoders.latents_identity(), geometry=reader.geometry())
+        name = identity(**weights, geometry=reader.geometry())
         parent = dataset.cache_dir_vae or args.cache_dir_vae or f"{root}/vae"
         folders.append(None if dataset.sizes else f"{parent}/{name}")
     stores = {folder: TensorStore(folder, args.compress_disk_cache) for folder in dict.fromkeys(folders) if folder}

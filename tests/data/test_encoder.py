@@ -364,17 +364,18 @@ def stand_ins(calls: list[str], vae=None) -> Encoders:
         encode_pixels=encode_pixels,
         load_text=lambda: loads("text", None),
         encode_prompts=lambda network, prompts: {"length": torch.tensor([float(len(prompt)) for prompt in prompts])},
-        latents_identity=lambda: {"vae": "none", "dtype": torch.float32},
+        latents_identity=lambda: loads("identity", {"vae": "none", "dtype": torch.float32}),
         text_identity=lambda: {"text": "lengths"},
     )
 
 
-def opened_by_hand(shards: str, folder: Path, caches: str):
+def opened_by_hand(shards: str, folder: Path, caches: str, datasets: int = 1):
     settings = {"interpolation_type": "bilinear", "random_flip": False, "seed": 0, "train_batch_size": 4}
     settings |= {"output_dir": str(folder), "cache_dir_vae": None, "compress_disk_cache": False}
     args = Namespace(**settings, vae_encode_batch_size=3, dataloader_num_workers=0)
     rules = Rules(16, alignment=16, crop_style="center")
-    data = Data("--shards", (Dataset("shards", expand_shards(shards), rules),), caches, 16)
+    each = tuple(Dataset(f"shards {i}", expand_shards(shards), rules) for i in range(datasets))
+    data = Data("--shards", each, caches, 16)
     calls = []
     readers = open_readers(args, data)
     encoder, readers = open_encoder(args, data, readers, stand_ins(calls), Accelerator(), ["a prompt"])
@@ -397,7 +398,13 @@ def test_networks_that_are_none_are_loaded_once(shards, tmp_path, caches):
     assert (tmp_path / "o").exists() == (caches != "off")
     _, _, calls = opened_by_hand(shards, tmp_path / "o", "fill" if caches == "ondemand" else caches)
     # the prompt beside the captions is met for the first time
-    assert calls == {"fill": [], "ondemand": ["text"], "off": []}[caches]
+    assert calls == {"fill": ["identity"], "ondemand": ["identity", "text"], "off": []}[caches]
+
+
+def test_weights_are_hashed_once_for_all_datasets_and_never_without_caches(shards, tmp_path):
+    """A hash reads gigabytes."""
+    assert opened_by_hand(shards, tmp_path / "o", "ondemand", datasets=3)[2].count("identity") == 1
+    assert opened_by_hand(shards, tmp_path / "p", "off", datasets=3)[2] == []
 
 
 def test_stores_have_the_names_of_what_shaped_them(shards, tmp_path):
