@@ -187,7 +187,7 @@ def parse_args(argv=None):
     add("--min_score_timestep", type=float, default=0.0, help="the lower bound without --ts_schedule")
     add("--negative_prompt", type=str, help="what guidance leads away from; default: --validation_negative_prompt, or the empty prompt")
 
-    text = "Frames are latent ones: Wan has one for the first frame and for each four that follow."
+    text = f"Frames are latent ones: one for the first frame, and one for each {FRAMES_PER_LATENT} that follow."
     add = parser.add_argument_group("self-forcing", text).add_argument
     add("--num_frame_per_block", type=int, default=0, help="frames of a block; 0: all in one, a bidirectional student")
     add("--independent_first_frame", action=argparse.BooleanOptionalAction, default=False, help="the first block is one frame")
@@ -1131,8 +1131,8 @@ def main(args, data, method, notes):
     check_finite(args, step, **means.read(accelerator))  # a stop may come between two logs
     end_run(
         args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal,
-        stopped=stopping, student_updates=updates, validate=validate, export=export_student, report=report, method="dmd",
-        teacher=teacher_of(args), all_processes=all_processes,
+        stopped=stopping, student_updates=updates, validate=validate, export=export_student, report=report,
+        method="dmd", teacher=teacher_of(args), all_processes=all_processes,
     )  # fmt: skip
 
 

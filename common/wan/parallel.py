@@ -96,9 +96,8 @@ def tokens_to_heads(x: torch.Tensor, group) -> torch.Tensor:
     """Exchanges tokens for heads: [B, L / processes, heads, D] -> [B, L, heads / processes, D]"""
     if group is None:
         return x
-    x = x.unflatten(2, (group.size(), -1)).permute(
-        2, 0, 1, 3, 4
-    )  # [n, B, L / n, heads / n, D]: row i has heads of process i
+    # [n, B, L / n, heads / n, D]: row i has heads of process i
+    x = x.unflatten(2, (group.size(), -1)).permute(2, 0, 1, 3, 4)
     return exchanged(x, group).permute(1, 0, 2, 3, 4).flatten(1, 2)
 
 
@@ -106,9 +105,8 @@ def heads_to_tokens(x: torch.Tensor, group) -> torch.Tensor:
     """Exchanges heads for tokens: [B, L, heads / processes, D] -> [B, L / processes, heads, D]"""
     if group is None:
         return x
-    x = x.unflatten(1, (group.size(), -1)).permute(
-        1, 0, 2, 3, 4
-    )  # [n, B, L / n, heads / n, D]: row i has tokens of process i
+    # [n, B, L / n, heads / n, D]: row i has tokens of process i
+    x = x.unflatten(1, (group.size(), -1)).permute(1, 0, 2, 3, 4)
     return exchanged(x, group).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 

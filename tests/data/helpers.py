@@ -217,10 +217,10 @@ def entry(folder, **changes) -> dict:
     return base | {"resolution_type": "area", "crop": False} | changes
 
 
-def samples_of(run: Opened, visit: str = "v") -> dict:
-    """All good samples by the file's name, and what was wrong with the others."""
+def samples_of(run: Opened, visit: str = "v", readers=None) -> dict:
+    """All good samples by the file's name, and what was wrong with the others; `readers` are those of images."""
     found, faults = {}, Counter()
-    for dataset, reader in zip(run.data.datasets, open_readers(run.args, run.data), strict=True):
+    for dataset, reader in zip(run.data.datasets, readers or open_readers(run.args, run.data), strict=True):
         for key, members in itertools.chain.from_iterable(map(read_part, dataset.parts)):
             name = key.rpartition("/")[2]
             try:

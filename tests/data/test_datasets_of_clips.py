@@ -1,11 +1,7 @@
 """Datasets of clips and of prompts alone: by flags and dataset files, in folders and shards, and their batches."""
 
 import argparse
-import itertools
 import json
-from argparse import Namespace
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,9 +11,8 @@ from PIL import Image
 from common.cache import TensorStore
 from common.data.buckets import latent_frames, pixel_frames
 from common.data.clips import CaptionReader, ClipReader, clip_size, open_caption_readers, open_clip_readers
-from common.data.datasets import Data, open_data, plan_buckets
-from common.data.samples import BadSample
-from common.data.sources import part_fingerprint, read_part, split_folder, split_prompts
+from common.data.datasets import open_data, plan_buckets
+from common.data.sources import part_fingerprint, split_folder, split_prompts
 from common.data.stream import open_batches
 from common.flags import (
     add_bucket_flags,
@@ -27,6 +22,8 @@ from common.flags import (
     check_shared_flags,
     parse_with_config,
 )
+from tests.data import helpers
+from tests.data.helpers import Accelerator, Opened
 from tests.helpers import ROOT, clip_members, encoded, folder_of_clips, write_shard
 
 
@@ -36,16 +33,8 @@ def test_latent_frames():
     assert all(latent_frames(pixel_frames(count, 8), 8) == count for count in range(1, 100))
 
 
-@dataclass
-class Opened:
-    """What a script that trains on clips has after parsing."""
-
-    args: Namespace
-    data: Data
-    notes: list[str]
-
-    def readers(self, reader_class=ClipReader):
-        return open_clip_readers(self.args, self.data, reader_class)
+def readers_of(run: Opened, reader_class=ClipReader):
+    return open_clip_readers(run.args, run.data, reader_class)
 
 
 def parse(*words, frames_per_latent=4) -> Opened:
@@ -86,15 +75,7 @@ SMALL = ["--resolution", 32, "--resolution_type", "pixel"]
 
 
 def samples_of(run: Opened, reader_class=ClipReader) -> dict:
-    found, faults = {}, Counter()
-    for dataset, one in zip(run.data.datasets, run.readers(reader_class), strict=True):
-        for key, members in itertools.chain.from_iterable(map(read_part, dataset.parts)):
-            name = key.rpartition("/")[2]
-            try:
-                found[name] = one(members, f"v {key}", name)
-            except BadSample as cause:
-                faults[str(cause)] += 1
-    return found | {"faults": faults}
+    return helpers.samples_of(run, readers=readers_of(run, reader_class))
 
 
 def test_a_folder_of_clips(folder):
@@ -176,13 +157,6 @@ def shards(folder: Path) -> str:
     return str(folder / "{0,1}.tar")
 
 
-class Accelerator:
-    device = torch.device("cpu")
-    is_main_process, num_processes, process_index = True, 1, 0
-    print = staticmethod(print)
-    wait_for_everyone = staticmethod(lambda: None)
-
-
 def test_captions_alone_have_the_clips_sizes(folder, tmp_path):
     """No clip is decoded, no cache of latents is read; geometry keeps their stores apart from those of latents."""
     run = parse("--train_data_dir", folder, *SMALL, "--num_frames", 13)  # longer than the clips
@@ -191,20 +165,21 @@ def test_captions_alone_have_the_clips_sizes(folder, tmp_path):
         "first": (13, 32, 48), "a_second": (13, 48, 32), "walk": (13, 32, 48),
     }  # fmt: skip
     assert found["walk"].latents == {} and found["walk"].pixels is None
-    [one], [clips] = open_caption_readers(run.args, run.data), run.readers()
+    [one], [clips] = open_caption_readers(run.args, run.data), readers_of(run)
     store = TensorStore(tmp_path / "store")
     assert one.with_cache(store) is one and one.geometry() == ["captions", *clips.geometry()]
     cached = clips.with_cache(store, filling=True)
     assert (cached.cache, cached.filling, clips.cache) == (store, True, None)
 
 
-def test_batches_of_clips_from_shards(tmp_path, capsys):
+def test_batches_of_clips_from_shards(tmp_path):
     """Each batch is of one shape; bad clips are counted by cause; buckets are counted from the first frames."""
     run = parse("--train_shards_path_or_url", shards(tmp_path / "s"), *SMALL, "--num_frames", 9)
-    plan_buckets(run.args, run.data, Accelerator(), clip_size)
-    shown = capsys.readouterr().out
+    accelerator = Accelerator()
+    plan_buckets(run.args, run.data, accelerator, clip_size)
+    shown = "\n".join(accelerator.said)
     assert "48     32       4" in shown and "32     48       2" in shown  # the clip of three frames among them
-    batches = open_batches(run.args, run.data, Accelerator(), run.readers(), None)
+    batches = open_batches(run.args, run.data, Accelerator(), readers_of(run), None)
     seen = set()
     for _ in range(6):
         batch = next(batches)
@@ -231,7 +206,7 @@ def test_prompts_alone_have_the_shapes_of_validation(prompts, refused, tmp_path)
     flags = ["--train_prompts", prompts, "--num_frames", 9, "--resolution", 480, "--resolution_type"]
     run = parse(*flags, "pixel", "--validation_resolution", "832x480,480x832")
     assert run.data.datasets[0].sizes == ((480, 832), (832, 480)) and run.data.samples == 4
-    batches = open_batches(run.args, run.data, Accelerator(), run.readers(), None)
+    batches = open_batches(run.args, run.data, Accelerator(), readers_of(run), None)
     seen, sizes = set(), set()
     for _ in range(20):
         batch = next(batches)
