@@ -40,7 +40,6 @@ Launch
 To fork it for another model, replace the block "The model": nothing else knows the model. tests/forks/ has an example.
 """
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -66,6 +65,7 @@ from common.data.stream import open_batches
 from common.draws import Draws, draw_dropped, draw_exits, score_range, score_timesteps, tied_noise
 from common.export import push_to_hub
 from common.flags import (
+    Switch,
     add_bucket_flags,
     add_clip_flags,
     add_shared_flags,
@@ -92,6 +92,7 @@ from common.networks import (
 )
 from common.optim import (
     average_gradients,
+    betas_and_decay,
     clip_gradients,
     gradient_norm,
     make_optimizer,
@@ -159,19 +160,19 @@ def parse_args(argv=None):
     add("--lora_dropout", type=float, help="default 0")
     add("--lora_target_modules", type=str, help=f"names or suffixes of modules, with commas; default {LORA_TARGETS}")
     add("--lora_type", type=str, choices=["standard"], help="standard: PEFT's, the only kind")
-    add("--use_ema", action="store_true", help="keep a moving average of the student, which is then what is exported")
+    add("--use_ema", action=Switch, help="keep a moving average of the student, which is then what is exported")
     add("--ema_decay", type=float, default=0.99, help="of the average, per update of the student")
     add("--ema_update_interval", type=int, default=1, help="updates of the student between those of the average, whose decay makes up for it")
     add("--ema_validation", type=str, default="ema_only", choices=["none", "ema_only", "comparison"], help="whose clips validation generates: the student's, the average's, or both")
     add("--ema_device", type=str, default="accelerator", choices=["accelerator", "cpu"], help="where the average is kept")
-    add("--export_pipeline", action="store_true", help="full: write all of the pipeline, so that from_pretrained(OUTPUT_DIR) loads it; default: transformer and scheduler alone")
+    add("--export_pipeline", action=Switch, help="full: write all of the pipeline, so that from_pretrained(OUTPUT_DIR) loads it; default: transformer and scheduler alone")
     add("--export_formats", type=str, default="diffusers", choices=["diffusers", "diffusers,comfyui"], metavar="FORMATS", help="diffusers, or diffusers,comfyui; of a LoRA: comfyui writes a second file, in the names of Wan's own code")
 
     add = parser.add_argument_group("distribution matching distillation").add_argument
     add("--dmd_denoising_steps", type=str, default="1000,757,522", metavar="STEPS", help="the student's timesteps, falling from 1000; or their number, evenly spaced and shifted by --flow_schedule_shift: 4 at shift 5 is 1000,937.5,833.3,625")
     add("--flow_schedule_shift", type=float, help="shift of the teacher's sampler in validation, of --causal_init_steps' trajectories, and of counted steps; default: the teacher's own")
     add("--generator_update_interval", type=int, default=1, help="the student is updated every so many steps, the fake score at each")
-    add("--last_step_only", action="store_true", help="every rollout goes to the student's last step; default: the exit step is drawn")
+    add("--last_step_only", action=Switch, help="every rollout goes to the student's last step; default: the exit step is drawn")
     add("--real_score_guidance_scale", type=float, default=3.0, metavar="S", help="of the teacher: uncond + S * (cond - uncond)")
     add("--fake_score_guidance_scale", type=float, default=0.0, metavar="S", help="of the fake score, likewise; 0 for none")
     add("--fake_score_lr", type=float, default=1e-5, help="constant; that of the student is --learning_rate")
@@ -182,16 +183,16 @@ def parse_args(argv=None):
     add("--timestep_shift", type=float, default=1.0, help="of the timesteps at which rollouts are judged, towards noise; 1 is uniform; drawn between the bounds below, then clamped by the ratios")
     add("--min_timestep_ratio", type=float, default=0.02, help="these timesteps are at least 1000 times this")
     add("--max_timestep_ratio", type=float, default=0.98, help="and at most 1000 times this")
-    add("--ts_schedule", action=argparse.BooleanOptionalAction, default=True, help="lower bound of these timesteps: the student's step after the rollout's exit, of several blocks the lowest; 0 after its last")
-    add("--ts_schedule_max", action=argparse.BooleanOptionalAction, default=False, help="upper bound of these timesteps: the rollout's exit step, of several blocks the highest")
+    add("--ts_schedule", action=Switch, default=True, help="lower bound of these timesteps: the student's step after the rollout's exit, of several blocks the lowest; 0 after its last")
+    add("--ts_schedule_max", action=Switch, help="upper bound of these timesteps: the rollout's exit step, of several blocks the highest")
     add("--min_score_timestep", type=float, default=0.0, help="the lower bound without --ts_schedule")
     add("--negative_prompt", type=str, help="what guidance leads away from; default: --validation_negative_prompt, or the empty prompt")
 
     text = f"Frames are latent ones: one for the first frame, and one for each {FRAMES_PER_LATENT} that follow."
     add = parser.add_argument_group("self-forcing", text).add_argument
     add("--num_frame_per_block", type=int, default=0, help="frames of a block; 0: all in one, a bidirectional student")
-    add("--independent_first_frame", action=argparse.BooleanOptionalAction, default=False, help="the first block is one frame")
-    add("--same_step_across_blocks", action=argparse.BooleanOptionalAction, default=False, help="one exit step for all blocks of a rollout; default: one each")
+    add("--independent_first_frame", action=Switch, help="the first block is one frame")
+    add("--same_step_across_blocks", action=Switch, help="one exit step for all blocks of a rollout; default: one each")
     add("--num_training_frames", type=int, default=21, help="longer rollouts train on their last ones; a bidirectional student rolls out no more")
     add("--context_noise", type=float, default=0.0, help="timestep at which clean blocks become the context of later ones")
     add("--causal_init_steps", type=int, default=0, help="the first of --max_train_steps regress the student to the teacher's own trajectories")
@@ -992,7 +993,7 @@ def main(args, data, method, notes):
     optimizers = {
         "student": make_optimizer(
             optimizer_name(args), trained["student"], args.learning_rate * (clips_per_step if args.scale_lr else 1),
-            (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon, device,
+            *betas_and_decay(args), args.adam_epsilon, device,
         ),
         "fake_score": make_optimizer(
             "adamw8bit" if optimizer_name(args) == "adamw8bit" else "adamw", trained["fake_score"], args.fake_score_lr,

@@ -42,7 +42,6 @@ Launch
 To fork it for another model, replace the block "The model": nothing else knows the model. tests/forks/ has an example.
 """
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -63,6 +62,7 @@ from common.data.stream import open_batches
 from common.draws import Draws, draw_dropped, draw_rollout
 from common.export import push_to_hub
 from common.flags import (
+    Switch,
     add_shared_flags,
     check_ranges,
     check_shared_flags,
@@ -73,7 +73,7 @@ from common.flags import (
 )
 from common.losses import consistency_loss
 from common.networks import adapters_off, dropout_off, quantize, speed_up, weights_copy, weights_exchanged, with_uncond
-from common.optim import clip_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
+from common.optim import betas_and_decay, clip_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
 from common.pictures import Comparison, open_preview, validation_prompts
 from common.report import hold_out, open_clip, write_report
 from common.run import Saver, check_finite, end_run, open_repository, start_run
@@ -100,9 +100,9 @@ def parse_args(argv=None):
     add("--lora_alpha", type=int, help="default 64; the adapter is scaled by alpha / rank")
     add("--lora_dropout", type=float, help="default 0")
     add("--lora_target_modules", type=str, help=f"names or suffixes of modules, with commas; default {LORA_TARGETS}")
-    add("--use_dora", action="store_true", help="weight-decomposed LoRA")
+    add("--use_dora", action=Switch, help="weight-decomposed LoRA")
     add("--lora_type", type=str, choices=["standard"], help="standard: PEFT's, the only kind")
-    add("--export_pipeline", action="store_true", help="full: write all of the pipeline, in fp32, so that from_pretrained(OUTPUT_DIR) loads it; default: the U-Net and its scheduler alone")
+    add("--export_pipeline", action=Switch, help="full: write all of the pipeline, in fp32, so that from_pretrained(OUTPUT_DIR) loads it; default: the U-Net and its scheduler alone")
     add("--export_formats", type=str, default="diffusers", choices=["diffusers", "kohya", "diffusers,kohya"], metavar="FORMATS", help="diffusers, or diffusers,kohya; of a LoRA: kohya writes a second file, for A1111 and ComfyUI")
 
     add = parser.add_argument_group("latent consistency distillation").add_argument
@@ -111,12 +111,12 @@ def parse_args(argv=None):
     add("--num_ddim_timesteps", type=int, default=50, help="N, steps of the teacher's solver; must divide the number of its training timesteps")
     add("--loss_type", type=str, default="l2", choices=["l2", "huber"], help="mean of diff^2, or of sqrt(diff^2 + c^2) - c")
     add("--huber_c", type=float, default=0.001, help="c of sqrt(diff^2 + c^2) - c; smaller is nearer to |diff|")
-    add("--diff2flow_loss", action="store_true", help="take the loss of flow velocities eps - x0, whose differences are those of x0 times (alpha + sigma) / sigma")
+    add("--diff2flow_loss", action=Switch, help="take the loss of flow velocities eps - x0, whose differences are those of x0 times (alpha + sigma) / sigma")
     add("--scheduled_sampling_max_step_offset", type=int, default=0, help="rollouts start up to this many solver steps above t, and the student itself denoises to x_t; 0: no rollouts")
     add("--scheduled_sampling_probability", type=float, default=0.0, help="share of samples that are rolled out, 0 to 1")
     add("--scheduled_sampling_strategy", type=str, default="uniform", choices=["uniform", "biased_early", "biased_late"], help="lengths of rollouts: all alike, mostly short, or mostly long")
     add("--timestep_scaling_factor", type=float, default=10.0, help="s of c_skip and c_out; larger makes c_skip fall faster")
-    add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, default=True, help="of a full student's teacher: keep its weights in --mixed_precision, or in fp32 under autocast; a LoRA's base is always in --mixed_precision")
+    add("--cast_teacher_unet", action=Switch, default=True, help="of a full student's teacher: keep its weights in --mixed_precision, or in fp32 under autocast; a LoRA's base is always in --mixed_precision")
     # fmt: on
     add_shared_flags(parser)
     add_model_flags(parser)
@@ -585,9 +585,8 @@ def main(args, data, notes):
     total_steps = args.max_train_steps or args.num_train_epochs * max(1, data.samples // samples_per_step)
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
     optimizer = make_optimizer(
-        optimizer_name(args), trained, learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_weight_decay,
-        args.adam_epsilon, device,
-    )  # fmt: skip
+        optimizer_name(args), trained, learning_rate, *betas_and_decay(args), args.adam_epsilon, device
+    )
     lr_schedule = make_schedule(args, optimizer, total_steps)
     prepared, optimizer = accelerator.prepare(student, optimizer)
     networks = Networks(teacher, student, prepared, target, trained, average, lora)
