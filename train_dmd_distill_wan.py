@@ -121,7 +121,7 @@ LORA_RANK = 128  # the default of rank and alpha
 RECIPE_BATCH = 64  # samples of an optimizer step in the papers' recipes
 NO_JOB = (  # flags that scripts share and this one has no use for
     "eval_steps", "eval_samples", "evaluation_type", "evaluation_clip_model", "validation_preview",
-    "validation_preview_steps", "validation_preview_model", "text_encoder_2_precision", "use_fix_crop_and_size",
+    "validation_preview_steps", "validation_preview_model", "text_encoder_2_precision",
 )  # fmt: skip
 LOG_EVERY = 10  # optimizer steps between logs; training itself waits for the device nowhere else
 MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "student_grad_norm", "fake_score_grad_norm"]
@@ -649,14 +649,13 @@ def student_scheduler(steps: list[float]) -> tuple[FlowMatchLCMScheduler, str]:
     return FlowMatchLCMScheduler(shift=1.0), line
 
 
-def causal_usage(args, method, transformer) -> str:
+def causal_usage(args, frames: int, channels: int, steps: list[float]) -> str:
     """Lines that make a clip block by block, with the common/ folder of this repository at hand."""
-    frames = latent_frames(method.validation_frames, FRAMES_PER_LATENT)
     blocks = block_lengths(frames, args.num_frame_per_block, args.independent_first_frame)
-    (height, width), channels = args.validation_resolution[0], transformer.config.in_channels
+    height, width = args.validation_resolution[0]
     return (
         "from common.solvers import roll_out\nfrom common.wan.causal import BlockCausal\n\n"
-        f"steps, blocks = {method.steps}, {blocks}\n"
+        f"steps, blocks = {steps}, {blocks}\n"
         f'text, _ = pipeline.encode_prompt("your prompt", max_sequence_length={args.max_sequence_length})\n'
         "predict, remember = BlockCausal(pipeline.transformer).calls(\n"
         "    lambda x, t: pipeline.transformer(x.to(text), torch.tensor([t], device=x.device), text).sample.float()\n"
@@ -670,15 +669,35 @@ def causal_usage(args, method, transformer) -> str:
         f"        predict, remember, noise, steps, blocks, exits, context_noise={args.context_noise}\n"
         "    ):\n"
         "        clip.append(latents)  # this block's frames are there before the next one's are begun\n"
+        "    mean, std = (\n"
+        "        torch.tensor(getattr(pipeline.vae.config, name), device=text.device).view(1, -1, 1, 1, 1)\n"
+        '        for name in ("latents_mean", "latents_std")\n'
+        "    )\n"
+        "    pixels = pipeline.vae.decode((torch.cat(clip, 2) * std + mean).to(pipeline.vae.dtype)).sample\n"
+        "video = pipeline.video_processor.postprocess_video(pixels)[0]\n"
     )
 
 
-def export(args, method, folder: Path, transformer) -> tuple[list[str], str]:
-    """Writes the files that stock diffusers loads. Returns their names and the lines of code that load them."""
+def export(args, method, folder: Path, transformer, dtype: torch.dtype) -> tuple[list[str], str]:
+    """Writes the files that stock diffusers loads. Returns their names and the lines of code that load them.
+
+    These name the precision `dtype`, since parts of a pipeline may be stored in several; the VAE is in fp32, as Wan has
+    it. They generate what the run has shown, of its size and length.
+    """
     scheduler, line = student_scheduler(method.steps)
     scheduler.save_pretrained(folder / "scheduler")
-    base, replaced = teacher_of(args), "scheduler=scheduler"
+    base, source = teacher_of(args), text_source(args)["model"]
+    dtypes = dtype if dtype == torch.float32 else f'{{"vae": torch.float32, "default": {dtype}}}'
+    parts, after = ["scheduler=scheduler", f"dtype={dtypes}"], ""
     load = f'scheduler = FlowMatchLCMScheduler.from_pretrained("{folder}", subfolder="scheduler")\n{line}'
+    if args.teacher_revision:
+        parts.append(f'revision="{args.teacher_revision}"')
+    if source != base:
+        load += (
+            f'text_encoder = UMT5EncoderModel.from_pretrained("{source}", subfolder="text_encoder", dtype={dtype})\n'
+        )
+        load += f'tokenizer = AutoTokenizer.from_pretrained("{source}", subfolder="tokenizer")\n'
+        parts += ["text_encoder=text_encoder", "tokenizer=tokenizer"]
     if args.model_type == "lora":
         layers = get_peft_model_state_dict(transformer, adapter_name="student")
         adapter = transformer.peft_config["student"].to_dict()
@@ -694,24 +713,33 @@ def export(args, method, folder: Path, transformer) -> tuple[list[str], str]:
             save_comfy_lora(folder / files[-1], layers, args.lora_alpha)
     else:
         transformer.save_pretrained(folder / "transformer")
-        files, after = ["transformer"], ""
-        load += f'transformer = WanTransformer3DModel.from_pretrained("{folder}", subfolder="transformer")\n'
-        replaced += ", transformer=transformer"
+        files = ["transformer"]
+        load += (
+            f'transformer = WanTransformer3DModel.from_pretrained("{folder}", subfolder="transformer", dtype={dtype})\n'
+        )
+        parts.append("transformer=transformer")
         if args.export_pipeline:
             pipeline = PIPELINE.from_pretrained(base, transformer=transformer, scheduler=scheduler, **hub_options(args))
             pipeline.save_pretrained(folder)
             files += ["model_index.json", *(name for name, part in pipeline.components.items() if part is not None)]
+    frames, (height, width) = method.validation_frames, args.validation_resolution[0]
     usage = (
         "import functools\n\nimport torch\n"
-        + f"from diffusers import FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel\n\n{load}"
-        + f'pipeline = WanPipeline.from_pretrained("{base}", {replaced})\n{after}'
+        "from diffusers import FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel\n"
+        "from diffusers.utils import encode_video\nfrom transformers import AutoTokenizer, UMT5EncoderModel\n\n"
+        f'{load}pipeline = WanPipeline.from_pretrained("{base}", {", ".join(parts)})\n{after}'
+        'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")\n'
     )
     if args.num_frame_per_block:  # the pipeline would show it the whole clip at once
-        usage += causal_usage(args, method, transformer)
+        latents = latent_frames(frames, FRAMES_PER_LATENT)
+        usage += causal_usage(args, latents, transformer.config.in_channels, method.steps)
     else:
-        usage += f'video = pipeline("your prompt", num_frames={method.validation_frames}, '
-        usage += f"num_inference_steps={len(method.steps)}, guidance_scale=1.0, "
-        usage += f"max_sequence_length={args.max_sequence_length}).frames[0]\n"
+        usage += (
+            f'video = pipeline(\n    "your prompt", num_frames={frames}, height={height}, width={width}, '
+            f"num_inference_steps={len(method.steps)}, guidance_scale=1.0,\n"
+            f"    max_sequence_length={args.max_sequence_length},\n).frames[0]\n"
+        )
+    usage += f'encode_video(video, fps={FRAMES_PER_SECOND}, output_path="clip.mp4")\n'
     return ["scheduler", *dict.fromkeys(files)], usage
 
 
@@ -1014,8 +1042,9 @@ def main(args, data, method, notes):
     data = plan_buckets(args, data, accelerator, clip_size)
     prompts = ["", args.negative_prompt, args.validation_negative_prompt or "", *validation_prompts(args)]
     encoder, readers = open_encoder(
-        args, data, open_caption_readers(args, data), encoders(args, device, weight_dtype), accelerator, prompts
-    )
+        args, data, open_caption_readers(args, data), encoders(args, device, weight_dtype), accelerator, prompts, state,
+        sharing,
+    )  # fmt: skip
     uncond, empty = encoder.encode_text([args.negative_prompt]), encoder.encode_text([""])  # [1, L, C] each
     batches = open_batches(args, data, accelerator, readers, state["stream"], sharing)
     saver = Saver(
@@ -1031,7 +1060,9 @@ def main(args, data, method, notes):
         """Files and usage, from the main process; all have to call it where weights are split."""
         with as_average(args.use_ema):
             network = gathered(student)
-            return export(args, method, Path(args.output_dir), network) if accelerator.is_main_process else None
+            if accelerator.is_main_process:
+                return export(args, method, Path(args.output_dir), network, weight_dtype)
+            return None
 
     def report() -> str:
         """The exported student against the teacher. Where all processes generate, the main one alone keeps files."""
@@ -1046,7 +1077,7 @@ def main(args, data, method, notes):
 
     def validate():
         sheet = comparison.sheet(step)
-        if data.caches == "fill":  # training needs no encoder
+        if data.caches == "fill":  # training needs no text encoder, and never a VAE
             encoder.release()
         return sheet
 

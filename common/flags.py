@@ -10,7 +10,15 @@ from pathlib import Path
 
 import torch
 
-from common.data.buckets import CROP_ASPECTS, CROP_STYLES, RESOLUTION_TYPES, Rules, with_settings
+from common.data.buckets import (
+    CROP_ASPECTS,
+    CROP_STYLES,
+    RESOLUTION_TYPES,
+    Rules,
+    square_side,
+    target_size,
+    with_settings,
+)
 from common.networks import ATTENTION, PRECISIONS, check_precision
 from common.optim import DECAYS, optimizer_defaults
 from common.schema import Key, check_value, read_json, unknown_key
@@ -156,7 +164,7 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--cache_dir_vae", type=str, help="folder of latents, which runs may share; default: OUTPUT_DIR/cache/vae")
     add("--cache_dir_text", type=str, help="folder of text embeddings, which runs may share; default: OUTPUT_DIR/cache/text")
     add("--vae_cache_ondemand", action=Switch, help="encode and keep a sample when training first reads it; default: all of them before training")
-    add("--vae_cache_disable", action=Switch, help="encode each time and keep nothing; the default for shards that are not local")
+    add("--vae_cache_disable", action=Switch, help="encode pictures each time and keep no latents; texts are cached all the same. Of shards that are not local nothing is kept but by --vae_cache_ondemand")
     add("--compress_disk_cache", action=Switch, help="compress cached latents with zlib: about 10%% smaller, for some CPU time")
     add("--vae_encode_batch_size", "--encode_batch_size", type=int, default=32, help="samples that the VAE encodes at a time")
 
@@ -210,7 +218,7 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--validation_seed", type=int, default=0, help="seed of the noise of validation samples")
     add("--disable_benchmark", action=Switch, help="generate no samples of the teacher to compare with")
     add("--validation_preview", action=Switch, help="send pictures of half-done samples, decoded by a tiny autoencoder, to trackers and webhook")
-    add("--validation_preview_steps", type=int, default=1, help="N for previews after steps 1, N, 2N, ...")
+    add("--validation_preview_steps", type=int, default=1, help="N for previews after steps N, 2N, 3N, ...")
     add("--validation_preview_model", type=str, help="folder or hub name of an AutoencoderTiny; default: the one made for the model, from the hub")
     add("--evaluation_type", type=str, default="none", choices=["none", "clip"], help="clip: log minimum, maximum, mean and deviation of the CLIP score of validation pictures")
     add("--evaluation_clip_model", type=str, help="folder or hub name of the CLIP that scores pictures")
@@ -242,7 +250,6 @@ def add_bucket_flags(parser: argparse.ArgumentParser):
     add("--target_downsample_size", type=float, help="size to which such images are shrunk, in the same unit; default: --maximum_image_size")
     add("--crop_aspect", type=str, default="square", choices=CROP_ASPECTS, help="square: all images are cropped to one square; preserve: each goes to the bucket nearest to its own ratio")
     add("--crop_style", type=str, choices=CROP_STYLES, help="place of the crop, corner is the top left one; default: random, or center with --center_crop")
-    add("--use_fix_crop_and_size", action=Switch, help="tell the network that every original has the resolution's size and is not cropped; default: its true size and crop")
     add("--disable_bucket_pruning", action=Switch, help="keep buckets of fewer samples than a batch, and fill their batches by repeating samples; default: their images go to the bucket of the nearest ratio that has enough")
 
     add = parser.add_argument_group("datasets", "One source of data: a folder, a dataset, --train_shards_path_or_url or --data_backend_config.").add_argument
@@ -303,8 +310,6 @@ def check_shared_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error("--evaluation_type clip: needs --evaluation_clip_model, the CLIP that scores")
     if args.push_checkpoints_to_hub and not args.push_to_hub:
         parser.error("--push_checkpoints_to_hub: needs --push_to_hub")
-    if args.vae_cache_ondemand and args.vae_cache_disable:
-        parser.error("--vae_cache_ondemand and --vae_cache_disable: one or the other")
     if args.validation_prompt_library and not Path(args.validation_prompt_library).is_file():
         parser.error(f"--validation_prompt_library {args.validation_prompt_library}: no such file")
     check_trackers(parser, args.report_to)
@@ -348,14 +353,18 @@ def bucket_rules(parser: argparse.ArgumentParser, args: argparse.Namespace) -> t
         alignment=args.bucket_alignment,
         crop_aspect=args.crop_aspect,
         crop_style=args.crop_style or ("center" if args.center_crop else "random"),
-        fixed_size_ids=args.use_fix_crop_and_size,
+        fixed_size_ids=getattr(args, "use_fix_crop_and_size", False),
     )
     names = ("aspect_bucket_rounding", "minimum_image_size", "maximum_image_size", "target_downsample_size")
     notes = []
     try:
-        return with_settings(base, {name: getattr(args, name) for name in names}, "--", notes), notes
+        rules = with_settings(base, {name: getattr(args, name) for name in names}, "--", notes)
     except ValueError as error:
         parser.error(str(error))
+    (side, _), wanted = target_size(1, 1, rules), square_side(rules)
+    if rules.resolution_type != "area" and side != wanted:
+        notes.append(f"--resolution {wanted:g}: sides are multiples of {rules.alignment} pixels, a square has {side}")
+    return rules, notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -663,7 +663,7 @@ def test_of_clips_the_captions_and_sizes_are_read_alone(wan_teacher, tmp_path, m
     accelerator = Accelerator()
     encoders = script.encoders(args, accelerator.device, torch.float32)
     readers = script.open_caption_readers(args, data)
-    encoder, readers = script.open_encoder(args, data, readers, encoders, accelerator, [])
+    encoder, readers = script.open_encoder(args, data, readers, encoders, accelerator, [], {"step": 0, "stream": None})
     (sample,) = next(script.open_batches(args, data, accelerator, readers, None))
     assert (sample.caption, sample.bucket, sample.pixels) == ("a red ball", (9, 32, 48), None)
     assert encoder.encode_text([sample.caption])["prompt_embeds"].shape == (1, 512, 16)
@@ -697,7 +697,9 @@ def opened(teacher, *flags, dtype=torch.float32, vae_dtype=torch.float32):
         latents_identity=lambda: own.latents_identity() | {"dtype": vae_dtype},
     )  # fmt: skip
     readers = open_clip_readers(args, data)
-    encoder, readers = script.open_encoder(args, data, readers, encoders, OneProcess(), ["", "negative"])
+    encoder, readers = script.open_encoder(
+        args, data, readers, encoders, OneProcess(), ["", "negative"], {"step": 0, "stream": None}
+    )
     return data, encoder, readers, loads
 
 
@@ -863,14 +865,14 @@ def test_the_card_s_lines_sample_in_the_stock_pipeline_what_the_student_makes(
     assert ("partial" in usage) == ("800" in flags)
 
     namespace, steps_taken = {}, []
-    setup, call = usage.rsplit("video = ", 1)
+    setup, call = usage.partition("encode_video(video")[0].rsplit("video = ", 1)
     exec(setup, namespace)
     pipe = namespace["pipeline"]
     forward = pipe.transformer.forward
     monkeypatch.setattr(
         pipe.transformer, "forward", lambda **kw: steps_taken.append(kw["timestep"][0].item()) or forward(**kw)
     )
-    call = call.replace('"your prompt"', '"a red ball", height=32, width=32, output_type="latent"')
+    call = call.replace('"your prompt"', '"a red ball", output_type="latent"')
     torch.manual_seed(0)
     theirs = eval(call.replace(".frames[0]", ".frames"), namespace)
     torch.testing.assert_close(torch.tensor(steps_taken), torch.tensor(method.steps), atol=2e-4, rtol=0)
@@ -904,7 +906,7 @@ def test_the_card_s_lines_of_a_causal_student_stream_what_it_makes(run, parse, t
     setup, sampling = usage.replace("your prompt", "a red ball").split("noise = ")
     exec(setup, namespace)  # loading draws random numbers
     torch.manual_seed(0)
-    exec(f"noise = {sampling}", namespace)
+    exec(f"noise = {sampling.partition('encode_video')[0]}", namespace)
     theirs = torch.cat(namespace["clip"], 2)
 
     networks, cond = loads[0][1], {"prompt_embeds": namespace["text"]}
