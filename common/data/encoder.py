@@ -185,8 +185,8 @@ def open_encoder(
     """
     latents, text, filling = None, None, []
     if data.caches != "off":
-        latents, text = open_stores(args, data, readers, encoders)
-        latents = latents if data.keeps_latents else None
+        text = open_text_store(args, data, encoders)
+        latents = open_latent_stores(args, data, readers, encoders, text) if data.keeps_latents else None
         stores = latents or [None] * len(readers)
         filling = [reader.with_cache(store, filling=True) for reader, store in zip(readers, stores, strict=True)]
         readers = [reader.with_cache(store) for reader, store in zip(readers, stores, strict=True)]
@@ -207,21 +207,21 @@ def open_encoder(
     return encoder, readers
 
 
-def open_stores(args, data: Data, readers: list, encoders: Encoders) -> tuple[list[TensorStore], TensorStore]:
-    """Stores of latents, one for each dataset, and the store of texts, in folders named by all that shapes records.
+def open_text_store(args, data: Data, encoders: Encoders) -> TensorStore:
+    """The store of texts, in a folder named by all that shapes records."""
+    folder = f"{data.cache_dir_text or args.output_dir + '/cache/text'}/{identity(**encoders.text_identity())}"
+    return TensorStore(folder, args.compress_disk_cache, data.write_batch_size or RECORDS_PER_FILE)
+
+
+def open_latent_stores(args, data: Data, readers: list, encoders: Encoders, text: TensorStore) -> list[TensorStore]:
+    """Stores of latents, one for each dataset, in folders named by all that shapes records.
 
     A dataset of prompts alone has no latents: the store of texts stands in for theirs.
     """
-    root, folders = f"{args.output_dir}/cache", []
-    weights = encoders.latents_identity()  # once, as it hashes the weights' files
+    folders, weights = [], encoders.latents_identity()  # once, as it hashes the weights' files
     for dataset, reader in zip(data.datasets, readers, strict=True):
         name = identity(**weights, geometry=reader.geometry())
-        parent = dataset.cache_dir_vae or args.cache_dir_vae or f"{root}/vae"
+        parent = dataset.cache_dir_vae or args.cache_dir_vae or f"{args.output_dir}/cache/vae"
         folders.append(None if dataset.sizes else f"{parent}/{name}")
     stores = {folder: TensorStore(folder, args.compress_disk_cache) for folder in dict.fromkeys(folders) if folder}
-    text = TensorStore(
-        f"{data.cache_dir_text or root + '/text'}/{identity(**encoders.text_identity())}",
-        args.compress_disk_cache,
-        data.write_batch_size or RECORDS_PER_FILE,
-    )
-    return [stores.get(folder, text) for folder in folders], text
+    return [stores.get(folder, text) for folder in folders]
