@@ -555,6 +555,14 @@ def test_a_full_student_has_a_teacher_in_8_bits_and_all_of_its_own(lcm):
         assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())
 
 
+@pytest.mark.parametrize("student", ["--lora_rank 2", "--model_type full"])
+def test_pictures_are_generated_in_8_bits_and_bf16(student, lcm):
+    """Pipelines keep samples in fp32, and autocast does not reach layers of 8 bits."""
+    flags = f"--base_model_precision int8-quanto --mixed_precision bf16 --validation_num_inference_steps 2 {student}"
+    out = lcm.run(flags, benchmark=True)
+    assert np.asarray(Image.open(out / "samples.png")).std() > 5
+
+
 def test_text_encoder_in_8_bits(lcm):
     embeds = []
     for flags in ("", "--text_encoder_1_precision int8-torchao"):
