@@ -65,6 +65,7 @@ from common.data.stream import open_batches
 from common.draws import Draws, draw_dropped, draw_exits, score_range, score_timesteps, tied_noise
 from common.export import push_to_hub
 from common.flags import (
+    Flags,
     Switch,
     add_bucket_flags,
     add_clip_flags,
@@ -216,6 +217,7 @@ def parse_args(argv=None):
     args = parse_with_config(parser, argv, family=FAMILY, method="dmd", recipe=toy_recipe)
     notes = check_shared_flags(parser, args)
     args, dmd_notes = check_dmd_flags(parser, args)
+    args, frame_notes = fit_training_frames(args)
     check_model_flags(parser, args)
     rules, size_notes = bucket_rules(parser, args)
     data, data_notes = open_data(parser, args, rules, FRAMES_PER_LATENT)
@@ -230,7 +232,8 @@ def parse_args(argv=None):
     data, frames, block_notes = check_blocks(parser, args, data)
     method, method_notes = method_of(parser, args, frames)
     args = filled(args, report_steps=[len(method.steps)])
-    return args, data, method, [*dmd_notes, *method_notes, *notes, *size_notes, *data_notes, *block_notes]
+    notes = [*dmd_notes, *frame_notes, *method_notes, *notes, *size_notes, *data_notes, *block_notes]
+    return args, data, method, notes
 
 
 def wanted_student(args) -> str:
@@ -329,27 +332,38 @@ def trained_from(args, frames: int) -> int:
     return max(0, frames - args.num_training_frames)
 
 
+def whole_blocks(args, latents: int) -> bool:
+    """Whether so many latent frames are whole blocks."""
+    try:
+        return bool(block_lengths(latents, args.num_frame_per_block, args.independent_first_frame))
+    except ValueError:
+        return False
+
+
+def fit_training_frames(args) -> tuple[Flags, list[str]]:
+    """Args with --num_training_frames that are whole blocks, no more than were given, and notes."""
+    given, per_block, first = args.num_training_frames, args.num_frame_per_block, args.independent_first_frame
+    over = given % per_block if per_block else 0
+    if over == 0 or first and over == 1 or given < per_block:  # the last blocks of a rollout, or all of it
+        return args, []
+    note = f"--num_training_frames {given}: is not whole blocks of {per_block}; {given - over} is taken"
+    return Flags(**vars(args) | {"num_training_frames": given - over}), [note]
+
+
 def fit_to_blocks(name: str, frames: int, args) -> tuple[int, list[str]]:
     """Pixel frames of a clip: as they are where they are whole blocks, else cut to --num_training_frames; and notes."""
-
-    def divisible(latents: int) -> bool:
-        try:
-            return bool(block_lengths(latents, args.num_frame_per_block, args.independent_first_frame))
-        except ValueError:
-            return False
-
     check_frame_count(name, frames, FRAMES_PER_LATENT)
     latents, trained = latent_frames(frames, FRAMES_PER_LATENT), args.num_training_frames
-    if divisible(latents):
+    if whole_blocks(args, latents):
         return frames, []
-    if trained < latents and divisible(trained):
+    if trained < latents and whole_blocks(args, trained):
         cut = pixel_frames(trained, FRAMES_PER_LATENT)
         return cut, [
             f"{name} {frames}: {latents} latent frames are no whole blocks of {args.num_frame_per_block}; "
             f"cut to --num_training_frames {trained}, {cut} frames"
         ]
-    fewer = [count for count in range(latents, 0, -1) if divisible(count)][:1]
-    more = next(count for count in itertools.count(latents) if divisible(count))
+    fewer = [count for count in range(latents, 0, -1) if whole_blocks(args, count)][:1]
+    more = next(count for count in itertools.count(latents) if whole_blocks(args, count))
     near = " or ".join(str(pixel_frames(count, FRAMES_PER_LATENT)) for count in (*fewer, more))
     raise ValueError(
         f"{name} {frames}: {latents} latent frames are no whole blocks of --num_frame_per_block "
@@ -372,10 +386,12 @@ def check_blocks(parser, args, data: Data) -> tuple[Data, int, list[str]]:
         parser.error(str(error))
     for dataset in datasets:
         blocks = blocks_of(args, latent_frames(dataset.num_frames, FRAMES_PER_LATENT))
-        if trained_from(args, sum(blocks)) not in accumulate(blocks, initial=0):
+        starts, trained = list(accumulate(blocks, initial=0))[:-1], args.num_training_frames
+        if trained_from(args, sum(blocks)) not in starts:
+            near = sorted((sum(blocks) - start for start in starts), key=lambda count: abs(count - trained))[:2]
             parser.error(
-                f"--num_training_frames {args.num_training_frames}: must be whole blocks of a rollout of {sum(blocks)} "
-                f"latent frames ({', '.join(map(str, blocks))})"
+                f"--num_training_frames {trained}: must be the last whole blocks of a rollout of {sum(blocks)} latent "
+                f"frames ({', '.join(map(str, blocks))}), as {' or '.join(map(str, near))}"
             )
     return replace(data, datasets=tuple(datasets)), shown, notes
 

@@ -398,9 +398,15 @@ def test_defaults_that_follow_from_other_flags(parse):
         ("--real_score_guidance_scale 0.5", "must be at least 1"),
         ("--min_timestep_ratio 0.5 --max_timestep_ratio 0.4", "need 0 <= min < max <= 1"),
         ("--context_noise 1000", r"must be in \[0, 1000\)"),
-        ("--num_frames 121 --num_frame_per_block 4", "117 or 129 frames are|are no whole blocks"),
+        (
+            "--num_frames 121 --num_frame_per_block 4 --num_training_frames 3",
+            "117 or 129 frames are|are no whole blocks",
+        ),
         ("--validation_num_video_frames 4", "--validation_num_video_frames 4: must be 4k \\+ 1, as 1 or 5"),
-        ("--num_frame_per_block 3 --num_frames 33 --num_training_frames 5", "must be whole blocks"),
+        (
+            "--num_frame_per_block 3 --num_frames 33 --num_training_frames 2",
+            "must be the last whole blocks .* as 3 or 6",
+        ),
         ("--causal_init_lr 1e-4", "there are none"),
         ("--causal_init_guidance 0.5 --causal_init_steps 1", "must be at least 1"),
         ("--model_type full --lora_rank 4", "takes no --lora_rank"),
@@ -476,8 +482,42 @@ def test_clips_are_cut_to_whole_blocks(frames, settings, fitted):
     ],
 )
 def test_an_error_says_which_numbers_of_frames_do(frames, settings, named):
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=named) as error:
         script.fit_to_blocks("num_frames", frames, settings)
+    advised = re.findall(r"(\d+)(?= or| frames are)", str(error.value).partition(settings_end(settings))[2])
+    assert advised
+    for frames in map(int, advised):
+        assert script.fit_to_blocks("num_frames", frames, settings) == (frames, [])
+
+
+def settings_end(settings) -> str:
+    return f"--num_frame_per_block {settings.num_frame_per_block}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken"),
+    [
+        (blocks(3, training=28), 27),
+        (blocks(3, first=True, training=28), 28),
+        (blocks(3, first=True, training=29), 27),
+        (blocks(3, training=2), 2),  # refused later: no rollout's last blocks are so few
+        (blocks(0, training=28), 28),
+    ],
+)
+def test_training_frames_are_whole_blocks(settings, taken):
+    args, notes = script.fit_training_frames(settings)
+    given = settings.num_training_frames
+    assert args.num_training_frames == taken
+    said = f"--num_training_frames {given}: is not whole blocks of 3; {taken} is taken"
+    assert notes == [said] * (taken != given)
+
+
+def test_an_error_of_training_frames_names_some_that_pass(parse, capsys):
+    flags = "--num_frame_per_block 3 --num_frames 33 --num_training_frames"
+    with pytest.raises(SystemExit):
+        parse(f"{flags} 2")
+    advised = re.search(r", as (\d+) or (\d+)", capsys.readouterr().err).groups()
+    assert [parse(f"{flags} {count}")[0].num_training_frames for count in advised] == [3, 6]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -688,7 +728,7 @@ def opened(teacher, *flags, dtype=torch.float32, vae_dtype=torch.float32):
 
     Readers are those of clips, which the script itself does not need: a fork that trains on clips does.
     """
-    flags = ["--pretrained_teacher_model", teacher, "--max_train_steps", 1, "--num_frames", 9, *flags]
+    flags = ["--pretrained_teacher_model", teacher, "--max_train_steps", 99, "--num_frames", 9, *flags]
     args, data, *_ = script.parse_args([str(flag) for flag in flags])
     loads, own = Counter(), script.encoders(args, OneProcess.device, dtype)
     encoders = replace(
