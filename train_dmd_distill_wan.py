@@ -122,7 +122,8 @@ LORA_RANK = 128  # the default of rank and alpha
 RECIPE_BATCH = 64  # samples of an optimizer step in the papers' recipes
 NO_JOB = (  # flags that scripts share and this one has no use for
     "eval_steps", "eval_samples", "evaluation_type", "evaluation_clip_model", "validation_preview",
-    "validation_preview_steps", "validation_preview_model", "text_encoder_2_precision",
+    "validation_preview_steps", "validation_preview_model", "text_encoder_2_precision", "random_flip", "center_crop",
+    "interpolation_type",
 )  # fmt: skip
 LOG_EVERY = 10  # optimizer steps between logs; training itself waits for the device nowhere else
 MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "student_grad_norm", "fake_score_grad_norm"]
@@ -230,9 +231,20 @@ def parse_args(argv=None):
                 f"--validation_resolution {width}x{height}: --context_parallel_degree must divide a frame's tokens"
             )
     data, frames, block_notes = check_blocks(parser, args, data)
+    if args.frame_interval != parser.get_default("frame_interval") and all(d.sizes for d in data.datasets):
+        parser.error(f"--frame_interval {args.frame_interval}: is of clips, and there are prompts alone")
     method, method_notes = method_of(parser, args, frames)
     args = filled(args, report_steps=[len(method.steps)])
-    notes = [*dmd_notes, *frame_notes, *method_notes, *notes, *size_notes, *data_notes, *block_notes]
+    notes = [
+        *dmd_notes,
+        *frame_notes,
+        *notes_on_blocks(args),
+        *method_notes,
+        *notes,
+        *size_notes,
+        *data_notes,
+        *block_notes,
+    ]
     return args, data, method, notes
 
 
@@ -296,6 +308,19 @@ def check_dmd_flags(parser, args):
     if not all(0.0 <= beta < 1.0 for beta in args.fake_score_betas):
         parser.error(f"--fake_score_betas {args.fake_score_betas}: must be in [0, 1)")
     return args, notes
+
+
+def notes_on_blocks(args) -> list[str]:
+    """What the user should know of --num_frame_per_block."""
+    if args.num_frame_per_block:
+        if args.causal_init_steps:
+            return []
+        return [
+            "warning: self-forcing without --causal_init_steps: the student starts as a teacher that has never seen a "
+            "clip in blocks, and distribution matching alone may not make it one"
+        ]
+    names = ("independent_first_frame", "same_step_across_blocks", "context_noise")
+    return [f"--{name}: acts on blocks, of --num_frame_per_block, alone" for name in names if getattr(args, name)]
 
 
 def method_of(parser, args, frames: int) -> tuple[Method, list[str]]:
@@ -1006,7 +1031,7 @@ class Clips:
 @webhook_errors
 def main(args, data, method, notes):
     # ---- Set-up ----
-    accelerator, weight_dtype = start_run(args, notes)
+    accelerator, weight_dtype = start_run(args, notes, splits=True)
     say, device, processes = accelerator.print, accelerator.device, accelerator.num_processes
     if args.plan is not None:
         setup = planned_setup(args, data, method, weight_dtype)

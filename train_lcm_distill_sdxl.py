@@ -115,7 +115,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("latent consistency distillation").add_argument
     add("--w_min", type=float, default=5.0, help="smallest guidance w; guidance_scale = 1 + w")
     add("--w_max", type=float, default=15.0, help="largest guidance w; guidance_scale = 1 + w")
-    add("--num_ddim_timesteps", type=int, default=50, help="N, steps of the teacher's solver; must divide the number of its training timesteps")
+    add("--num_ddim_timesteps", type=int, default=50, help="N, steps of the teacher's solver; a sampler takes as many steps as the greatest common divisor of N and the teacher's timesteps, 20 for 60 and 1000")
     add("--loss_type", type=str, default="l2", choices=["l2", "huber"], help="mean of diff^2, or of sqrt(diff^2 + c^2) - c")
     add("--huber_c", type=float, default=0.001, help="c of sqrt(diff^2 + c^2) - c; smaller is nearer to |diff|")
     add("--diff2flow_loss", action=Switch, help="take the loss of flow velocities eps - x0, whose differences are those of x0 times (alpha + sigma) / sigma")
@@ -626,7 +626,8 @@ def main(args, data, notes):
     scheduler = load_scheduler(args)
     try:
         abar, prediction_type = noise_schedule(scheduler)
-        solver = DDIMSolver(abar, args.num_ddim_timesteps, prediction_type).to(device)
+        most_steps = max(args.validation_num_inference_steps + args.report_steps)
+        solver = DDIMSolver(abar, args.num_ddim_timesteps, prediction_type, most_steps).to(device)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     teacher, student, target = load_networks(args, accelerator, weight_dtype)

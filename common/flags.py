@@ -19,7 +19,7 @@ from common.data.buckets import (
     target_size,
     with_settings,
 )
-from common.networks import ATTENTION, PRECISIONS, check_precision
+from common.networks import ATTENTION, PRECISIONS, check_precision, dynamo_backend
 from common.optim import DECAYS, optimizer_defaults
 from common.schema import Key, check_value, read_json, unknown_key
 from common.tracking import check_trackers, check_webhook
@@ -198,7 +198,7 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--quantize_via", type=str, default="accelerator", choices=["cpu", "accelerator"], help="where weights are converted to 8 bits; cpu needs less GPU memory and more time")
     add("--attention_mechanism", type=str, default="diffusers", choices=ATTENTION, metavar="NAME", help=f"diffusers is PyTorch's SDPA; or one of diffusers' backends: {', '.join(ATTENTION[1:])}")
     add("--enable_xformers_memory_efficient_attention", action=Switch, help="attention by xformers where it is installed, else by PyTorch's SDPA")
-    add("--compile", action=Switch, help="compile the networks' blocks by torch.compile; the first steps take minutes")
+    add("--compile", action=Switch, default=dynamo_backend() == "inductor", help="compile the networks' blocks by torch.compile, also where accelerate's config has dynamo_backend inductor; the first steps take minutes")
 
     add = parser.add_argument_group("checkpoints").add_argument
     add("--output_dir", type=str, default="lcm-xl-distilled", help="folder for checkpoints, pictures, logs and the final model")
@@ -320,6 +320,12 @@ def check_shared_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
         notes.append(
             f"--optimizer optimi-lion: has its own betas, 0.9 and 0.99, and no weight decay; no job for {names}"
         )
+    if (backend := dynamo_backend()) not in ("no", "inductor"):
+        parser.error(
+            f"accelerate's config has dynamo_backend {backend}: set it to inductor, which is --compile, or to no"
+        )
+    if backend == "inductor" and args.compile:
+        notes.append("--compile: accelerate's config has dynamo_backend inductor")
     if args.allow_tf32 and not torch.cuda.is_available():
         notes.append("--allow_tf32: no job without a CUDA GPU")
     if args.local_rank != -1:

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import logging
 import math
+import os
 import warnings
 
 import torch
@@ -154,6 +155,11 @@ def set_attention(network, backend: str):
         network.set_attention_backend(backend)  # raises if its package is not installed
     except (RuntimeError, ValueError, ImportError) as error:
         raise SystemExit(f"--attention_mechanism {backend}: {error}") from None
+
+
+def dynamo_backend() -> str:
+    """The backend of torch.compile that accelerate's config asks for, or no; --compile takes it over from there."""
+    return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
 
 
 def speed_up(args, networks, compiled_blocks: tuple[str, ...], say):

@@ -111,6 +111,21 @@ def test_a_switch_of_a_config_can_be_unset(tmp_path, capsys):
     assert len(switches) > 15 and all(f"--no-{action.dest}" in action.option_strings for action in switches)
 
 
+@pytest.mark.parametrize(
+    ("backend", "flags", "compiles"), [("NO", "", False), ("INDUCTOR", "", True), ("INDUCTOR", "--no-compile", False)]
+)
+def test_accelerates_config_may_ask_for_compilation(backend, flags, compiles, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+    args, notes = parse(*flags.split())
+    assert args.compile == compiles
+    assert ("--compile: accelerate's config has dynamo_backend inductor" in notes) == compiles
+
+
+def test_another_backend_of_accelerates_config_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "CUDAGRAPHS")
+    assert "accelerate's config has dynamo_backend cudagraphs: set it to inductor" in refused(capsys)
+
+
 def test_lion_has_its_own_moments():
     """Those of optimi-lion are what torch-optimi's Lion has, also where a config has AdamW's beside it."""
     for flags, betas, decay in (

@@ -413,6 +413,10 @@ def test_defaults_that_follow_from_other_flags(parse):
         ("--mixed_precision fp16", "bf16 or no"),
         ("--validation_resolution 40x40", "multiples of 16"),
         ("--eval_steps 3", "--eval_steps: has no job"),
+        ("--random_flip", "--random_flip: has no job"),
+        ("--center_crop", "--center_crop: has no job"),
+        ("--interpolation_type lanczos", "--interpolation_type: has no job"),
+        ("--frame_interval 2", "--frame_interval 2: is of clips, and there are prompts"),
         ("--validation_preview_steps 3", "--validation_preview_steps: has no job"),
         ("--export_pipeline", "full student"),
         ("--model_type full --export_formats diffusers,comfyui", "layout of LoRA files"),
@@ -510,6 +514,17 @@ def test_training_frames_are_whole_blocks(settings, taken):
     assert args.num_training_frames == taken
     said = f"--num_training_frames {given}: is not whole blocks of 3; {taken} is taken"
     assert notes == [said] * (taken != given)
+
+
+def test_self_forcing_from_a_bidirectional_start_is_warned_about(parse):
+    for flags, said in (
+        ("--num_frame_per_block 1", True),
+        ("--num_frame_per_block 1 --causal_init_steps 1", False),
+        ("", False),
+    ):
+        notes = parse(flags)[-1]
+        assert any("warning: self-forcing without --causal_init_steps" in note for note in notes) == said
+    assert "--context_noise: acts on blocks, of --num_frame_per_block, alone" in parse("--context_noise 50")[-1]
 
 
 def test_an_error_of_training_frames_names_some_that_pass(parse, capsys):
@@ -864,7 +879,7 @@ def test_stores_are_named_by_what_shaped_them(wan_teacher, clips, tmp_path):
 
     plain = folders()
     assert folders() == plain
-    for flags in (("--num_frames", 5), ("--frame_interval", 2), ("--resolution", 48), ("--center_crop",)):
+    for flags in (("--num_frames", 5), ("--frame_interval", 2), ("--resolution", 48), ("--crop_style", "center")):
         latents, text = folders(*flags)
         assert latents != plain[0] and text == plain[1]
     latents, text = folders(dtype=torch.bfloat16)

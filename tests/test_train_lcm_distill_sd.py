@@ -410,9 +410,21 @@ def test_velocity_at_zero_terminal_snr_trains(lcm, sd_teachers, tmp_path, monkey
     assert all(torch.isfinite(loss) and loss > 0 for _, loss in calls) and len(calls) == 2
 
 
-def test_a_grid_that_misses_the_last_timestep_is_refused(lcm):
-    with pytest.raises(SystemExit, match="--num_ddim_timesteps 30: must divide the teacher's 1000"):
-        lcm.run("--num_ddim_timesteps 30")
+def test_a_grid_without_the_samplers_steps_is_refused_before_networks_load(lcm, monkeypatch):
+    monkeypatch.setattr(script, "load_networks", lambda *_: pytest.fail("networks are loaded"))
+    for flags in ("--validation_num_inference_steps 1,16", "--report_steps 16"):
+        with pytest.raises(SystemExit, match="--num_ddim_timesteps 30: a sampler can take 10 .* has 16; .* 25 or "):
+            lcm.run(f"--num_ddim_timesteps 30 {flags}")
+
+
+def test_a_grid_that_does_not_divide_the_timesteps_trains_and_samples(lcm, watch):
+    """N = 60 of the document, with the steps of a sampler of 20."""
+    solvers = watch(script, "DDIMSolver")
+    out = lcm.run("--num_ddim_timesteps 60 --validation_num_inference_steps 20")
+    sampler = LCMScheduler.from_pretrained(out, subfolder="scheduler")
+    sampler.set_timesteps(20)
+    grid = solvers[0][1].timesteps.tolist()
+    assert len(grid) == 60 and sampler.timesteps.tolist() == grid[::-1][::3] and grid[-1] == 999
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -742,8 +754,8 @@ def test_a_run_tells_its_webhook(lcm, tmp_path, server, capsys):
     assert (progress["step"], progress["of"], picture["name"]) == (1, 1, "grid") and progress["loss"] > 0
     assert server.url not in (out / "README.md").read_text()  # it may hold a secret
     with pytest.raises(SystemExit):
-        lcm.run(f"{flags} --num_ddim_timesteps 30")
-    assert server.received[-1]["type"] == "error" and "--num_ddim_timesteps 30" in server.received[-1]["message"]
+        lcm.run(f"{flags} --num_ddim_timesteps 1001")
+    assert server.received[-1]["type"] == "error" and "--num_ddim_timesteps 1001" in server.received[-1]["message"]
     server.shutdown()
     server.server_close()
     out = lcm.run(flags, out="again")  # nobody listens any more
