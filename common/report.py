@@ -70,7 +70,7 @@ def write_report(args, pictures, clip, sizes) -> str:
         return ""
     folder = Path(args.output_dir)
     if args.pretrained_teacher_model is None:
-        return toy_judge().report(pictures, clip, folder, args.report_steps, sizes)
+        return toy_judge().report(pictures, clip, folder, args.report_steps, sizes, args.max_train_steps)
     prompts, seed = validation_prompts(args), args.validation_seed
     samplers = [(which, which, steps, seed) for which in ("teacher", "student") for steps in args.report_steps]
     rows = measure(pictures, prompts, [("teacher", "teacher", FULL_STEPS, seed), *samplers])

@@ -40,7 +40,7 @@ def write_clips_report(args, clips, student_steps: int, folder: Path, fps: int) 
     show = functools.partial(save_side_by_side, folder, fps=fps)
     if args.pretrained_teacher_model is None:
         judged = toy_judge().report_clips(
-            in_bytes(clips), clips.evaluations, args.report_steps, student_steps, folder, show
+            in_bytes(clips), clips.evaluations, args.report_steps, student_steps, folder, show, args.max_train_steps
         )
         return judged + SIDE_BY_SIDE
     prompts, seed = validation_prompts(args), args.validation_seed

@@ -12,17 +12,20 @@ from common.report import FULL_STEPS, plot
 from tests.toy import world, world_video
 
 SAMPLES = 256
+QUICK_LOOK = 100  # optimizer steps; a run of no more is judged on FEW_SAMPLES in the first size
+FEW_SAMPLES = 32
 CHUNK = 64
 TEACHER_STEPS = (FULL_STEPS, 4, 2)
 
 
-def report(pictures, clip, folder: Path, student_steps: list[int], sizes=((64, 64),), samples: int = SAMPLES) -> str:
+def report(pictures, clip, folder: Path, student_steps: list[int], sizes=((64, 64),), train_steps: int = 1000) -> str:
     """Tables of adherence, and of distance to the teacher's 50-step samples with other seeds, as Markdown.
 
     `pictures(which, prompts, steps, seed, size=(height, width))` generates, and `clip(pictures, prompts)` scores, or is
     None. report.json holds the rows by sampler; with several sizes, by size and sampler.
     """
-    rng = np.random.default_rng(99)
+    rng, samples = np.random.default_rng(99), samples_for(train_steps)
+    sizes = sizes if samples == SAMPLES else sizes[:1]
     prompts = [world.caption(world.sample_scene(rng)) for _ in range(samples)]
     samplers = [("teacher", steps) for steps in TEACHER_STEPS] + [("student", steps) for steps in student_steps]
     results, text = {}, ""
@@ -45,12 +48,17 @@ def report(pictures, clip, folder: Path, student_steps: list[int], sizes=((64, 6
     return text
 
 
+def samples_for(train_steps: int) -> int:
+    """How many prompts judge a run of so many optimizer steps."""
+    return SAMPLES if train_steps > QUICK_LOOK else FEW_SAMPLES
+
+
 def report_clips(
-    clips, evaluations, teacher_steps, student_steps: int, folder: Path, show, samples: int = SAMPLES
+    clips, evaluations, teacher_steps, student_steps: int, folder: Path, show, train_steps: int = 1000
 ) -> str:
     """The same of clips. `clips(which, prompts, steps, seed)` generates them in bytes, `evaluations(which, steps)`
     counts the network's, and `show(clips by label, prompts)` puts them side by side."""
-    rng = np.random.default_rng(99)
+    rng, samples = np.random.default_rng(99), samples_for(train_steps)
     prompts = [world_video.caption(world_video.sample_clip(rng)) for _ in range(samples)]
     samplers = [("teacher", steps) for steps in dict.fromkeys([FULL_STEPS, *teacher_steps])]
     samplers += [("student", student_steps)]
