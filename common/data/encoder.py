@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.cache import RECORDS_PER_FILE, TensorStore, identity, text_key
@@ -15,7 +14,7 @@ from common.data.datasets import Data, Dataset
 from common.data.samples import Sample
 from common.data.shards import is_local
 from common.data.sources import part_fingerprint
-from common.data.stream import ShardPass
+from common.data.stream import ShardPass, load
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class SampleEncoder:
         share = ShardPass(todo, readers, process=accelerator.process_index, processes=accelerator.num_processes)
         waiting: dict[tuple, list[Sample]] = {}  # by bucket
         with tqdm(desc="filling caches", unit=" samples", disable=not accelerator.is_main_process) as bar:
-            for item in DataLoader(share, batch_size=None, num_workers=min(workers, len(todo))):
+            for item in load(share, min(workers, len(todo))):
                 if isinstance(item, Sample):
                     bar.update()
                     if "text" in datasets[item.dataset].skip:
