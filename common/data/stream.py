@@ -75,7 +75,7 @@ class ShardStream(IterableDataset):
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         lane_samples = {}  # an iterator for each lane
-        barren, faults = Counter(), Counter()  # reads of shards, and skipped samples, since the last good sample
+        barren, faults = set(), Counter()  # shards without a good sample, and skipped samples, since the last good one
         first_read = min(position for position, *_ in self.starts.values()) // self.processes // self.batch_size
         for read in itertools.count(first_read):
             samples = []
@@ -97,7 +97,7 @@ class ShardStream(IterableDataset):
                 samples.append(sample)
             yield samples
 
-    def read_lane(self, lane: int, cursor: tuple[int, int, int], barren: Counter, faults: Counter):
+    def read_lane(self, lane: int, cursor: tuple[int, int, int], barren: set, faults: Counter):
         """Yields good samples of one lane, from its cursor on, for ever."""
         first_epoch, first_place, first_index = cursor
         for epoch in itertools.count(first_epoch):
@@ -122,9 +122,12 @@ class ShardStream(IterableDataset):
                     yield sample
                 first_index = 0
                 if fruitless:
-                    barren[shard] += 1
-                # Where an epoch visits a share alone, all samples were met after as many epochs
-                if len(barren) == len(self.shards) and all(barren[i] * self.shards[i][2] >= 1 for i in barren):
+                    barren.add(shard)
+                if len(barren) == len(self.shards):
+                    left_out = (good_samples(part, self.readers[i]) for i, part, share in self.shards if share < 1)
+                    if any(map(any, left_out)):
+                        barren.clear()
+                        continue
                     causes = ", ".join(f"{count} x {cause}" for cause, count in faults.most_common())
                     raise NoGoodSamples(
                         f"{self.source}: no usable sample in any of {len(self.shards)} shards: {causes or 'all empty'}"
@@ -301,10 +304,14 @@ class ShardPass(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         for number in range(self.process + self.processes * worker, len(self.shards), self.processes * workers):
             dataset, part = self.shards[number]
-            for key, members in read_part(part):
-                if not isinstance(members, str):
-                    try:
-                        yield self.readers[dataset](members, key, key.rpartition("/")[2])
-                    except BadSample:
-                        pass  # counted when training meets it
+            yield from good_samples(part, self.readers[dataset])
             yield number
+
+
+def good_samples(part, reader):
+    for key, members in read_part(part):
+        if not isinstance(members, str):
+            try:
+                yield reader(members, key, key.rpartition("/")[2])
+            except BadSample:
+                pass  # counted when training meets it
