@@ -157,6 +157,8 @@ def test_text_embeds_say_where_and_how_texts_are_kept(tmp_path, folder):
         ({"crop": "False"}, "crop is 'False', and must be of type bool"),
         ({"repeats": 1.5}, "repeats is 1.5, and must be of type int"),
         ({"repeats": -1}, "repeats is -1, and must be at least 0"),
+        ({"probability": 0}, "probability is 0, and must be above 0"),
+        ({"probability": float("inf")}, "probability is inf, and must be above 0"),
         ({"resolution": True}, "resolution is True, and must be of type float"),
         ({"resolution": 0}, "resolution 0: must be positive"),
         ({"resolution": 1024}, "resolution 1024 with resolution_type area is in megapixels"),
