@@ -63,10 +63,11 @@ def test_the_largest_are_shrunk_before_the_crop(tmp_path, folder):
     assert sample.size_ids == (300, 600, 0, 96, 192, 192)
 
 
-def test_entries_are_mixed_by_their_repeats(tmp_path, folder):
+@pytest.mark.parametrize("weight", [{"repeats": 2}, {"repeats": 1, "probability": 1.5}])
+def test_entries_are_mixed_by_their_repeats(tmp_path, folder, weight):
     shard = write_shard(tmp_path / "s.tar", [{"png": encoded(quadrants(64, 64)), "txt": b"one of a shard"}])
     entries = [
-        entry(folder, repeats=2),
+        entry(folder, **weight),
         entry(tmp_path / "none", id="off", disabled=True),
         {"id": "tar", "type": "webdataset", "instance_data_dir": str(shard), "resolution": 128},
     ]  # fmt: skip

@@ -112,6 +112,7 @@ def test_bmp_and_tiff(tmp_path):
         image.save(tmp_path / name)
         (tmp_path / name).with_suffix(".txt").write_text("x")
     (tmp_path / "broken.bmp").write_bytes(b"BM" + bytes(50))
+    (tmp_path / "broken.txt").write_text("x")
     found = samples_of(parse("--train_data_dir", tmp_path, "--resolution", 16, "--bucket_alignment", 8))
     assert found.pop("faults") == {"image of 32 bits a channel": 2, "broken image": 1}
     assert found.keys() == {"bmp", "rgb", "cmyk", "grey", "big"}
