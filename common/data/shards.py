@@ -37,7 +37,7 @@ del READ_BY["__default__"]
 DELAYS = (1, 2, 4, 8)  # seconds before such a program is started again
 GONE = (1, 22)  # its statuses, before it has written anything, that say that there is no such shard
 
-TAR = re.compile(r"^[^.].*\.(tar|tgz)(\.\w+)?$")
+TAR = re.compile(r"\.(tar|tar\.gz|tar\.bz2|tar\.xz|tgz)$")
 SECRET = re.compile(
     r"""(://)[^/@\s]+(?=@)|(\?)[^\s'"]+|((?:bearer|basic|token|password|secret|key|--user|\s-u)[\s:='"]+)[^\s'"]+""",
     re.I,
@@ -61,12 +61,10 @@ def expand_shards(spec: str) -> list[str]:
     """
     shards = []
     for entry in expand_line(spec):
-        path, lines = Path(entry.removeprefix("@")), [entry]
-        if is_local(entry) and path.suffix in (".yaml", ".yml"):
-            lines = read_yaml(path)
-        elif is_local(entry) and (entry.startswith("@") or path.suffix in (".txt", ".list")):
-            lines = read_list(path)
-        entries = [entry] if lines == [entry] else [each for line in lines for each in expand_line(line)]
+        path, entries = Path(entry.removeprefix("@")), [entry]
+        if is_local(entry) and (entry.startswith("@") or path.suffix in (".txt", ".list", ".yaml", ".yml")):
+            lines = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_list(path)
+            entries = [each for line in lines for each in expand_line(line)]
         shards += [shard for each in entries for shard in find_tars(each)]
     return shards
 
@@ -85,7 +83,8 @@ def find_tars(entry: str) -> list[str]:
     if not is_local(entry) or os.path.isfile(entry):
         return [entry]
     if os.path.isdir(entry):
-        found = [str(path) for path in Path(entry).rglob("*") if TAR.match(path.name)]
+        paths = [path.relative_to(entry) for path in Path(entry).rglob("*") if TAR.search(path.name)]
+        found = [str(Path(entry, path)) for path in paths if not any(part.startswith(".") for part in path.parts)]
     elif set("*?[") & set(entry):
         found = glob(entry, recursive=True)
     else:
@@ -114,14 +113,14 @@ def read_yaml(path: Path) -> list[str]:
     def listed(value) -> list:
         return value if isinstance(value, list) else [value]
 
-    lines, drawn = [], set()
+    lines, drawn, text = [], set(), read_text(path)
     try:
-        spec = yaml.safe_load(read_text(path))
+        spec = yaml.safe_load(text)
         for dataset in spec["datasets"]:
             drawn |= {"choose", "resample"} & set(dataset)
             (bucket,) = listed(dataset.get("buckets", spec.get("buckets", ""))) or [""]
             lines += [spec.get("prefix", "") + os.path.join(bucket, shards) for shards in listed(dataset["shards"])]
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: must have datasets with shards, as webdataset's: {error!r}") from None
     if drawn:
         raise ValueError(f"{path}: {min(drawn)} is not supported, use probability in a dataset file")
@@ -168,21 +167,7 @@ def command_of(shard: str) -> tuple[str | list[str], bytes]:
     url = HfFileSystem().url(shard) if scheme_of(shard) == "hf" else shard
     on_hub = "{0.scheme}://{0.netloc}".format(urlsplit(url)) in ("https://huggingface.co", constants.ENDPOINT)
     token = get_token() if on_hub else None
-    options = [
-        "--connect-timeout",
-        "30",
-        "--retry",
-        "30",
-        "--retry-delay",
-        "2",
-        "-f",
-        "-s",
-        "-S",
-        "-g",
-        "-L",
-        "-H",
-        "@-",
-    ]
+    options = "--connect-timeout 30 --retry 30 --retry-delay 2 -f -s -S -g -L -H @-".split()
     return ["curl", *options, url], f"Authorization: Bearer {token}\n".encode() if token else b""
 
 
@@ -196,12 +181,12 @@ class Program:
     def __init__(self, shard: str):
         self.command, self.input = command_of(shard)
         self.delays = [] if isinstance(self.command, str) else list(DELAYS)
-        self.given, self.error = 0, ""
+        self.given = 0
         self.start()
 
     def start(self):
-        self.place = 0
-        stderr = subprocess.PIPE if self.command[0] == "curl" else None  # two lines at most; others may write much
+        self.place, self.error = 0, ""
+        stderr = subprocess.PIPE if self.command[0] == "curl" else None  # a line for each try; others may write much
         self.process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True,
             shell=isinstance(self.command, str),
@@ -226,17 +211,17 @@ class Program:
     def failed(self) -> bool:
         """Whether the program failed, and is to be started again."""
         status = self.process.wait()
-        said = self.process.stderr.read().decode(errors="replace").splitlines() if self.process.stderr else []
-        self.error = (
-            said[-1] if status and said else f"its command ended with status {status}" * (status not in (0, 141))
-        )
+        if status not in (0, 141) and not self.error:
+            said = self.process.stderr.read().decode(errors="replace").splitlines() if self.process.stderr else []
+            self.error = said[-1] if said else f"its command ended with status {status}"
         return bool(self.error and self.delays and (self.given or status not in GONE))
 
     def close(self):
         for file in filter(None, (self.process.stdout, self.process.stderr)):
             file.close()
-        if self.process.poll() is None:  # left early: it may be waiting for a server, and would not see the end
-            os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(OSError):  # it is over; else it may be waiting for a server, and would not see that nobody reads
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def __enter__(self):

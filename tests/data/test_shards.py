@@ -286,7 +286,7 @@ def test_a_command_that_hangs_is_ended_where_its_shard_is_left(shards):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_shard_that_cannot_be_read_is_named_at_once(tmp_path, shards, capsys):
+def test_a_shard_that_cannot_be_read_is_named_at_once(tmp_path, shards, capsys, monkeypatch):
     """Once for each cause, and without what opens a URL."""
     (tmp_path / "cut.tar").write_bytes(Path(shards[0]).read_bytes()[:7000])
     with served(Path(shards[0]).parent) as address:
@@ -296,12 +296,16 @@ def test_a_shard_that_cannot_be_read_is_named_at_once(tmp_path, shards, capsys):
         ]
         for shard in bad * 2:
             assert len(causes(shard)) == 1
-    cut, missing, failed = capsys.readouterr().out.splitlines()
+        monkeypatch.setattr(Breaking, "ends", [7000] * 3)
+        with served(Path(shards[0]).parent, Breaking) as breaking:
+            assert causes(f"{breaking}/0.tar") == ["truncated shard"]
+    cut, missing, failed, broken = capsys.readouterr().out.splitlines()
     assert cut == f"{bad[0]}: truncated shard: unexpected end of data"
     assert missing.startswith("http://...@127.0.0.1:")
     assert missing.endswith("/none.tar?...: unreadable shard: curl: (22) The requested URL returned error: 404")
     assert failed.startswith(f"pipe:cat {shards[0]}; ") and failed.endswith("failed: its command ended with status 3")
     assert "hidden" not in missing + failed
+    assert "/0.tar: truncated shard: curl: (18) transfer closed" in broken
 
 
 def test_a_member_that_is_too_large_is_named_as_such(tmp_path, monkeypatch):
@@ -450,7 +454,7 @@ def test_a_list_in_a_file(tmp_path, shards):
 
 
 def test_folders_and_patterns(tmp_path, shards):
-    names = ["b/1.tar", "a.tar.gz", "b/c/2.tgz", "z.tar", "._z.tar", "notes.tar.md.txt", "x.targ"]
+    names = ["b/1.tar", "a.tar.gz", "b/c/2.tgz", "z.tar", "._z.tar", ".old/y.tar", "a.tar.md", "x.targ"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -475,6 +479,7 @@ def test_a_yaml_of_webdataset(tmp_path, shards, monkeypatch):
         (f"{text}  resample: 3\n", "resample is not supported, use probability in a dataset file"),
         ("[a.tar]", "must have datasets with shards"),
         ("a: [", "must have datasets with shards"),
+        ("datasets: [{shards: x, buckets: [a, b]}]", "must have datasets with shards.*too many values"),
         ("datasets: [{name: x}]", "must have datasets with shards, as webdataset's: KeyError..shards"),
     ):
         path.write_text(content)
