@@ -52,7 +52,6 @@ class Dataset:
     parts: list = field(repr=False)
     rules: Rules
     repeats: int = 0  # an epoch visits each sample once more than this
-    probability: float = 1.0  # times so often
     caption_strategy: str | None = None
     cache_dir_vae: str | None = None
     skip: tuple[str, ...] = ()  # of what is done before training
@@ -60,6 +59,7 @@ class Dataset:
     num_frames: int | None = None  # of a clip; None for images
     frame_interval: int = 1
     sizes: tuple[tuple[int, int], ...] = ()  # of prompts alone: height and width of clips that they could have
+    probability: float = 1.0  # repeats count so often
 
     @property
     def visits(self) -> float:
@@ -270,8 +270,8 @@ def open_entry(args, entry: dict, rules: Rules, frames_per_latent: int | None, w
         if not (parts := split_folder(source, kind=kind)):
             raise ValueError(f"{where}: {source}: {NOTHING[kind]} in it")
     return Dataset(
-        entry.get("id", source), parts, rules, entry.get("repeats", 0), entry.get("probability", 1.0), strategy,
-        entry.get("cache_dir_vae", entry.get("cache_dir")), skip, **frames,
+        entry.get("id", source), parts, rules, entry.get("repeats", 0), strategy,
+        entry.get("cache_dir_vae", entry.get("cache_dir")), skip, probability=entry.get("probability", 1.0), **frames,
     )  # fmt: skip
 
 
