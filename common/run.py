@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env
 
 from common.checkpoint import find_checkpoint, save_checkpoint
 from common.data.stream import gather_states
@@ -20,18 +20,20 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def start_run(args, notes: list[str], **options) -> tuple[Accelerator, torch.dtype]:
+def start_run(args, notes: list[str], splits: bool = False, **options) -> tuple[Accelerator, torch.dtype]:
     """Sets threads, seed and TF32, prints notes, and returns the Accelerator and the precision of frozen networks.
 
-    `options` are further arguments of the Accelerator.
+    `splits` says that the script can split networks by FSDP. `options` are further arguments of the Accelerator.
     """
+    check_launch(splits)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
+        dynamo_backend="no",  # --compile has its job
         log_with=tracker_names(args.report_to) or None,
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
         **options,
     )
-    for note in notes:
+    for note in [*notes, *check_machine(args, accelerator)]:
         accelerator.print(note)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise SystemExit("--mixed_precision fp16: needs a GPU; a CPU takes no or bf16")
@@ -41,6 +43,29 @@ def start_run(args, notes: list[str], **options) -> tuple[Accelerator, torch.dty
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def check_launch(splits: bool):
+    """Ends a run for which accelerate's config asks what the script cannot, before accelerate prepares it."""
+    refused = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"} | ({} if splits else {"FSDP": "FSDP"})
+    for name, what in refused.items():
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            instead = "distributed_type MULTI_GPU" + " or FSDP" * splits
+            raise SystemExit(f"accelerate's config has {what}: not supported by this script, use {instead}")
+
+
+def check_machine(args, accelerator) -> list[str]:
+    """Ends a run on a machine where it cannot work, and returns notes on one where nobody has tried it."""
+    kind = accelerator.device.type
+    if accelerator.distributed_type == DistributedType.XLA:
+        raise SystemExit("accelerate's config has a TPU: not supported, use CUDA GPUs or a CPU")
+    if kind == "mps" and args.base_model_precision != "no_change":
+        raise SystemExit(f"--base_model_precision {args.base_model_precision}: not supported on Apple's MPS")
+    if kind == "cuda" and torch.version.hip:
+        return ["ROCm: works as CUDA where PyTorch makes it so; nobody has tried these scripts on it"]
+    if kind == "mps":
+        return ["Apple's MPS: nobody has tried these scripts on it; --mixed_precision no is the safest"]
+    return [] if kind in ("cuda", "cpu") else [f"{kind}: nobody has tried these scripts on such a device"]
 
 
 def open_repository(args, accelerator) -> str | None:

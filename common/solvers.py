@@ -9,6 +9,7 @@ Flow matching: `sigma = t / 1000`, `x_t = (1 - sigma) * x0 + sigma * eps`; a net
 clip are latent ones; a causal student makes them in blocks, one after the other.
 """
 
+import math
 from itertools import pairwise
 
 import torch
@@ -38,19 +39,33 @@ def to_x0_eps(out, x_t, alpha, sigma, prediction_type: str):
 
 
 class DDIMSolver:
-    """One DDIM step from grid point t_i = k*i - 1 to the one before, k = T / N, i = 1..N (paper, section 4.3)."""
+    """One DDIM step from grid point t_i = T * i / N - 1, i = 1..N, to the one before (paper, section 4.3).
 
-    def __init__(self, abar: torch.Tensor, num_ddim_timesteps: int, prediction_type: str = "epsilon"):
-        total = len(abar)
-        if num_ddim_timesteps < 1 or total % num_ddim_timesteps:
-            raise ValueError(f"--num_ddim_timesteps {num_ddim_timesteps}: must divide the teacher's {total} timesteps")
+    Where N does not divide T, points are rounded as diffusers' "trailing" spacing rounds them, and the last is T - 1
+    all the same. A stock sampler finds every (N / gcd(N, T))-th of them: no more than gcd(N, T) steps, which must be at
+    least `most_steps`.
+    """
+
+    def __init__(self, abar: torch.Tensor, num_ddim_timesteps: int, prediction_type: str = "epsilon", most_steps=1):
+        total, n = len(abar), num_ddim_timesteps
+        if not 1 <= n <= total:
+            raise ValueError(f"--num_ddim_timesteps {n}: must be 1 to the teacher's {total} timesteps")
+        if math.gcd(n, total) < most_steps:
+            near = sorted(range(1, total + 1), key=lambda other: abs(other - n))
+            fit = [str(other) for other in near if math.gcd(other, total) >= most_steps][:2]
+            raise ValueError(
+                f"--num_ddim_timesteps {n}: a sampler can take {math.gcd(n, total)} steps on its grid, the greatest "
+                f"common divisor of {n} and the teacher's {total} timesteps, and --validation_num_inference_steps or "
+                f"--report_steps has {most_steps}; it can on that of {' or '.join(fit)}"
+            )
         if prediction_type == "epsilon" and abar[-1] < 1e-6:
             raise ValueError(
                 "the teacher predicts noise at zero terminal SNR, where x0 cannot be told: a v_prediction one can"
             )
-        self.prediction_type, self.stride = prediction_type, total // num_ddim_timesteps
-        self.timesteps = torch.arange(1, num_ddim_timesteps + 1) * self.stride - 1  # 19, 39, ... 999 for N = 50
-        self.timesteps_prev = (self.timesteps - self.stride).clamp(min=0)
+        self.prediction_type = prediction_type
+        points = (torch.arange(n + 1, dtype=torch.float64) * total / n).round().long() - 1
+        self.timesteps = points[1:]  # 19, 39, ... 999 for N = 50
+        self.timesteps_prev = points[:-1].clamp(min=0)
         self.alphas, self.sigmas = abar.float().sqrt(), (1.0 - abar.float()).sqrt()  # of all training timesteps
 
     def to(self, device):
@@ -83,10 +98,10 @@ def boundary_scalings(t: torch.Tensor, timestep_scaling_factor: float):
 
 
 def student_scheduler(args, scheduler) -> LCMScheduler:
-    """Sampler of an LCM student, with the solver steps that the student was trained on."""
+    """Sampler of an LCM student, whose steps are points of the solver's grid."""
     return LCMScheduler.from_config(
         scheduler.config,
-        original_inference_steps=args.num_ddim_timesteps,
+        original_inference_steps=math.gcd(args.num_ddim_timesteps, scheduler.config.num_train_timesteps),
         timestep_scaling=args.timestep_scaling_factor,
     )
 

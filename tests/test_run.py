@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from PIL import Image
 
 from common import run
@@ -49,8 +50,59 @@ def test_tf32_is_as_the_flag_says(allowed, tmp_path, monkeypatch):
     assert torch.backends.cuda.matmul.allow_tf32 == allowed
 
 
+@pytest.mark.parametrize(
+    ("name", "what"), [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"), ("FSDP", "FSDP")]
+)
+def test_what_accelerates_config_has_and_a_script_has_not_is_one_sentence(name, what, tmp_path, monkeypatch):
+    """Before accelerate asks for a package that is not there."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    monkeypatch.setattr(run, "Accelerator", lambda **_: pytest.fail("accelerate has prepared it"))
+    with pytest.raises(SystemExit, match=f"config has {what}: not supported by this script, use .*MULTI_GPU$"):
+        start_run(flags(tmp_path), [])
+    instead = pytest.fail.Exception if name == "FSDP" else SystemExit
+    with pytest.raises(instead):
+        start_run(flags(tmp_path), [], splits=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "said"),
+    [
+        ("cpu", {}, None), ("cuda", {}, None), ("cuda", {"hip": "6.4"}, "ROCm: works as CUDA"),
+        ("mps", {}, "Apple's MPS: nobody has tried"), ("xpu", {}, "xpu: nobody has tried these scripts"),
+    ],
+)  # fmt: skip
+def test_a_machine_that_nobody_tried_is_told(device, settings, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", settings.get("hip"))
+    machine = SimpleNamespace(device=torch.device(device), distributed_type=DistributedType.NO)
+    notes = run.check_machine(flags(tmp_path, base_model_precision="no_change"), machine)
+    assert [note.startswith(said) for note in notes] == [True] * (said is not None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "said"),
+    [
+        (DistributedType.XLA, "cpu", "accelerate's config has a TPU: not supported"),
+        (DistributedType.NO, "mps", "--base_model_precision int8-torchao: not supported on Apple's MPS"),
+    ],
+)
+def test_a_machine_on_which_it_cannot_work_is_one_sentence(kind, device, said, tmp_path):
+    machine = SimpleNamespace(device=torch.device(device), distributed_type=kind)
+    with pytest.raises(SystemExit, match=said):
+        run.check_machine(flags(tmp_path, base_model_precision="int8-torchao"), machine)
+
+
+def test_accelerate_compiles_nothing_itself(tmp_path, monkeypatch):
+    """Its config's backend is that of --compile, block by block."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    accelerator, _ = start_run(flags(tmp_path), [])
+    layer = torch.nn.Linear(2, 2)
+    assert type(accelerator.prepare(layer)) is type(layer)
+
+
 def test_fp16_on_a_cpu_is_one_sentence(tmp_path, monkeypatch):
-    on_cpu = SimpleNamespace(mixed_precision="fp16", device=torch.device("cpu"), print=print)
+    on_cpu = SimpleNamespace(
+        mixed_precision="fp16", device=torch.device("cpu"), print=print, distributed_type=DistributedType.NO
+    )
     monkeypatch.setattr(run, "Accelerator", lambda **_: on_cpu)
     with pytest.raises(SystemExit, match="--mixed_precision fp16: needs a GPU; a CPU takes no or bf16"):
         start_run(flags(tmp_path, mixed_precision="fp16"), [])

@@ -79,10 +79,47 @@ def test_a_solver_moves_with_all_its_tables():
     assert {value.device.type for value in vars(solver).values() if torch.is_tensor(value)} == {"meta"}
 
 
-@pytest.mark.parametrize("steps", [0, 30, 999, 1001])
-def test_steps_that_do_not_divide_the_timesteps_are_refused(steps):
-    with pytest.raises(ValueError, match=f"--num_ddim_timesteps {steps}: must divide the teacher's 1000 timesteps"):
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_a_grid_has_no_more_points_than_there_are_timesteps(steps):
+    with pytest.raises(ValueError, match=f"--num_ddim_timesteps {steps}: must be 1 to the teacher's 1000 timesteps"):
         DDIMSolver(ddim().alphas_cumprod, steps)
+
+
+@pytest.mark.parametrize(("n", "most"), [(50, 50), (60, 20), (75, 25), (80, 40), (64, 8), (30, 10), (7, 1), (1000, 99)])
+def test_the_exported_sampler_takes_points_of_the_solvers_grid(n, most):
+    """With any number of steps that it can take, and the grid is the one that diffusers calls trailing."""
+    scheduler = ddim()
+    solver = DDIMSolver(scheduler.alphas_cumprod, n, most_steps=most)
+    trailing = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    trailing.set_timesteps(n)
+    assert solver.timesteps.tolist() == trailing.timesteps.tolist()[::-1] and solver.timesteps[-1] == 999
+    assert solver.timesteps_prev.tolist() == [0, *solver.timesteps[:-1].tolist()]
+    sampler = student_scheduler(SimpleNamespace(num_ddim_timesteps=n, timestep_scaling_factor=10.0), scheduler)
+    for steps in {1, 2, 4, 8, most} & set(range(1, most + 1)):
+        sampler.set_timesteps(steps)
+        assert len(sampler.timesteps) == steps and sampler.timesteps[0] == 999
+        assert set(sampler.timesteps.tolist()) <= set(solver.timesteps.tolist())
+
+
+def test_a_step_between_uneven_points_is_exact():
+    """Against the closed form in float64, between points 12 and 13 timesteps apart."""
+    scheduler = ddim()
+    solver, abar = DDIMSolver(scheduler.alphas_cumprod, 80), scheduler.alphas_cumprod.double()
+    assert set((solver.timesteps - solver.timesteps_prev).tolist()) == {11, 12, 13}
+    index = torch.arange(80)
+    x0, eps = noise(80, 4).double(), noise(80, 4, seed=1).double()
+    a = abar[solver.timesteps_prev][:, None]
+    torch.testing.assert_close(solver.step(x0, eps, index), a.sqrt() * x0 + (1 - a).sqrt() * eps, rtol=0, atol=1e-6)
+
+
+def test_an_error_names_grids_that_pass():
+    for n, most in ((55, 8), (49, 8), (60, 25)):
+        with pytest.raises(ValueError, match=rf"{n}: a sampler can take .* has {most}; it can on that of \d") as error:
+            DDIMSolver(ddim().alphas_cumprod, n, most_steps=most)
+        advised = [int(word) for word in str(error.value).rpartition("that of ")[2].split(" or ")]
+        assert len(advised) == 2
+        for other in advised:
+            DDIMSolver(ddim().alphas_cumprod, other, most_steps=most)
 
 
 def test_noise_cannot_be_predicted_where_nothing_but_noise_is():

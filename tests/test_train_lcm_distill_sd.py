@@ -410,9 +410,21 @@ def test_velocity_at_zero_terminal_snr_trains(lcm, sd_teachers, tmp_path, monkey
     assert all(torch.isfinite(loss) and loss > 0 for _, loss in calls) and len(calls) == 2
 
 
-def test_a_grid_that_misses_the_last_timestep_is_refused(lcm):
-    with pytest.raises(SystemExit, match="--num_ddim_timesteps 30: must divide the teacher's 1000"):
-        lcm.run("--num_ddim_timesteps 30")
+def test_a_grid_without_the_samplers_steps_is_refused_before_networks_load(lcm, monkeypatch):
+    monkeypatch.setattr(script, "load_networks", lambda *_: pytest.fail("networks are loaded"))
+    for flags in ("--validation_num_inference_steps 1,16", "--report_steps 16"):
+        with pytest.raises(SystemExit, match="--num_ddim_timesteps 30: a sampler can take 10 .* has 16; .* 25 or "):
+            lcm.run(f"--num_ddim_timesteps 30 {flags}")
+
+
+def test_a_grid_that_does_not_divide_the_timesteps_trains_and_samples(lcm, watch):
+    """N = 60 of the document, with the steps of a sampler of 20."""
+    solvers = watch(script, "DDIMSolver")
+    out = lcm.run("--num_ddim_timesteps 60 --validation_num_inference_steps 20")
+    sampler = LCMScheduler.from_pretrained(out, subfolder="scheduler")
+    sampler.set_timesteps(20)
+    grid = solvers[0][1].timesteps.tolist()
+    assert len(grid) == 60 and sampler.timesteps.tolist() == grid[::-1][::3] and grid[-1] == 999
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -555,6 +567,14 @@ def test_a_full_student_has_a_teacher_in_8_bits_and_all_of_its_own(lcm):
         assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())
 
 
+@pytest.mark.parametrize("student", ["--lora_rank 2", "--model_type full"])
+def test_pictures_are_generated_in_8_bits_and_bf16(student, lcm):
+    """Pipelines keep samples in fp32, and autocast does not reach layers of 8 bits."""
+    flags = f"--base_model_precision int8-quanto --mixed_precision bf16 --validation_num_inference_steps 2 {student}"
+    out = lcm.run(flags, benchmark=True)
+    assert np.asarray(Image.open(out / "samples.png")).std() > 5
+
+
 def test_text_encoder_in_8_bits(lcm):
     embeds = []
     for flags in ("", "--text_encoder_1_precision int8-torchao"):
@@ -651,10 +671,10 @@ def test_previews_are_the_half_done_samples(lcm, tmp_path, monkeypatch):
     flags = "--validation_preview --validation_preview_steps 2 --validation_num_inference_steps 5"
     out = lcm.run(f"{flags} --validation_preview_model {tmp_path / 'tiny'} --report_to tensorboard")
     files = sorted((out / "validation").glob("preview-*"))
-    assert [path.name for path in files] == [f"preview-5-steps-step0{i}-000001.png" for i in (1, 2, 4)]
+    assert [path.name for path in files] == [f"preview-5-steps-step0{i}-000001.png" for i in (2, 4)]
     with torch.no_grad():
         expected = tiny.decode(seen[3]).sample[0].clamp(-1, 1).permute(1, 2, 0) * 127.5 + 127.5
-    assert np.abs(np.asarray(Image.open(files[2])).astype(float) - expected.numpy()).max() <= 1.0
+    assert np.abs(np.asarray(Image.open(files[1])).astype(float) - expected.numpy()).max() <= 1.0
     events = [path.read_bytes() for path in (out / "logs").rglob("*tfevents*")]
     assert any(b"preview-5-steps-step04" in data for data in events)
 
@@ -734,8 +754,8 @@ def test_a_run_tells_its_webhook(lcm, tmp_path, server, capsys):
     assert (progress["step"], progress["of"], picture["name"]) == (1, 1, "grid") and progress["loss"] > 0
     assert server.url not in (out / "README.md").read_text()  # it may hold a secret
     with pytest.raises(SystemExit):
-        lcm.run(f"{flags} --num_ddim_timesteps 30")
-    assert server.received[-1]["type"] == "error" and "--num_ddim_timesteps 30" in server.received[-1]["message"]
+        lcm.run(f"{flags} --num_ddim_timesteps 1001")
+    assert server.received[-1]["type"] == "error" and "--num_ddim_timesteps 1001" in server.received[-1]["message"]
     server.shutdown()
     server.server_close()
     out = lcm.run(flags, out="again")  # nobody listens any more

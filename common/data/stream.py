@@ -261,22 +261,21 @@ def list_parts(datasets) -> list[tuple[int, object, float]]:
     return shards
 
 
-def open_batches(args, data, accelerator, readers: list[ImageReader], state, sharing: int = 1) -> Batches:
-    """Batches of the data; `sharing` processes next to each other get the same samples."""
+def open_batches(args, data, accelerator, readers: list[ImageReader], state, sharing: int = 1, say=None) -> Batches:
+    """Batches of the data; `sharing` processes next to each other get the same samples. say(text) prints notes."""
+    say = say or accelerator.print
     processes, shards = accelerator.num_processes // sharing, list_parts(data.datasets)
     resumed_lanes = state["lanes"] if state else None
     copies = -(-(resumed_lanes or processes) // len(shards))  # each lane has at least one shard
     if copies > 1:
-        accelerator.print(
-            f"{len(shards)} shards for {processes} processes: an epoch reads each {copies} times, in orders of its own"
-        )
+        say(f"{len(shards)} shards for {processes} processes: an epoch reads each {copies} times, in orders of its own")
         shards = shards * copies
     try:
         lanes, workers = plan_lanes(len(shards), processes, args.dataloader_num_workers, resumed_lanes)
     except ValueError as error:
         raise SystemExit(f"{data.source}: {error}") from None
     if workers < args.dataloader_num_workers:
-        accelerator.print(f"--dataloader_num_workers: {len(shards)} shards feed only {workers} in {lanes} lanes")
+        say(f"--dataloader_num_workers: {len(shards)} shards feed only {workers} in {lanes} lanes")
     stream = ShardStream(
         shards, readers, seed=args.seed, batch_size=args.train_batch_size, lanes=lanes, state=state,
         process=accelerator.process_index // sharing, processes=processes, source=data.source,
