@@ -24,7 +24,7 @@ from common.data.buckets import Rules
 from common.data.datasets import Data, Dataset, count_epoch
 from common.data.samples import NoGoodSamples, open_readers
 from common.data.shards import expand_shards
-from common.data.sources import Files
+from common.data.sources import Files, Prompts
 from common.data.stream import PATIENCE, Batches, ShardPass, ShardStream, open_batches, plan_lanes
 from tests.data.helpers import (
     TOY_SIZED,
@@ -245,6 +245,14 @@ def test_a_dataset_comes_as_often_as_its_probability_says(tmp_path, weight):
         captions(source, stop)
         state = json.loads(json.dumps(source.state()))
         assert captions(open_batches(args, data, Accelerator(), readers, state), 90 - stop) == expected[stop:]
+
+
+def test_small_parts_take_turns():
+    """Without a number of each part's own all would come in the same epoch."""
+    parts = [(0, Prompts(i, (b"x",)), 0.25) for i in range(24)]
+    stream = ShardStream(parts, [None], seed=0, batch_size=1, process=0, processes=1, lanes=1)
+    counts = [sum(len(list(stream.shuffled(part, epoch, 0))) for part in range(24)) for epoch in range(8)]
+    assert sum(counts[:4]) == sum(counts[4:]) == 24 and max(counts) < 12
 
 
 def test_a_share_without_good_samples_ends_and_one_with_few_goes_on(tmp_path):
