@@ -150,7 +150,8 @@ def sizes(text: str) -> list[tuple[int, int]]:
 def add_shared_flags(parser: argparse.ArgumentParser):
     """Adds the flags of data, caches, optimizer, precision, checkpoints, validation, trackers and hub."""
     add = parser.add_argument_group("data").add_argument
-    add("--train_shards_path_or_url", type=str, help="WebDataset shards: a path, a URL, or pipe: and a command; braces expand, several are joined by ::")
+    add("--train_shards_path_or_url", type=str, help="WebDataset shards: a path, a pattern, a folder, a URL, or pipe: and a command; braces expand, several are joined by ::; or a file that lists them")
+    add("--shard_cache_dir", type=str, help="folder where shards that are not local are kept, so that they are fetched once; default: the environment variable WDS_CACHE, or none")
     add("--data_backend_config", type=str, help="JSON file of datasets (multidatabackend.json): folders of images, shards, caches")
     add("--interpolation_type", type=str, default="bilinear", choices=["bilinear", "bicubic", "box", "nearest", "nearest_exact", "hamming", "lanczos"], help="filter that resizes images")
     add("--center_crop", action=Switch, help="crop from the centre; default: at random")

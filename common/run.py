@@ -15,6 +15,11 @@ from common.export import create_hub_repository, push_to_hub, write_model_card
 from common.tracking import tracker_names
 
 
+def available_cores() -> int:
+    """Cores that this process may use; macOS knows all of the machine alone."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def start_run(args, notes: list[str], splits: bool = False, **options) -> tuple[Accelerator, torch.dtype]:
     """Sets threads, seed and TF32, prints notes, and returns the Accelerator and the precision of frozen networks.
 
@@ -34,7 +39,7 @@ def start_run(args, notes: list[str], splits: bool = False, **options) -> tuple[
         raise SystemExit("--mixed_precision fp16: needs a GPU; a CPU takes no or bf16")
     if args.pretrained_teacher_model is None and accelerator.device.type == "cpu":
         # accelerate launch gives each process one thread; a run of the toy may take the machine
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // accelerator.num_processes))
+        torch.set_num_threads(max(1, available_cores() // accelerator.num_processes))
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)

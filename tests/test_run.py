@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from PIL import Image
 
 from common import run
-from common.run import Saver, check_finite, end_run, open_repository, start_run
+from common.run import Saver, available_cores, check_finite, end_run, open_repository, start_run
 
 
 def flags(folder, **more) -> SimpleNamespace:
@@ -108,12 +108,17 @@ def test_fp16_on_a_cpu_is_one_sentence(tmp_path, monkeypatch):
         start_run(flags(tmp_path, mixed_precision="fp16"), [])
 
 
-@pytest.mark.parametrize(("teacher", "threads"), [(None, len(os.sched_getaffinity(0))), ("x", None)])
+@pytest.mark.parametrize(("teacher", "threads"), [(None, available_cores()), ("x", None)])
 def test_the_toy_has_all_of_the_machine(teacher, threads, tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     start_run(flags(tmp_path, pretrained_teacher_model=teacher), [])
     assert found == ([threads] if threads else [])
+
+
+def test_cores_are_counted_on_macos_too(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert available_cores() == os.cpu_count()
 
 
 @pytest.mark.parametrize(("push", "main", "there"), [(True, True, True), (True, False, False), (False, True, False)])

@@ -1,6 +1,7 @@
 """The datasets of a run: from flags, or from a dataset file (multidatabackend.json)."""
 
 import argparse
+import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,6 +59,12 @@ class Dataset:
     num_frames: int | None = None  # of a clip; None for images
     frame_interval: int = 1
     sizes: tuple[tuple[int, int], ...] = ()  # of prompts alone: height and width of clips that they could have
+    probability: float = 1.0  # repeats count so often
+
+    @property
+    def visits(self) -> float:
+        """How often an epoch visits each sample."""
+        return round((self.repeats + 1) * self.probability, 9)
 
     @property
     def kind(self) -> str:
@@ -100,6 +107,13 @@ def open_data(
     except ValueError as error:
         parser.error(str(error))
     remote = not all(is_local(part) for dataset in datasets for part in dataset.parts)
+    if args.shard_cache_dir:
+        os.environ["WDS_CACHE"] = args.shard_cache_dir  # for all that read shards, in reader processes too
+    if remote and (cache := os.environ.get("WDS_CACHE")):
+        try:
+            os.makedirs(cache, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--shard_cache_dir {cache}: {error.strerror}")
     caches = "ondemand" if args.vae_cache_ondemand else "off" if remote else "fill"
     if caches == "off":
         notes.append("The shards are not local: nothing is cached. --vae_cache_ondemand keeps what is encoded.")
@@ -196,6 +210,7 @@ def open_table_or_folder(args, name: str, source: str, rules: Rules, frames: dic
 # ---------------------------------------------------------------------------------------------------------------------
 
 KEYS = {
+    "probability": Key(float),
     "id": Key(str), "type": Key(("local", "webdataset")), "dataset_type": Key(("image", "video", "text_embeds")),
     "disabled": Key(bool), "instance_data_dir": Key(str), "repeats": Key(int, least=0), "resolution": Key(float),
     "resolution_type": Key(RESOLUTION_TYPES), "aspect_bucket_rounding": Key(int), "minimum_image_size": Key(float),
@@ -250,6 +265,8 @@ def open_entry(args, entry: dict, rules: Rules, frames_per_latent: int | None, w
         raise ValueError(f"{where}: skip_file_discovery has {odd[0]!r}, and must be some of {', '.join(SKIPS)}")
     rules = complete_rules(with_settings(rules, entry, f"{where}: ", notes), f"{where}: ", notes)
     source, strategy = entry["instance_data_dir"], entry.get("caption_strategy")
+    if not 0 < entry.get("probability", 1) < float("inf"):
+        raise ValueError(f"{where}: probability is {entry['probability']}, and must be above 0")
     if entry.get("type", "local") == "webdataset":
         parts = open_shards(source)
     else:
@@ -260,7 +277,7 @@ def open_entry(args, entry: dict, rules: Rules, frames_per_latent: int | None, w
             raise ValueError(f"{where}: {source}: {NOTHING[kind]} in it")
     return Dataset(
         entry.get("id", source), parts, rules, entry.get("repeats", 0), strategy,
-        entry.get("cache_dir_vae", entry.get("cache_dir")), skip, **frames,
+        entry.get("cache_dir_vae", entry.get("cache_dir")), skip, probability=entry.get("probability", 1.0), **frames,
     )  # fmt: skip
 
 
@@ -274,7 +291,7 @@ def count_epoch(datasets: list[Dataset]) -> int | None:
     counts = [count_samples(dataset.parts) for dataset in datasets]
     if None in counts:
         return None
-    return sum(count * (dataset.repeats + 1) for count, dataset in zip(counts, datasets, strict=True))
+    return sum(round(count * dataset.visits) for count, dataset in zip(counts, datasets, strict=True))
 
 
 def count_buckets(dataset: Dataset, size_of) -> tuple[Counter, int, int]:
@@ -306,7 +323,7 @@ def plan_buckets(args, data: Data, accelerator, size_of=image_size) -> Data:
                 found[i] = count_buckets(dataset, size_of)
         samples = Counter()  # of an epoch, in all datasets: they share buckets
         for i, (counts, _, _) in found.items():
-            samples.update({bucket: count * (data.datasets[i].repeats + 1) for bucket, count in counts.items()})
+            samples.update({bucket: count * data.datasets[i].visits for bucket, count in counts.items()})
         for i, (counts, small, stride) in found.items():
             if not getattr(args, "disable_bucket_pruning", False):
                 merged[i] = merge_small(list(counts), samples, args.train_batch_size)
@@ -321,7 +338,7 @@ def plan_buckets(args, data: Data, accelerator, size_of=image_size) -> Data:
 
 def bucket_table(dataset: Dataset, counts: Counter, small: int, stride: int, merged: dict) -> list[str]:
     about = f", by one part in {stride}" if stride > 1 else ""
-    visits = f", each {dataset.repeats + 1} times an epoch" if dataset.repeats else ""
+    visits = f", each {dataset.visits:g} times an epoch" if dataset.visits != 1 else ""
     lines = [
         f"{dataset.id}: {sum(counts.values())} images in {len(counts)} buckets{visits}{about}",
         "   width height  images",

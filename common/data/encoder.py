@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.cache import RECORDS_PER_FILE, TensorStore, identity, text_key
@@ -16,7 +15,7 @@ from common.data.datasets import Data, Dataset
 from common.data.samples import Sample
 from common.data.shards import is_local
 from common.data.sources import part_fingerprint
-from common.data.stream import ShardPass, open_batches
+from common.data.stream import ShardPass, load, open_batches
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class SampleEncoder:
         ]  # fmt: skip
         share = ShardPass(todo, readers, process=accelerator.process_index, processes=accelerator.num_processes)
         with self.progress(accelerator) as bar:
-            for item in DataLoader(share, batch_size=None, num_workers=min(workers, len(todo))):
+            for item in load(share, min(workers, len(todo))):
                 if isinstance(item, Sample):
                     bar.update()
                     if "text" in datasets[item.dataset].skip:

@@ -68,14 +68,18 @@ class Sample:
 def member_bytes(members: dict[str, bytes], names) -> tuple[str, bytes] | None:
     """The first member with one of these extensions, gunzipped where it is name.gz."""
     for name in names:
-        if name in members:
-            return name, members[name]
-        if name + ".gz" in members:
+        if name not in members and name + ".gz" not in members:
+            continue
+        data = members[name] if name in members else members[name + ".gz"]
+        if name not in members and data is not None:
             try:
-                with gzip.open(io.BytesIO(members[name + ".gz"])) as file:
-                    return name, file.read(MOST_MEMBER_BYTES)
+                with gzip.open(io.BytesIO(data)) as file:
+                    data = file.read(MOST_MEMBER_BYTES + 1)
             except (OSError, EOFError, zlib.error):
                 raise BadSample("broken gzip member") from None
+        if data is None or len(data) > MOST_MEMBER_BYTES:
+            raise BadSample(f"member above {MOST_MEMBER_BYTES >> 20} MiB")
+        return name, data
     return None
 
 
@@ -106,6 +110,8 @@ def read_captions(members: dict[str, bytes], strategy: str | None, name: str) ->
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode in 8-bit RGB: 16 bits are scaled and not cut off, what is transparent becomes white."""
+    if image.mode in ("I", "F"):
+        raise BadSample("image of 32 bits a channel")  # nothing says what is white
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.round(np.asarray(image) / 257.0).astype(np.uint8))
     if image.has_transparency_data:
@@ -210,6 +216,8 @@ class ImageReader:
             turned = image.size != original[::-1]
             image.draft("RGB", (2 * height, 2 * width) if turned else (2 * width, 2 * height))
             image = to_rgb(ImageOps.exif_transpose(image))
+        except BadSample:
+            raise
         except Exception:  # PIL's decoders raise nearly anything on wrong bytes
             raise BadSample("broken image") from None
         image = np.array(self.resize_and_crop(image, placed, mirrored))

@@ -1,28 +1,47 @@
 """Tar files of samples, as WebDataset has them: members of one stem make a sample."""
 
+import fcntl
+import functools
+import hashlib
 import lzma
-import shlex
+import os
+import re
+import shutil
 import signal
+import subprocess
 import tarfile
+import time
 import zlib
+from contextlib import suppress
+from glob import glob
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import urlparse, urlsplit
 from urllib.request import url2pathname
 
-from huggingface_hub import HfFileSystem, get_token
-from webdataset.gopen import Pipe, gopen, gopen_schemes, rewrite_url, set_options
-from webdataset.shardlists import expand_urls
+import yaml
+from huggingface_hub import HfFileSystem, constants, get_token
+from webdataset.gopen import gopen_schemes, rewrite_url
+from webdataset.shardlists import expand, expand_urls
 
 SHARD_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
 
-IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp")
+IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp", "bmp", "tif", "tiff")
 VIDEO_MEMBERS = ("mp4", "webm", "mkv", "mov", "m4v", "avi", "gif", "webp")  # webp: an animated one
-MOST_MEMBER_BYTES = 1 << 28
+MOST_MEMBER_BYTES = 1 << 28  # a larger one is not read, its bytes are None
 
 # The program that reads URLs of a scheme; of pipe: it is the user's. gopen has s3: only where USE_AIS_FOR says so.
 PROGRAMS = {"gopen_pipe": None, "gopen_gsutil": "gsutil", "gopen_ais": "ais"}  # else curl
 READ_BY = {"s3": "aws"} | {scheme: PROGRAMS.get(f.__name__, "curl") for scheme, f in gopen_schemes.items()}
 del READ_BY["__default__"]
+
+DELAYS = (1, 2, 4, 8)  # seconds before such a program is started again
+GONE = (1, 22)  # its statuses, before it has written anything, that say that there is no such shard
+
+TAR = re.compile(r"\.(tar|tar\.gz|tar\.bz2|tar\.xz|tgz)$")
+SECRET = re.compile(
+    r"""(://)[^/@\s]+(?=@)|(\?)[^\s'"]+|((?:bearer|basic|token|password|secret|key|--user|\s-u)[\s:='"]+)[^\s'"]+""",
+    re.I,
+)
 
 
 def scheme_of(shard: str) -> str:
@@ -37,14 +56,16 @@ def is_local(part) -> bool:
 def expand_shards(spec: str) -> list[str]:
     """Paths and URLs of a list as webdataset has it: `::` between entries, braces, ${NAME} for the variable WDS_NAME.
 
-    An entry may be a file, .txt or .list, in which each line is such a list.
+    An entry may be a pattern (data/*.tar), a folder, or a file in which each line is such a list: @file, .txt, .list;
+    or one in webdataset's own YAML.
     """
     shards = []
     for entry in expand_line(spec):
-        if is_local(entry) and Path(entry).suffix in (".txt", ".list"):
-            shards += [shard for line in read_list(Path(entry)) for shard in expand_line(line)]
-        else:
-            shards.append(entry)
+        path, entries = Path(entry.removeprefix("@")), [entry]
+        if is_local(entry) and (entry.startswith("@") or path.suffix in (".txt", ".list", ".yaml", ".yml")):
+            lines = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_list(path)
+            entries = [each for line in lines for each in expand_line(line)]
+        shards += [shard for each in entries for shard in find_tars(each)]
     return shards
 
 
@@ -57,13 +78,53 @@ def expand_line(line: str) -> list[str]:
     return [url2pathname(urlparse(shard).path) if scheme_of(shard) == "file" else shard for shard in shards]
 
 
-def read_list(path: Path) -> list[str]:
-    """Lines of a text file, without empty ones and comments."""
+def find_tars(entry: str) -> list[str]:
+    """The tar files of a folder and its subfolders, or of a pattern; another entry is a shard itself."""
+    if not is_local(entry) or os.path.isfile(entry):
+        return [entry]
+    if os.path.isdir(entry):
+        paths = [path.relative_to(entry) for path in Path(entry).rglob("*") if TAR.search(path.name)]
+        found = [str(Path(entry, path)) for path in paths if not any(part.startswith(".") for part in path.parts)]
+    elif set("*?[") & set(entry):
+        found = glob(entry, recursive=True)
+    else:
+        return [entry]
+    if not found:
+        raise ValueError(f"{entry}: no tar files in it")
+    return sorted(found)
+
+
+def read_text(path: Path) -> str:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
+
+
+def read_list(path: Path) -> list[str]:
+    """Lines of a text file, without empty ones and comments."""
+    lines = [line.strip() for line in read_text(path).splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def read_yaml(path: Path) -> list[str]:
+    """Lists in the layout of webdataset's MultiShardSample: a prefix, and datasets of a bucket and shards each."""
+
+    def listed(value) -> list:
+        return value if isinstance(value, list) else [value]
+
+    lines, drawn, text = [], set(), read_text(path)
+    try:
+        spec = yaml.safe_load(text)
+        for dataset in spec["datasets"]:
+            drawn |= {"choose", "resample"} & set(dataset)
+            (bucket,) = listed(dataset.get("buckets", spec.get("buckets", ""))) or [""]
+            lines += [spec.get("prefix", "") + os.path.join(bucket, shards) for shards in listed(dataset["shards"])]
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: must have datasets with shards, as webdataset's: {error!r}") from None
+    if drawn:
+        raise ValueError(f"{path}: {min(drawn)} is not supported, use probability in a dataset file")
+    return list(map(expand, lines))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,29 +146,127 @@ class StrictTarInfo(tarfile.TarInfo):
 
 
 def open_shard(shard: str):
-    """A readable binary stream. What is not local is read by a command that webdataset's gopen runs.
-
-    That is curl (with its retries), gsutil or ais, or of `pipe:` the user's own. What stops a run must not stop the
-    command too, or the shard would look cut off in the last checkpoint.
-    """
+    """A readable binary stream: a file, which for a shard that is not local may be in the cache, or a Program."""
     if is_local(shard):
         return open(shard, "rb")
-    if scheme_of(shard) == "s3" and "s3" not in gopen_schemes:
-        shard = f"pipe:aws s3 cp {shlex.quote(shard)} -"
-    if scheme_of(shard) == "hf" and get_token() is None:
-        shard = HfFileSystem().url(shard)  # gopen would send the token "None"
-    if scheme_of(shard) == "pipe":  # gopen's, but in a session of its own: shells do not keep signals blocked
-        command = shard.partition(":")[2]
-        stream = Pipe(command, mode="rb", shell=True, bufsize=8192, ignore_status=[141], start_new_session=True)
-    else:
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # for the command
-        try:
-            stream = gopen(shard, "rb")
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    # Else a read raises as soon as the command has failed, and what it wrote before that is lost or not, by chance.
-    set_options(stream, ignore_errors=True)
-    return stream
+    cache = os.environ.get("WDS_CACHE")
+    return open(fetch(shard, cache), "rb") if cache else Program(shard)
+
+
+def command_of(shard: str) -> tuple[str | list[str], bytes]:
+    """The command that writes a shard, as in webdataset's gopen, and its input.
+
+    That is the hub's token for curl, which `ps` does not show there; curl gives it to no host that it is redirected to.
+    """
+    if scheme_of(shard) == "pipe":
+        return shard.partition(":")[2], b""
+    program = READ_BY[scheme_of(shard)]
+    if program != "curl":
+        words = {"aws": ["s3", "cp", shard, "-"], "gsutil": ["cat", shard], "ais": ["get", shard, "-"]}[program]
+        return [program, *words], b""
+    url = HfFileSystem().url(shard) if scheme_of(shard) == "hf" else shard
+    on_hub = "{0.scheme}://{0.netloc}".format(urlsplit(url)) in ("https://huggingface.co", constants.ENDPOINT)
+    token = get_token() if on_hub else None
+    options = "--connect-timeout 30 --retry 30 --retry-delay 2 -f -s -S -g -L -H @-".split()
+    return ["curl", *options, url], f"Authorization: Bearer {token}\n".encode() if token else b""
+
+
+class Program:
+    """What a program writes of a shard. Where it fails it is started again, and what was read before is passed over.
+
+    So no sample comes twice, and none is missing in a run that is resumed. A user's own command runs once. What stops
+    a run must not stop the program too, or the shard would look cut off in the last checkpoint: it has its own session.
+    """
+
+    def __init__(self, shard: str):
+        self.command, self.input = command_of(shard)
+        self.delays = [] if isinstance(self.command, str) else list(DELAYS)
+        self.given = 0
+        self.start()
+
+    def start(self):
+        self.place, self.error = 0, ""
+        stderr = subprocess.PIPE if self.command[0] == "curl" else None  # a line for each try; others may write much
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True,
+            shell=isinstance(self.command, str),
+        )  # fmt: skip
+        with suppress(BrokenPipeError), self.process.stdin as file:
+            file.write(self.input)
+
+    def read(self, size: int) -> bytes:
+        """Up to so many bytes; none at the end, where `error` says how the program failed."""
+        while True:
+            again = self.given - self.place
+            data = self.process.stdout.read(min(size, again) or size)
+            self.place += len(data)
+            self.given = max(self.given, self.place)
+            if data and not again or not data and not self.failed():
+                return data
+            if not data:
+                time.sleep(self.delays.pop(0))
+                self.close()
+                self.start()
+
+    def failed(self) -> bool:
+        """Whether the program failed, and is to be started again."""
+        status = self.process.wait()
+        if status not in (0, 141) and not self.error:
+            said = self.process.stderr.read().decode(errors="replace").splitlines() if self.process.stderr else []
+            self.error = said[-1] if said else f"its command ended with status {status}"
+        return bool(self.error and self.delays and (self.given or status not in GONE))
+
+    def close(self):
+        for file in filter(None, (self.process.stdout, self.process.stderr)):
+            file.close()
+        with suppress(OSError):  # it is over; else it may be waiting for a server, and would not see that nobody reads
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def fetch(shard: str, folder: str) -> Path:
+    """Path of a shard in the cache. A process that lacks it fetches it, and others that lack it wait.
+
+    webdataset's FileCache takes shards of one name in two folders for one, and keeps half of a shard.
+    """
+    name = hashlib.blake2b(shard.encode(), digest_size=8).hexdigest()
+    if scheme_of(shard) != "pipe":
+        name += "-" + urlsplit(shard).path.rpartition("/")[2][-100:]
+    path = Path(folder, name)
+    if not path.exists():
+        with open(f"{path}.part", "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
+            if not path.exists():
+                file.truncate(0)
+                with Program(shard) as program:
+                    shutil.copyfileobj(program, file, 1 << 20)
+                    if program.error:
+                        raise OSError(program.error)
+                file.flush()
+                os.replace(file.name, path)
+    return path
+
+
+@functools.cache
+def say(fault: str):
+    """Prints a fault, once in a process."""
+    print(fault, flush=True)
+
+
+def named_fault(shard: str, cause: str, error: str | Exception) -> str:
+    """The cause, after it was printed with the shard's name and what went wrong, but without secrets of a URL."""
+    words = [shard, cause, str(error).partition("\n")[0]]
+    if not is_local(shard):
+        words = [SECRET.sub(lambda found: f"{found[found.lastindex]}...", word) for word in words]
+    say(": ".join(words))
+    return cause
 
 
 def read_shard(shard: str):
@@ -123,8 +282,8 @@ def read_shard(shard: str):
 
     try:
         stream = open_shard(shard)
-    except Exception:  # of the hub's client, which has errors of several libraries
-        yield None, "unreadable shard"
+    except Exception as error:  # of the hub's client, which has errors of several libraries
+        yield None, named_fault(shard, "unreadable shard", error)
         return
     try:
         with stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictTarInfo) as tar:
@@ -137,16 +296,19 @@ def read_shard(shard: str):
                         yield finished()
                         seen.add(key)
                     key, members = new_key, {}
-                members[extension] = b"" if info.size > MOST_MEMBER_BYTES else tar.extractfile(info).read()
+                members[extension] = None if info.size > MOST_MEMBER_BYTES else tar.extractfile(info).read()
             # What follows the archive's end is padding: read it, or the program behind a pipe dies of SIGPIPE.
             while stream.read(1 << 20):
                 pass
         if members:
             yield finished()
-        if isinstance(stream, Pipe) and stream.status not in stream.ignore_status:
-            yield key, "shard's command failed"
-    except SHARD_ERRORS:
-        yield key, "unreadable shard" if key is None else "truncated shard"
+        if error := getattr(stream, "error", ""):
+            yield key, named_fault(shard, "shard's command failed", error)
+    except SHARD_ERRORS as error:
+        cause = "unreadable shard" if key is None else "truncated shard"
+        yield key, named_fault(shard, cause, getattr(stream, "error", "") or error)
+        if not isinstance(stream, Program) and not is_local(shard):  # in the cache: the next epoch fetches it anew
+            Path(stream.name).unlink(missing_ok=True)
 
 
 def split_name(info: tarfile.TarInfo) -> tuple[str, str]:

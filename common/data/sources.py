@@ -134,6 +134,8 @@ def picture_sizes(part, kind: str, size_of):
 def true_size(image: Image.Image, header_only: bool = False) -> tuple[int, int]:
     """(height, width) of the upright image: EXIF may say that it is stored on its side."""
     width, height = image.size
+    if image.format == "TIFF":
+        return height, width  # PIL turns it itself
     if header_only and image.format == "PNG" and "exif" not in image.info:
         return height, width  # EXIF behind the pixels is found only by decoding them
     return (width, height) if image.getexif().get(EXIF_ORIENTATION, 1) >= 5 else (height, width)
@@ -209,7 +211,7 @@ def read_files(part: Files):
             else:
                 files = {path.suffix.lower().removeprefix("."): path}
             for extension, file in files.items():
-                members[extension] = b"" if file.stat().st_size > MOST_MEMBER_BYTES else file.read_bytes()
+                members[extension] = None if file.stat().st_size > MOST_MEMBER_BYTES else file.read_bytes()
             text = caption_file(path)
             if caption is not None:
                 members["json"] = json.dumps({"caption": caption}).encode()

@@ -11,8 +11,11 @@ batch. So the sequence alone decides which samples make a batch. A checkpoint ha
 first sample that was not used, and the positions of later samples that were: all others are read again.
 """
 
+import atexit
+import functools
 import itertools
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -29,6 +32,7 @@ from common.data.sources import read_part
 
 LANES = 8  # streams open at a time, where processes x workers do not ask for more
 PATIENCE = 128  # reads; a sample waits no longer for its bucket to have a batch
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, are spread evenly
 
 
 def plan_lanes(shards: int, processes: int, workers: int, lanes: int | None = None) -> tuple[int, int]:
@@ -40,8 +44,6 @@ def plan_lanes(shards: int, processes: int, workers: int, lanes: int | None = No
         if lanes % processes:
             raise ValueError(f"the {lanes} lanes of the checkpoint's data cannot be split over {processes} processes")
         return lanes, max((w for w in range(1, workers + 1) if lanes % (processes * w) == 0), default=0)
-    if shards < processes:
-        raise ValueError(f"{shards} shards cannot feed {processes} processes: at least one shard each is needed")
     workers = min(workers, shards // processes)
     readers = processes * max(workers, 1)
     few = 1 << (min(LANES, shards).bit_length() - 1)  # a power of two, so that 1, 2, 4 and 8 readers give one order
@@ -52,8 +54,9 @@ def plan_lanes(shards: int, processes: int, workers: int, lanes: int | None = No
 class ShardStream(IterableDataset):
     """This process's share of the endless sequence; each item is one worker's part of one read, a list of samples.
 
-    `shards` are pairs of a dataset's number and a part of it, `readers` are one for each dataset. Errors begin with
-    `source`, the flag that named the data.
+    `shards` are a dataset's number, a part of it, and the share of the part's samples that an epoch visits: 0.25 takes
+    each in one epoch of four. `readers` are one for each dataset. Errors begin with `source`, the flag that named the
+    data.
     """
 
     def __init__(
@@ -121,6 +124,10 @@ class ShardStream(IterableDataset):
                 if fruitless:
                     barren.add(shard)
                 if len(barren) == len(self.shards):
+                    left_out = (good_samples(part, self.readers[i]) for i, part, share in self.shards if share < 1)
+                    if any(map(any, left_out)):
+                        barren.clear()
+                        continue
                     causes = ", ".join(f"{count} x {cause}" for cause, count in faults.most_common())
                     raise NoGoodSamples(
                         f"{self.source}: no usable sample in any of {len(self.shards)} shards: {causes or 'all empty'}"
@@ -132,31 +139,47 @@ class ShardStream(IterableDataset):
 
         The order follows from the shard's number and not its path, so that data may move before a run is resumed.
         """
-        index = 0
-        samples = read_part(self.shards[shard][1])
+        index, (_, part, share) = 0, self.shards[shard]
+        samples, offset = read_part(part), np.random.default_rng((self.seed, shard)).random()
         while block := list(itertools.islice(samples, self.block)):
             order = np.random.default_rng((self.seed, epoch, index, shard)).permutation(len(block))
-            for i in order:
-                if index >= start:
+            for i, number in zip(order, order + index, strict=True):
+                # A sample's turn comes where the sum of its shares passes a whole number; neighbours' turns differ
+                before, after = (math.floor(e * share + offset + number * GOLDEN) for e in (epoch, epoch + 1))
+                if index >= start and (share == 1 or after > before):
                     yield index, block[i]
                 index += 1
 
 
-def outlive_signals(worker: int):
-    """Keeps a reader process alive when the run is stopped, until the training process has saved its checkpoint.
+@functools.cache
+def lifeline():
+    """Both ends of a pipe. The writing end closes where this process ends, also by SIGKILL."""
+    ends = multiprocessing.Pipe(duplex=False)
+    atexit.register(ends[1].close)  # and so before multiprocessing, which is there already, waits for the readers
+    return ends
 
-    The training process sends SIGTERM to each reader as it exits, and waits for its end: that signal is obeyed.
+
+def follow(reading, writing, worker: int):
+    """Keeps a reader process alive when the run is stopped, until the training process has ended.
+
+    A signal to the whole group comes before the last checkpoint, whose place in the data it must not change.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=end_when_parent_says, daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    writing.close()  # the copy that is this process's own
+
+    def wait():
+        reading.poll(None)
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
-def end_when_parent_says():
-    """Ends this process at a SIGTERM that the parent process has sent."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def load(samples, workers: int, **options) -> DataLoader:
+    """A loader whose reader processes end with this process."""
+    if workers:
+        options |= {"worker_init_fn": functools.partial(follow, *lifeline())}
+    return DataLoader(samples, batch_size=None, num_workers=workers, **options)
 
 
 class Batches:
@@ -172,8 +195,7 @@ class Batches:
         self.reads, self.padded = 0, set()
         self.waiting: dict[tuple, list[tuple[int, Sample]]] = {}  # by bucket: number of the read, sample
         self.ready: deque[list[Sample]] = deque()
-        options = {"prefetch_factor": 4, "worker_init_fn": outlive_signals} if workers else {}
-        self.loader = iter(DataLoader(stream, batch_size=None, num_workers=workers, **options))
+        self.loader = iter(load(stream, workers, prefetch_factor=4 if workers else None))
 
     def __next__(self) -> list[Sample]:
         while not self.ready:
@@ -230,14 +252,25 @@ class Batches:
         return places | {"faults": dict(self.faults)}
 
 
+def list_parts(datasets) -> list[tuple[int, object, float]]:
+    """A dataset's parts once for each of its visits in an epoch, which spreads the visits over the epoch."""
+    shards = []
+    for i, dataset in enumerate(datasets):
+        shards += [(i, part, 1.0) for part in dataset.parts * int(dataset.visits)]
+        shards += [(i, part, dataset.visits % 1) for part in dataset.parts if dataset.visits % 1]
+    return shards
+
+
 def open_batches(args, data, accelerator, readers: list[ImageReader], state, sharing: int = 1, say=None) -> Batches:
     """Batches of the data; `sharing` processes next to each other get the same samples. say(text) prints notes."""
     say = say or accelerator.print
-    processes = accelerator.num_processes // sharing
-    # A dataset's parts are listed once for each of its visits in an epoch, which spreads the visits over the epoch
-    shards = [(i, part) for i, dataset in enumerate(data.datasets) for part in dataset.parts * (dataset.repeats + 1)]
+    processes, shards = accelerator.num_processes // sharing, list_parts(data.datasets)
+    resumed_lanes = state["lanes"] if state else None
+    copies = -(-(resumed_lanes or processes) // len(shards))  # each lane has at least one shard
+    if copies > 1:
+        say(f"{len(shards)} shards for {processes} processes: an epoch reads each {copies} times, in orders of its own")
+        shards = shards * copies
     try:
-        resumed_lanes = state["lanes"] if state else None
         lanes, workers = plan_lanes(len(shards), processes, args.dataloader_num_workers, resumed_lanes)
     except ValueError as error:
         raise SystemExit(f"{data.source}: {error}") from None
@@ -270,10 +303,14 @@ class ShardPass(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         for number in range(self.process + self.processes * worker, len(self.shards), self.processes * workers):
             dataset, part = self.shards[number]
-            for key, members in read_part(part):
-                if not isinstance(members, str):
-                    try:
-                        yield self.readers[dataset](members, key, key.rpartition("/")[2])
-                    except BadSample:
-                        pass  # counted when training meets it
+            yield from good_samples(part, self.readers[dataset])
             yield number
+
+
+def good_samples(part, reader):
+    for key, members in read_part(part):
+        if not isinstance(members, str):
+            try:
+                yield reader(members, key, key.rpartition("/")[2])
+            except BadSample:
+                pass  # counted when training meets it

@@ -24,7 +24,7 @@ from common.data.datasets import Data, open_data
 from common.data.samples import BadSample, ImageReader, open_readers
 from common.data.shards import read_shard
 from common.data.sources import read_part
-from common.data.stream import Batches, ShardStream, plan_lanes
+from common.data.stream import Batches, ShardStream, list_parts, plan_lanes
 from common.flags import add_bucket_flags, add_shared_flags, bucket_rules, parse_with_config
 from tests.helpers import encoded, write_shard
 
@@ -148,9 +148,9 @@ def reader(resolution=16, interpolation_type="bilinear", center_crop=True, rando
     return ImageReader(rules, interpolation_type, random_flip, seed)
 
 
-def numbered(shards) -> list[tuple[int, str]]:
+def numbered(shards) -> list[tuple[int, str, float]]:
     """As the shards of a single dataset."""
-    return [(0, shard) for shard in shards]
+    return [(0, shard, 1.0) for shard in shards]
 
 
 def batches(shards, *, state=None, workers=0, batch_size=4, process=0, processes=1, seed=0, lanes=None, buffer=8):
@@ -262,7 +262,7 @@ def table_module(rows: list[dict]) -> ModuleType:
 
 
 def open_stream(run, batch_size, state=None, workers=0, process=0, processes=1, lanes=None, buffer=16) -> Batches:
-    parts = [(i, part) for i, dataset in enumerate(run.data.datasets) for part in dataset.parts * (dataset.repeats + 1)]
+    parts = list_parts(run.data.datasets)
     planned, workers = plan_lanes(len(parts), processes, workers, lanes)
     stream = ShardStream(
         parts, open_readers(run.args, run.data), seed=0, batch_size=batch_size, process=process, processes=processes,

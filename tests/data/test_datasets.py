@@ -63,10 +63,11 @@ def test_the_largest_are_shrunk_before_the_crop(tmp_path, folder):
     assert sample.size_ids == (300, 600, 0, 96, 192, 192)
 
 
-def test_entries_are_mixed_by_their_repeats(tmp_path, folder):
+@pytest.mark.parametrize("weight", [{"repeats": 2}, {"repeats": 1, "probability": 1.5}])
+def test_entries_are_mixed_by_their_repeats(tmp_path, folder, weight):
     shard = write_shard(tmp_path / "s.tar", [{"png": encoded(quadrants(64, 64)), "txt": b"one of a shard"}])
     entries = [
-        entry(folder, repeats=2),
+        entry(folder, **weight),
         entry(tmp_path / "none", id="off", disabled=True),
         {"id": "tar", "type": "webdataset", "instance_data_dir": str(shard), "resolution": 128},
     ]  # fmt: skip
@@ -162,6 +163,8 @@ def test_text_embeds_say_where_and_how_texts_are_kept(tmp_path, folder):
         ({"crop": "False"}, "crop is 'False', and must be of type bool"),
         ({"repeats": 1.5}, "repeats is 1.5, and must be of type int"),
         ({"repeats": -1}, "repeats is -1, and must be at least 0"),
+        ({"probability": 0}, "probability is 0, and must be above 0"),
+        ({"probability": float("inf")}, "probability is inf, and must be above 0"),
         ({"resolution": True}, "resolution is True, and must be of type float"),
         ({"resolution": 0}, "resolution 0: must be positive"),
         ({"resolution": 1024}, "resolution 1024 with resolution_type area is in megapixels"),

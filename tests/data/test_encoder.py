@@ -15,6 +15,7 @@ from PIL import Image
 
 import train_lcm_distill_sd as script
 from common.cache import identity, weights_identity
+from common.data import stream
 from common.data.buckets import Rules
 from common.data.datasets import Data, Dataset, plan_buckets
 from common.data.encoder import Encoders, open_encoder
@@ -214,6 +215,14 @@ def test_a_cut_off_fill_goes_on(sd_teacher, shards, tmp_path, monkeypatch):
     calls.clear()
     opened(sd_teacher, shards, tmp_path)
     assert calls == []
+
+
+def test_all_readers_end_with_the_run(sd_teacher, shards, tmp_path, monkeypatch):
+    """Those that fill the caches, too."""
+    made, loader = [], stream.DataLoader
+    monkeypatch.setattr(stream, "DataLoader", lambda *a, **options: made.append(options) or loader(*a, **options))
+    opened(sd_teacher, shards, tmp_path, "--dataloader_num_workers", 1)
+    assert [options["worker_init_fn"].func for options in made] == [stream.follow] * 2
 
 
 def test_on_demand_with_workers_encodes_once_and_grows_no_further(sd_teacher, shards, tmp_path):

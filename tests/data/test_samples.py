@@ -11,6 +11,7 @@ from PIL import Image
 
 from common.data.datasets import plan_buckets
 from common.data.shards import read_shard
+from common.data.sources import image_size
 from tests.data.helpers import (
     Accelerator,
     backend,
@@ -19,6 +20,7 @@ from tests.data.helpers import (
     many,
     parse,
     picture,
+    quadrants,
     read_one,
     reader,
     samples_of,
@@ -85,6 +87,36 @@ def test_orientation_is_honoured():
     assert sample.size_ids[:2] == (64, 32)
     column = sample.pixels[0, :, 8].float()
     assert column[-1] > column[0]  # what was left is now up
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_stands_as_other_pictures_do(orientation, tmp_path):
+    """PIL turns it itself."""
+    exif, found = Image.Exif(), []
+    exif[0x0112] = orientation
+    for kind in ("png", "tiff"):
+        quadrants(32, 64).save(tmp_path / f"a.{kind}", exif=exif)
+        sample = reader(center_crop=False)({kind[:3]: (tmp_path / f"a.{kind}").read_bytes(), "txt": b"x"}, "v")
+        found.append((sample.size_ids, sample.pixels.tolist()))
+        assert image_size(tmp_path / f"a.{kind}") == sample.size_ids[:2]
+    assert found[0] == found[1]
+
+
+def test_bmp_and_tiff(tmp_path):
+    """16 bits are scaled; of 32 bits nothing says how far they go."""
+    grey = np.full((16, 20), 32896, np.uint16)  # 128 * 257
+    pictures = {"bmp.bmp": picture(), "rgb.tif": picture(), "cmyk.TIFF": picture("CMYK")}
+    pictures |= {"grey.tiff": Image.fromarray(grey), "big.tif": Image.fromarray(grey.astype(">u2"))}
+    pictures |= {f"{kind}.tif": Image.fromarray(grey.astype(kind)) for kind in ("int32", "float32")}
+    for name, image in pictures.items():
+        image.save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text("x")
+    (tmp_path / "broken.bmp").write_bytes(b"BM" + bytes(50))
+    (tmp_path / "broken.txt").write_text("x")
+    found = samples_of(parse("--train_data_dir", tmp_path, "--resolution", 16, "--bucket_alignment", 8))
+    assert found.pop("faults") == {"image of 32 bits a channel": 2, "broken image": 1}
+    assert found.keys() == {"bmp", "rgb", "cmyk", "grey", "big"}
+    assert all(found[name].pixels.unique().tolist() == [128] for name in ("grey", "big"))
 
 
 @pytest.mark.parametrize("kind", ["bilinear", "bicubic", "box", "nearest", "nearest_exact", "hamming", "lanczos"])

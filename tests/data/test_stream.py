@@ -1,12 +1,17 @@
 """The order of samples, batches of one size each, and the place to resume at."""
 
+import itertools
 import json
+import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +21,10 @@ from PIL import Image
 
 import train_lcm_distill_sd as script
 from common.data.buckets import Rules
-from common.data.datasets import Data, Dataset
+from common.data.datasets import Data, Dataset, count_epoch
 from common.data.samples import NoGoodSamples, open_readers
 from common.data.shards import expand_shards
-from common.data.sources import Files
+from common.data.sources import Files, Prompts
 from common.data.stream import PATIENCE, Batches, ShardPass, ShardStream, open_batches, plan_lanes
 from tests.data.helpers import (
     TOY_SIZED,
@@ -161,12 +166,105 @@ def test_lanes():
         for processes in range(1, count + 1):
             lanes, workers = plan_lanes(count, processes, 3)
             assert lanes <= count and lanes % (processes * max(workers, 1)) == 0
-    with pytest.raises(ValueError, match="3 shards cannot feed 4 processes"):
-        plan_lanes(3, 4, 0)
 
 
-def data_of(shards) -> Data:
-    return Data("--shards", (Dataset("shards", shards, reader().rules),), "off", None)
+def data_of(shards, **dataset) -> Data:
+    return Data("--shards", (Dataset("shards", shards, reader().rules, **dataset),), "off", None)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_fewer_shards_than_processes(shards, count):
+    """Each process reads them in an order of its own; a resumed run, also with fewer processes, goes on exactly."""
+    args, data, said = Namespace(dataloader_num_workers=0, seed=0, train_batch_size=4), data_of(shards[:count]), []
+
+    def open_all(processes, states=None):
+        state = states and {
+            "lanes": states[0]["lanes"],
+            "starts": {lane: start for state in states for lane, start in state["starts"].items()},
+            "used": sum((state["used"] for state in states), []),
+        }
+        each = [Namespace(num_processes=processes, process_index=p, print=said.append) for p in range(processes)]
+        return [open_batches(args, data, one, [reader()], state) for one in each]
+
+    def read(sources, steps):
+        """By position: how many processes there are does not matter."""
+        found = [sample for source in sources for _ in range(steps) for sample in next(source)]
+        return {sample.position: sample.caption for sample in found}
+
+    whole = open_all(4)
+    expected = read(whole, 4 * count)  # two epochs of eight samples a shard, twice or four times each
+    assert (
+        said
+        == [
+            f"{count} shards for 4 processes: an epoch reads each {4 // count + count // 3} times, in orders of its own"
+        ]
+        * 4
+    )
+    assert len(expected) == 64 * count
+    if count == 1:
+        orders = [[expected[i] for i in range(p, 32, 4)] for p in range(4)]
+        assert all(sorted(order) == sorted(orders[0]) for order in orders) and len(set(map(tuple, orders))) == 4
+    sources = open_all(4)
+    found = read(sources, 3)
+    states = json.loads(json.dumps([source.state() for source in sources]))
+    later = open_all(2, states)
+    args.train_batch_size = 8
+    assert found | read(open_all(2, states), 4 * count - 3) == expected and later
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.25, 0.3, 1.75, 3.0])
+def test_a_dataset_comes_as_often_as_its_probability_says(tmp_path, weight):
+    """Beside another one, and each of its samples as often as any other."""
+    png, shards = encoded(Image.new("RGB", (20, 16))), {"a": [], "b": []}
+    for name, s in itertools.product("ab", range(3)):
+        content = [{"png": png, "txt": f"{name}{s}{i}".encode()} for i in range(7)]
+        shards[name].append(str(write_shard(tmp_path / f"{name}{s}.tar", content)))
+    rules = reader().rules
+    datasets = Dataset("a", shards["a"], rules, probability=weight), Dataset("b", shards["b"], rules)
+    args = Namespace(dataloader_num_workers=0, seed=0, train_batch_size=1)
+    data = Data("--shards", datasets, "off", None)
+    assert count_epoch(datasets) == round(21 * weight) + 21
+    readers = [reader(), replace(reader(), dataset=1)]
+    source, seen, epochs = open_batches(args, data, Accelerator(), readers, None), Counter(), 8
+    while min(start[1] for start in source.state()["starts"].values()) < epochs:
+        (sample,) = next(source)
+        if sample.cursor[1] < epochs:
+            seen[sample.caption] += 1
+    assert {seen[f"b{s}{i}"] for s in range(3) for i in range(7)} == {epochs}
+    visits = [seen[f"a{s}{i}"] for s in range(3) for i in range(7)]
+    assert max(visits) - min(visits) <= 1 and abs(sum(visits) / (21 * epochs * weight) - 1) < 0.05
+    whole = open_batches(args, data, Accelerator(), readers, None)
+    expected = captions(whole, 90)
+    for stop in (1, 40):
+        source = open_batches(args, data, Accelerator(), readers, None)
+        captions(source, stop)
+        state = json.loads(json.dumps(source.state()))
+        assert captions(open_batches(args, data, Accelerator(), readers, state), 90 - stop) == expected[stop:]
+
+
+def test_small_parts_take_turns():
+    """Without a number of each part's own all would come in the same epoch."""
+    parts = [(0, Prompts(i, (b"x",)), 0.25) for i in range(24)]
+    stream = ShardStream(parts, [None], seed=0, batch_size=1, process=0, processes=1, lanes=1)
+    counts = [sum(len(list(stream.shuffled(part, epoch, 0))) for part in range(24)) for epoch in range(8)]
+    assert sum(counts[:4]) == sum(counts[4:]) == 24 and max(counts) < 12
+
+
+def test_a_share_without_good_samples_ends_and_one_with_few_goes_on(tmp_path):
+    """An epoch that has met none of a shard's samples says nothing about them."""
+    args = Namespace(dataloader_num_workers=0, seed=0, train_batch_size=1)
+    good = {"png": encoded(Image.new("RGB", (20, 16))), "txt": b"good"}
+    bad = str(write_shard(tmp_path / "bad.tar", [{"png": b"", "txt": b"x"}] * 9))
+    few = str(write_shard(tmp_path / "few.tar", [{"png": b"", "txt": b"x"}] * 9 + [good]))
+    source = open_batches(args, data_of([bad, few], probability=0.1), Accelerator(), [reader()], None)
+    assert captions(source, 20) == ["good"] * 20
+    with pytest.raises(NoGoodSamples, match="no usable sample in any of 1 shards: 1 x empty image"):
+        next(open_batches(args, data_of([bad], probability=0.1), Accelerator(), [reader()], None))
 
 
 @pytest.mark.parametrize(("workers", "kept"), [(0, 0), (1, 1), (2, 2), (3, 2), (4, 4), (7, 4)])
@@ -193,24 +291,63 @@ def test_resuming_with_processes_that_do_not_fit_is_refused(shards):
         open_batches(args, data, three, [reader()], source.state())
 
 
-@pytest.mark.slow
-def test_readers_outlive_a_stop_but_not_the_training_process(shards, tmp_path):
-    """A SIGTERM from elsewhere is for the training process; one from it, as it exits by an error, is for them."""
-    code = (
-        "import os, signal, subprocess, sys\n"
-        "from multiprocessing import active_children\n"
-        "from tests.data.helpers import batches\n"
-        "source = batches(sys.argv[1:], workers=2)\n"
-        "next(source)\n"
-        "for reader in active_children():\n"
-        "    subprocess.run(['kill', '-TERM', str(reader.pid)], check=True)\n"
-        "for _ in range(40):\n"
-        "    next(source)\n"
-        "print(len(active_children()), 'readers')\n"
-        "raise SystemExit('enough')\n"
+READING = """
+import os, signal, sys, time
+from multiprocessing import active_children, set_start_method
+from pathlib import Path
+from threading import Thread
+
+from common.data.buckets import Rules
+from common.data.samples import ImageReader
+from common.data.stream import Batches, ShardStream
+
+if __name__ == "__main__":
+    method, end, flag, *shards = sys.argv[1:]
+    set_start_method(method, force=True)
+    stream = ShardStream(
+        [(0, shard, 1.0) for shard in shards], [ImageReader(Rules(16, alignment=8), "bilinear", False, 0)],
+        seed=0, batch_size=4, process=0, processes=1, lanes=8,
     )
-    done = subprocess.run([sys.executable, "-c", code, *shards], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.stdout.endswith("2 readers\n") and done.returncode == 1 and "Traceback" not in done.stderr
+    batches = Batches(stream, 2)
+    next(batches)
+    readers = active_children()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        for reader in readers:
+            os.kill(reader.pid, number)
+    for _ in range(9):
+        next(batches)
+    Path(flag).touch()
+    Thread(target=lambda: [next(batches) for _ in range(999)], daemon=True).start()
+    while not Path(flag + ".stuck").exists():
+        time.sleep(0.01)
+    assert all(reader.is_alive() for reader in readers)
+    print("readers", *(reader.pid for reader in readers), flush=True)
+    if end == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise SystemExit("enough")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "end"), [("fork", "over"), ("fork", "killed"), ("spawn", "killed")])
+def test_readers_outlive_a_stop_but_not_the_training_process(shards, tmp_path, method, end):
+    """A signal to all processes is for the training process; its end, however it comes, is for them.
+
+    One of them is in the middle of a read, which it cannot leave.
+    """
+    flag, log = tmp_path / "flag", tmp_path / "log"
+    stuck = [f"pipe:cat {shards[0]}; test -e {flag} && touch {flag}.stuck && exec sleep 60; true"] * 8
+    (tmp_path / "reading.py").write_text(READING)
+    words = [sys.executable, tmp_path / "reading.py", method, end, flag, *stuck]
+    with open(log, "w") as file:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=100)
+    start = time.monotonic()
+    assert done.returncode == (1 if end == "over" else -signal.SIGKILL) and "Traceback" not in log.read_text()
+    readers = re.search(r"readers (\d+) (\d+)\n", log.read_text()).groups()
+    while any(Path("/proc", pid).exists() for pid in readers) and time.monotonic() - start < 9:
+        time.sleep(0.1)
+    assert time.monotonic() - start < 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,8 +469,8 @@ def test_open_batches_takes_repeats_and_names_the_source(tmp_path, folder):
     run = parse("--data_backend_config", backend(tmp_path, entry(folder, repeats=1)), "--train_batch_size", 2)
     accelerator = Accelerator()
     accelerator.num_processes = 9
-    with pytest.raises(SystemExit, match="--data_backend_config: 8 shards cannot feed 9 processes"):
-        open_batches(run.args, run.data, accelerator, open_readers(run.args, run.data), None)
+    with pytest.raises(SystemExit, match="--data_backend_config: the 8 lanes of the checkpoint's data cannot be split"):
+        open_batches(run.args, run.data, accelerator, open_readers(run.args, run.data), {"lanes": 8})
     accelerator.num_processes = 8
     assert open_batches(run.args, run.data, accelerator, open_readers(run.args, run.data), None).stream.lanes == 8
 
