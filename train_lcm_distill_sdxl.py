@@ -127,8 +127,8 @@ def parse_args(argv=None):
     add_shared_flags(parser)
     add_model_flags(parser)
 
-    args = parse_with_config(parser, argv, family=FAMILY, method="lcm", recipe=toy_recipe)
-    notes = check_shared_flags(parser, args)
+    args, notes = parse_with_config(parser, argv, family=FAMILY, method="lcm", recipe=toy_recipe)
+    notes += check_shared_flags(parser, args)
     args, lcm_notes = check_lcm_flags(parser, args)
     rules, size_notes = check_model_flags(parser, args)
     data, data_notes = open_data(parser, args, rules)

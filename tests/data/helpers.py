@@ -200,10 +200,10 @@ def parse(*words) -> Opened:
     add_shared_flags(parser)
     add_bucket_flags(parser)
     parser.set_defaults(max_train_steps=1)
-    args = parse_with_config(parser, [str(word) for word in words], family="sdxl", method="lcm")
-    rules, notes = bucket_rules(parser, args)
-    data, more = open_data(parser, args, rules)
-    return Opened(args, data, notes + more)
+    args, notes = parse_with_config(parser, [str(word) for word in words], family="sdxl", method="lcm")
+    rules, size_notes = bucket_rules(parser, args)
+    data, data_notes = open_data(parser, args, rules)
+    return Opened(args, data, notes + size_notes + data_notes)
 
 
 def backend(tmp_path, *entries) -> Path:

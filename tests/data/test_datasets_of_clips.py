@@ -48,8 +48,8 @@ def parse(*words, frames_per_latent=4) -> Opened:
     add_clip_flags(parser)
     parser.set_defaults(bucket_alignment=16, max_train_steps=1, train_batch_size=2, crop_aspect="preserve")
     words = ["--pretrained_teacher_model", "teacher", *words]
-    args = parse_with_config(parser, [str(word) for word in words], family="wan", method="dmd")
-    notes = check_shared_flags(parser, args)
+    args, notes = parse_with_config(parser, [str(word) for word in words], family="wan", method="dmd")
+    notes += check_shared_flags(parser, args)
     rules, size_notes = bucket_rules(parser, args)
     data, data_notes = open_data(parser, args, rules, frames_per_latent)
     return Opened(args, data, notes + size_notes + data_notes)
