@@ -630,7 +630,7 @@ def main(args, data, notes):
         args, data, open_readers(args, data), encoders(args, device, weight_dtype), accelerator, prompts
     )
     uncond = encode_empty_prompt(args, encoder)
-    held_out, readers = hold_out(args, data, readers)
+    held_out, readers = hold_out(args, data, readers, encoder)
     batches = open_batches(args, data, accelerator, readers, state["stream"])
     saver = Saver(args, accelerator, saved, optimizers, lr_schedule, encoder, batches, state["skipped"])
 

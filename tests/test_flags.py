@@ -503,7 +503,7 @@ def test_a_dataset_file(tmp_path, shards, capsys):
     assert [dataset.cache_dir_vae for dataset in data.datasets] == ["latents", None]
     assert (data.cache_dir_text, data.samples) == ("embeds", 32)
     assert len(with_entries(images)[1].datasets[0].parts) == 2  # a single object is a list of one
-    assert "'c': type is 'parquet', and must be one of local, webdataset" in refused(
+    assert "'c': type is 'parquet', and must be one of local, webdataset, huggingface, csv" in refused(
         [images, {"id": "c", "type": "parquet"}]
     )
     assert "'d' has no instance_data_dir" in refused([{"id": "d", "type": "webdataset"}])

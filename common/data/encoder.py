@@ -4,7 +4,7 @@ The encoders are loaded when they are first needed: a run with full caches never
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.data import DataLoader
@@ -79,6 +79,20 @@ class SampleEncoder:
         return self.stack(rows)
 
     @torch.no_grad()
+    def encoded(self, samples: list[Sample], keep: bool) -> list[Sample]:
+        """Samples of no cached dataset with latents of their own; `keep` says that the encoders stay loaded."""
+        found = []
+        for sample in samples:
+            pixels = sample.pixels[None].to(self.device).float() / 127.5 - 1.0
+            latents = {name: values[0].cpu() for name, values in self.encoders.encode_pixels(self.vae, pixels).items()}
+            latents["size_ids"] = torch.tensor(sample.size_ids)
+            found.append(replace(sample, latents=latents, pixels=None))
+            self.encode_text([sample.caption])
+        if not keep:
+            self.release()
+        return found
+
+    @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Embeddings of prompts, {name: [B, ...]} on the device. Encodes and caches missing ones."""
         rows = {prompt: self.text.get(text_key(prompt)) if self.text is not None else None for prompt in prompts}
@@ -140,6 +154,8 @@ class SampleEncoder:
     def done_name(self, dataset: Dataset, part) -> str:
         """Name under which a store remembers that it has all of a part: it holds all that decides its records."""
         captions = "no-captions" if "text" in dataset.skip else dataset.caption_strategy or "captions"
+        if dataset.instance_prompt and "text" not in dataset.skip:
+            captions = identity(instance_prompt=dataset.instance_prompt)
         merged = f"-{identity(merged=sorted(dataset.merged.items()))}" if dataset.merged else ""
         return f"{part_fingerprint(part)}-{captions}{merged}-{self.text.folder.name}"
 

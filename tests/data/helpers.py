@@ -222,8 +222,10 @@ def samples_of(run: Opened, visit: str = "v", readers=None) -> dict:
     found, faults = {}, Counter()
     for dataset, reader in zip(run.data.datasets, readers or open_readers(run.args, run.data), strict=True):
         for key, members in itertools.chain.from_iterable(map(read_part, dataset.parts)):
-            name = key.rpartition("/")[2]
+            name = (key or "").rpartition("/")[2]
             try:
+                if isinstance(members, str):
+                    raise BadSample(members)
                 found[name] = reader(members, f"{visit} {key}", name)
             except BadSample as cause:
                 faults[str(cause)] += 1
