@@ -54,13 +54,13 @@ def entry_here(entry: dict, keys: Mapping[str, Key], where: str, notes: list[str
             raise ValueError(f"{where}: video: frame_interval: not supported")
         renamed = {"dataset_config": block["config"]} if "config" in block else {}
         entry |= {key: value for key, value in block.items() if value is not None and key != "config"} | renamed
-    least, frames = entry.pop("min_frames", 0), entry.get("num_frames")
-    if isinstance(least, bool | str) or frames is not None and least > frames:
-        raise ValueError(f"{where}: min_frames {least}: not supported above num_frames")
+    keys = {**keys, "min_frames": Key(int)}
     entry = settings_here(
         entry, where, notes, known=keys, not_here=NOT_HERE, neutral=NEUTRAL, without_effect=WITHOUT_EFFECT
     )
     check_settings(entry, keys, where)
+    if (least := entry.pop("min_frames", 0)) > entry.get("num_frames", least):
+        raise ValueError(f"{where}: min_frames {least}: not supported above num_frames")
     if parquet := entry.get("parquet"):
         check_settings({key: value for key, value in parquet.items() if value is not None}, PARQUET_KEYS, where)
     return entry

@@ -223,16 +223,19 @@ def read_captions_table(folder: str, block: dict, kind: str) -> dict[str, list[s
     path = Path(block["path"]) if Path(block["path"]).is_file() else Path(folder, block["path"])
     file_column, fallback = block["filename_column"], block.get("fallback_caption_column")
     columns = column_names(block["caption_column"], "caption_column")
+    wanted = [file_column, *columns, *([fallback] if fallback else [])]
     if path.suffix in (".jsonl", ".json"):
         try:
-            rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
-        except (OSError, ValueError) as error:
+            rows = [dict(json.loads(line)) for line in path.read_bytes().splitlines() if line.strip()]
+        except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
+        found = list(dict.fromkeys(key for row in rows for key in row))
     else:
-        table, wanted = parquet(str(path)), [file_column, *columns, *filter(None, [fallback])]
-        for column in wanted:
-            check_column("parquet: ", column, str(path), table.schema_arrow.names)
-        rows = table.read(columns=wanted).to_pylist()
+        table = parquet(str(path))
+        found = table.schema_arrow.names
+        rows = table.read(columns=[column for column in wanted if column in found]).to_pylist()
+    for column in wanted:
+        check_column("parquet: ", column, str(path), found)
     stems = {}
     if not block.get("identifier_includes_extension"):
         names = [name for part in split_folder(folder, kind=kind) for name, _ in part.files]

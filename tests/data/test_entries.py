@@ -150,9 +150,10 @@ def test_captions_in_a_table(tmp_path, folder, refused, name):
     assert "caption_column is 5, and must be a column's name or a list" in refused(
         "--data_backend_config", backend(tmp_path, bad)
     )
-    if name.endswith("parquet"):
-        bad = entry(folder, parquet=block | {"caption_column": "text"}, **both)
-        assert "parquet: text: " in refused("--data_backend_config", backend(tmp_path, bad))
+    bad = entry(folder, parquet=block | {"caption_column": "text"}, **both)
+    assert f"parquet: text: {folder}/{name} has id, long, short, tags" in refused(
+        "--data_backend_config", backend(tmp_path, bad)
+    )
 
 
 def test_metadata_of_a_folder_stays_inside_it(folder, refused):
