@@ -3,13 +3,16 @@
 import json
 import sys
 import urllib.request
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 
 from common.data import sources
 from common.data.datasets import count_epoch, plan_buckets
+from common.data.encoder import SampleEncoder
 from common.data.sources import part_fingerprint
 from tests.data.helpers import Accelerator, backend, batches_of, entry, parse, quadrants, samples_of, table_module
 from tests.helpers import encoded, write_shard
@@ -103,6 +106,14 @@ def test_one_caption_for_all_images_of_a_folder_and_of_shards(tmp_path, folder):
     assert opened(tmp_path, entry(folder, instance_prompt="x")).data.datasets[0].instance_prompt is None
 
 
+def test_another_caption_for_all_fills_the_cache_of_texts_anew(tmp_path, folder):
+    (dataset,) = opened(tmp_path, entry(folder)).data.datasets
+    text = SimpleNamespace(folder=tmp_path)
+    encoder = SampleEncoder(None, latents=None, text=text, vae_batch_size=1, device=None)
+    prompts = [replace(dataset, instance_prompt=prompt) for prompt in (None, "one", "other")]
+    assert len({encoder.done_name(each, dataset.parts[0]) for each in prompts}) == 3
+
+
 def test_lines_of_a_text_stay_together_where_the_entry_says_so(tmp_path, folder):
     run = opened(tmp_path, entry(folder, disable_multiline_split=True))
     assert captions_of(run)["wide_one"] == ["first of wide_one\n\n  second of wide_one"]
@@ -178,9 +189,10 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch, refused):
     assert module.asked == [(("me/mine", None), {"split": "train", "cache_dir": "files"})]
     assert sorted(captions_of(run).values()) == [["0"], ["1"], ["2"]] and run.data.samples == 3
     assert run.data.datasets[0].cache_dir_vae == "latents"
+    assert opened(tmp_path, HUB | {"cache_dir_vae": None}).data.datasets[0].cache_dir_vae is None
     block = {"caption_column": ["text", "tags"], "config": "small", "width_column": "w"}
     run = opened(tmp_path, HUB | {"split": "validation", "revision": "v2", "huggingface": block})
-    assert module.asked[1] == (
+    assert module.asked[-1] == (
         ("me/mine", "small"), {"split": "validation", "cache_dir": "files", "revision": "v2"}
     )  # fmt: skip
     assert sorted(captions_of(run).values()) == [["0", "a"], ["1", "a"], ["2", "a"]]
@@ -223,7 +235,7 @@ def test_a_csv_file_of_addresses(tmp_path, pictures, monkeypatch):
     pictures.pictures = {"/a": encoded(quadrants(64, 96)), "/b.png": encoded(quadrants(64, 64))}
     rows = [f'{pictures.url}/a,"one, with a comma"', f"{pictures.url}/b.png,two", f"{pictures.url}/a,again"]
     rows += [f"{pictures.url}/gone,x", f"{pictures.url}/away,x"]
-    run = opened(tmp_path, csv_entry(tmp_path, "url,text\n" + "\n".join(rows)))
+    run = opened(tmp_path, csv_entry(tmp_path, "url,text\n" + "\n".join(rows), crop=False))
     accelerator = Accelerator()
     plan_buckets(run.args, run.data, accelerator)
     assert pictures.asked == [] and accelerator.said == []  # nothing is fetched for the table of buckets
