@@ -41,7 +41,7 @@ from common.data.sources import (
 from common.schema import Key, check_settings, read_json
 
 SOURCES = ("train_shards_path_or_url", "data_backend_config", "train_data_dir", "dataset_name", "train_prompts")
-BESIDE = {"train_data_dir": {}, "train_shards_path_or_url": {"type": "webdataset"}}  # a dataset file
+BESIDE = {"train_data_dir": {"type": "local"}, "train_shards_path_or_url": {"type": "webdataset"}}  # a dataset file
 MOST_COUNTED = 100_000  # images whose headers are read for the table of buckets
 NOTHING = {
     "image": f"no images ({', '.join(IMAGE_MEMBERS)})",
@@ -243,13 +243,9 @@ def read_backend(
     """A file's enabled entries. What an entry leaves out the flags say, and `beside` where one has its data."""
     found, texts = Backend(), []
     entries = list(enabled_entries(path, notes))
-    if beside:
-        flag, *_ = beside
-        bare = [entry for _, entry in entries if not {"instance_data_dir", "dataset_name", "csv_file"} & entry.keys()
-                and entry.get("dataset_type") != "text_embeds"]  # fmt: skip
-        if len(bare) != 1:
-            raise ValueError(f"--{flag}: {path} has {len(bare)} datasets without instance_data_dir, and needs one")
-        bare[0] |= beside[flag] | bare[0]
+    for flag, settings in beside.items():
+        bare = entry_without_data(flag, path, [entry for _, entry in entries])
+        bare |= settings | bare
     for where, entry in entries:
         if entry.get("dataset_type") == "text_embeds":
             texts.append(entry)
@@ -285,6 +281,15 @@ def enabled_entries(path: Path, notes: list[str]):
             yield where, entry_here(entry, KEYS, where, notes)
 
 
+def entry_without_data(flag: str, path: Path, entries: list[dict]) -> dict:
+    """The one entry of a file whose data a flag names."""
+    sources = {"instance_data_dir", "dataset_name", "csv_file"}
+    bare = [each for each in entries if not sources & each.keys() and each.get("dataset_type") != "text_embeds"]
+    if len(bare) != 1:
+        raise ValueError(f"--{flag}: {path} has {len(bare)} datasets without instance_data_dir, and needs one")
+    return bare[0]
+
+
 def open_entry(args, entry: dict, rules: Rules, frames_per_latent: int | None, where: str, notes: list[str]) -> Dataset:
     frames = frames_of(args, entry, f"{where}: ", frames_per_latent)
     kind = "video" if frames else "image"
@@ -296,28 +301,34 @@ def open_entry(args, entry: dict, rules: Rules, frames_per_latent: int | None, w
     if odd := [word for word in skip if word not in SKIPS]:
         raise ValueError(f"{where}: skip_file_discovery has {odd[0]!r}, and must be some of {', '.join(SKIPS)}")
     rules = complete_rules(with_settings(rules, entry, f"{where}: ", notes), f"{where}: ", notes)
-    source, (needed, strategies) = entry.get("type", "local"), NEEDED[entry.get("type", "local")]
-    strategy = entry.get("caption_strategy", strategies[0])
-    if strategy not in strategies:
-        known = ", ".join(filter(None, strategies))
-        raise ValueError(f"{where}: caption_strategy is {strategy!r}, and must be one of {known} with type {source}")
-    more = {"instanceprompt": ("instance_prompt",), "parquet": ("parquet",)}.get(strategy, ())
-    if missing := [key for key in (*needed, *more) if not entry.get(key)]:
-        raise ValueError(f"{where} has no {missing[0]}")
+    strategy, source = check_captions(entry, where), entry[NEEDED[entry.get("type", "local")][0][0]]
     try:
         parts = parts_of(args, entry, strategy, kind)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     if not parts:
-        raise ValueError(f"{where}: {entry[needed[0]]}: {NOTHING[kind]} in it")
+        raise ValueError(f"{where}: {source}: {NOTHING[kind]} in it")
     if strategy == "textfile" and entry.get("disable_multiline_split"):
         strategy = "text"
     return Dataset(
-        entry.get("id", entry[needed[0]]), parts, rules, entry.get("repeats", 0),
+        entry.get("id", source), parts, rules, entry.get("repeats", 0),
         strategy if strategy in ("textfile", "text", "filename") else None,
-        entry.get("cache_dir_vae", None if source == "huggingface" else entry.get("cache_dir")), skip,
+        entry.get("cache_dir_vae", None if entry.get("type") == "huggingface" else entry.get("cache_dir")), skip,
         instance_prompt=entry["instance_prompt"] if strategy == "instanceprompt" else None, **frames,
     )  # fmt: skip
+
+
+def check_captions(entry: dict, where: str) -> str | None:
+    """An entry's caption_strategy, which its type must have, as the entry must have all keys that both need."""
+    needed, strategies = NEEDED[entry.get("type", "local")]
+    strategy = entry.get("caption_strategy", strategies[0])
+    if strategy not in strategies:
+        known, kind = ", ".join(filter(None, strategies)), entry.get("type", "local")
+        raise ValueError(f"{where}: caption_strategy is {strategy!r}, and must be one of {known} with type {kind}")
+    needed += {"instanceprompt": ("instance_prompt",), "parquet": ("parquet",)}.get(strategy, ())
+    if missing := [key for key in needed if not entry.get(key)]:
+        raise ValueError(f"{where} has no {missing[0]}")
+    return strategy
 
 
 def parts_of(args, entry: dict, strategy: str | None, kind: str) -> list:
