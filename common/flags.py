@@ -399,8 +399,10 @@ def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method
         if key not in known:
             raise unknown_key(key, known, str(path))
         name = FLAG_OF_KEY.get(key, key)
-        if value is not None and not (value is False and actions[name].type is str):  # null: the flag's default
-            settings[name] = read_setting(actions[name], key, value, str(path))
+        action = actions[name]
+        if value is None or value is False and (action.type, action.default) == (str, None):  # the flag's default
+            continue
+        settings[name] = read_setting(action, key, value, str(path))
     return settings
 
 
