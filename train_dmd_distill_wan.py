@@ -40,7 +40,6 @@ Launch
 To fork it for another model, replace the block "The model": nothing else knows the model. tests/forks/ has an example.
 """
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -66,6 +65,8 @@ from common.data.stream import open_batches
 from common.draws import Draws, draw_dropped, draw_exits, score_range, score_timesteps, tied_noise
 from common.export import push_to_hub
 from common.flags import (
+    Flags,
+    Switch,
     add_bucket_flags,
     add_clip_flags,
     add_shared_flags,
@@ -92,6 +93,7 @@ from common.networks import (
 )
 from common.optim import (
     average_gradients,
+    betas_and_decay,
     clip_gradients,
     gradient_norm,
     make_optimizer,
@@ -120,7 +122,7 @@ LORA_RANK = 128  # the default of rank and alpha
 RECIPE_BATCH = 64  # samples of an optimizer step in the papers' recipes
 NO_JOB = (  # flags that scripts share and this one has no use for
     "eval_steps", "eval_samples", "evaluation_type", "evaluation_clip_model", "validation_preview",
-    "validation_preview_steps", "validation_preview_model", "text_encoder_2_precision", "use_fix_crop_and_size",
+    "validation_preview_steps", "validation_preview_model", "text_encoder_2_precision",
 )  # fmt: skip
 LOG_EVERY = 10  # optimizer steps between logs; training itself waits for the device nowhere else
 MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "student_grad_norm", "fake_score_grad_norm"]
@@ -159,19 +161,19 @@ def parse_args(argv=None):
     add("--lora_dropout", type=float, help="default 0")
     add("--lora_target_modules", type=str, help=f"names or suffixes of modules, with commas; default {LORA_TARGETS}")
     add("--lora_type", type=str, choices=["standard"], help="standard: PEFT's, the only kind")
-    add("--use_ema", action="store_true", help="keep a moving average of the student, which is then what is exported")
+    add("--use_ema", action=Switch, help="keep a moving average of the student, which is then what is exported")
     add("--ema_decay", type=float, default=0.99, help="of the average, per update of the student")
     add("--ema_update_interval", type=int, default=1, help="updates of the student between those of the average, whose decay makes up for it")
     add("--ema_validation", type=str, default="ema_only", choices=["none", "ema_only", "comparison"], help="whose clips validation generates: the student's, the average's, or both")
     add("--ema_device", type=str, default="accelerator", choices=["accelerator", "cpu"], help="where the average is kept")
-    add("--export_pipeline", action="store_true", help="full: write all of the pipeline, so that from_pretrained(OUTPUT_DIR) loads it; default: transformer and scheduler alone")
+    add("--export_pipeline", action=Switch, help="full: write all of the pipeline, so that from_pretrained(OUTPUT_DIR) loads it; default: transformer and scheduler alone")
     add("--export_formats", type=str, default="diffusers", choices=["diffusers", "diffusers,comfyui"], metavar="FORMATS", help="diffusers, or diffusers,comfyui; of a LoRA: comfyui writes a second file, in the names of Wan's own code")
 
     add = parser.add_argument_group("distribution matching distillation").add_argument
     add("--dmd_denoising_steps", type=str, default="1000,757,522", metavar="STEPS", help="the student's timesteps, falling from 1000; or their number, evenly spaced and shifted by --flow_schedule_shift: 4 at shift 5 is 1000,937.5,833.3,625")
     add("--flow_schedule_shift", type=float, help="shift of the teacher's sampler in validation, of --causal_init_steps' trajectories, and of counted steps; default: the teacher's own")
     add("--generator_update_interval", type=int, default=1, help="the student is updated every so many steps, the fake score at each")
-    add("--last_step_only", action="store_true", help="every rollout goes to the student's last step; default: the exit step is drawn")
+    add("--last_step_only", action=Switch, help="every rollout goes to the student's last step; default: the exit step is drawn")
     add("--real_score_guidance_scale", type=float, default=3.0, metavar="S", help="of the teacher: uncond + S * (cond - uncond)")
     add("--fake_score_guidance_scale", type=float, default=0.0, metavar="S", help="of the fake score, likewise; 0 for none")
     add("--fake_score_lr", type=float, default=1e-5, help="constant; that of the student is --learning_rate")
@@ -182,16 +184,16 @@ def parse_args(argv=None):
     add("--timestep_shift", type=float, default=1.0, help="of the timesteps at which rollouts are judged, towards noise; 1 is uniform; drawn between the bounds below, then clamped by the ratios")
     add("--min_timestep_ratio", type=float, default=0.02, help="these timesteps are at least 1000 times this")
     add("--max_timestep_ratio", type=float, default=0.98, help="and at most 1000 times this")
-    add("--ts_schedule", action=argparse.BooleanOptionalAction, default=True, help="lower bound of these timesteps: the student's step after the rollout's exit, of several blocks the lowest; 0 after its last")
-    add("--ts_schedule_max", action=argparse.BooleanOptionalAction, default=False, help="upper bound of these timesteps: the rollout's exit step, of several blocks the highest")
+    add("--ts_schedule", action=Switch, default=True, help="lower bound of these timesteps: the student's step after the rollout's exit, of several blocks the lowest; 0 after its last")
+    add("--ts_schedule_max", action=Switch, help="upper bound of these timesteps: the rollout's exit step, of several blocks the highest")
     add("--min_score_timestep", type=float, default=0.0, help="the lower bound without --ts_schedule")
     add("--negative_prompt", type=str, help="what guidance leads away from; default: --validation_negative_prompt, or the empty prompt")
 
     text = f"Frames are latent ones: one for the first frame, and one for each {FRAMES_PER_LATENT} that follow."
     add = parser.add_argument_group("self-forcing", text).add_argument
     add("--num_frame_per_block", type=int, default=0, help="frames of a block; 0: all in one, a bidirectional student")
-    add("--independent_first_frame", action=argparse.BooleanOptionalAction, default=False, help="the first block is one frame")
-    add("--same_step_across_blocks", action=argparse.BooleanOptionalAction, default=False, help="one exit step for all blocks of a rollout; default: one each")
+    add("--independent_first_frame", action=Switch, help="the first block is one frame")
+    add("--same_step_across_blocks", action=Switch, help="one exit step for all blocks of a rollout; default: one each")
     add("--num_training_frames", type=int, default=21, help="longer rollouts train on their last ones; a bidirectional student rolls out no more")
     add("--context_noise", type=float, default=0.0, help="timestep at which clean blocks become the context of later ones")
     add("--causal_init_steps", type=int, default=0, help="the first of --max_train_steps regress the student to the teacher's own trajectories")
@@ -215,6 +217,7 @@ def parse_args(argv=None):
     args, notes = parse_with_config(parser, argv, family=FAMILY, method="dmd", recipe=toy_recipe)
     notes += check_shared_flags(parser, args)
     args, dmd_notes = check_dmd_flags(parser, args)
+    args, frame_notes = fit_training_frames(args)
     check_model_flags(parser, args)
     rules, size_notes = bucket_rules(parser, args)
     data, data_notes = open_data(parser, args, rules, FRAMES_PER_LATENT)
@@ -229,7 +232,8 @@ def parse_args(argv=None):
     data, frames, block_notes = check_blocks(parser, args, data)
     method, method_notes = method_of(parser, args, frames)
     args = filled(args, report_steps=[len(method.steps)])
-    return args, data, method, [*dmd_notes, *method_notes, *notes, *size_notes, *data_notes, *block_notes]
+    notes = [*dmd_notes, *frame_notes, *method_notes, *notes, *size_notes, *data_notes, *block_notes]
+    return args, data, method, notes
 
 
 def wanted_student(args) -> str:
@@ -328,27 +332,38 @@ def trained_from(args, frames: int) -> int:
     return max(0, frames - args.num_training_frames)
 
 
+def whole_blocks(args, latents: int) -> bool:
+    """Whether so many latent frames are whole blocks."""
+    try:
+        return bool(block_lengths(latents, args.num_frame_per_block, args.independent_first_frame))
+    except ValueError:
+        return False
+
+
+def fit_training_frames(args) -> tuple[Flags, list[str]]:
+    """Args with --num_training_frames that are whole blocks, no more than were given, and notes."""
+    given, per_block, first = args.num_training_frames, args.num_frame_per_block, args.independent_first_frame
+    over = given % per_block if per_block else 0
+    if over == 0 or first and over == 1 or given < per_block:  # the last blocks of a rollout, or all of it
+        return args, []
+    note = f"--num_training_frames {given}: is not whole blocks of {per_block}; {given - over} is taken"
+    return Flags(**vars(args) | {"num_training_frames": given - over}), [note]
+
+
 def fit_to_blocks(name: str, frames: int, args) -> tuple[int, list[str]]:
     """Pixel frames of a clip: as they are where they are whole blocks, else cut to --num_training_frames; and notes."""
-
-    def divisible(latents: int) -> bool:
-        try:
-            return bool(block_lengths(latents, args.num_frame_per_block, args.independent_first_frame))
-        except ValueError:
-            return False
-
     check_frame_count(name, frames, FRAMES_PER_LATENT)
     latents, trained = latent_frames(frames, FRAMES_PER_LATENT), args.num_training_frames
-    if divisible(latents):
+    if whole_blocks(args, latents):
         return frames, []
-    if trained < latents and divisible(trained):
+    if trained < latents and whole_blocks(args, trained):
         cut = pixel_frames(trained, FRAMES_PER_LATENT)
         return cut, [
             f"{name} {frames}: {latents} latent frames are no whole blocks of {args.num_frame_per_block}; "
             f"cut to --num_training_frames {trained}, {cut} frames"
         ]
-    fewer = [count for count in range(latents, 0, -1) if divisible(count)][:1]
-    more = next(count for count in itertools.count(latents) if divisible(count))
+    fewer = [count for count in range(latents, 0, -1) if whole_blocks(args, count)][:1]
+    more = next(count for count in itertools.count(latents) if whole_blocks(args, count))
     near = " or ".join(str(pixel_frames(count, FRAMES_PER_LATENT)) for count in (*fewer, more))
     raise ValueError(
         f"{name} {frames}: {latents} latent frames are no whole blocks of --num_frame_per_block "
@@ -371,10 +386,12 @@ def check_blocks(parser, args, data: Data) -> tuple[Data, int, list[str]]:
         parser.error(str(error))
     for dataset in datasets:
         blocks = blocks_of(args, latent_frames(dataset.num_frames, FRAMES_PER_LATENT))
-        if trained_from(args, sum(blocks)) not in accumulate(blocks, initial=0):
+        starts, trained = list(accumulate(blocks, initial=0))[:-1], args.num_training_frames
+        if trained_from(args, sum(blocks)) not in starts:
+            near = sorted((sum(blocks) - start for start in starts), key=lambda count: abs(count - trained))[:2]
             parser.error(
-                f"--num_training_frames {args.num_training_frames}: must be whole blocks of a rollout of {sum(blocks)} "
-                f"latent frames ({', '.join(map(str, blocks))})"
+                f"--num_training_frames {trained}: must be the last whole blocks of a rollout of {sum(blocks)} latent "
+                f"frames ({', '.join(map(str, blocks))}), as {' or '.join(map(str, near))}"
             )
     return replace(data, datasets=tuple(datasets)), shown, notes
 
@@ -648,14 +665,13 @@ def student_scheduler(steps: list[float]) -> tuple[FlowMatchLCMScheduler, str]:
     return FlowMatchLCMScheduler(shift=1.0), line
 
 
-def causal_usage(args, method, transformer) -> str:
+def causal_usage(args, frames: int, channels: int, steps: list[float]) -> str:
     """Lines that make a clip block by block, with the common/ folder of this repository at hand."""
-    frames = latent_frames(method.validation_frames, FRAMES_PER_LATENT)
     blocks = block_lengths(frames, args.num_frame_per_block, args.independent_first_frame)
-    (height, width), channels = args.validation_resolution[0], transformer.config.in_channels
+    height, width = args.validation_resolution[0]
     return (
         "from common.solvers import roll_out\nfrom common.wan.causal import BlockCausal\n\n"
-        f"steps, blocks = {method.steps}, {blocks}\n"
+        f"steps, blocks = {steps}, {blocks}\n"
         f'text, _ = pipeline.encode_prompt("your prompt", max_sequence_length={args.max_sequence_length})\n'
         "predict, remember = BlockCausal(pipeline.transformer).calls(\n"
         "    lambda x, t: pipeline.transformer(x.to(text), torch.tensor([t], device=x.device), text).sample.float()\n"
@@ -669,15 +685,35 @@ def causal_usage(args, method, transformer) -> str:
         f"        predict, remember, noise, steps, blocks, exits, context_noise={args.context_noise}\n"
         "    ):\n"
         "        clip.append(latents)  # this block's frames are there before the next one's are begun\n"
+        "    mean, std = (\n"
+        "        torch.tensor(getattr(pipeline.vae.config, name), device=text.device).view(1, -1, 1, 1, 1)\n"
+        '        for name in ("latents_mean", "latents_std")\n'
+        "    )\n"
+        "    pixels = pipeline.vae.decode((torch.cat(clip, 2) * std + mean).to(pipeline.vae.dtype)).sample\n"
+        "video = pipeline.video_processor.postprocess_video(pixels)[0]\n"
     )
 
 
-def export(args, method, folder: Path, transformer) -> tuple[list[str], str]:
-    """Writes the files that stock diffusers loads. Returns their names and the lines of code that load them."""
+def export(args, method, folder: Path, transformer, dtype: torch.dtype) -> tuple[list[str], str]:
+    """Writes the files that stock diffusers loads. Returns their names and the lines of code that load them.
+
+    These name the precision `dtype`, since parts of a pipeline may be stored in several; the VAE is in fp32, as Wan has
+    it. They generate what the run has shown, of its size and length.
+    """
     scheduler, line = student_scheduler(method.steps)
     scheduler.save_pretrained(folder / "scheduler")
-    base, replaced = teacher_of(args), "scheduler=scheduler"
+    base, source = teacher_of(args), text_source(args)["model"]
+    dtypes = dtype if dtype == torch.float32 else f'{{"vae": torch.float32, "default": {dtype}}}'
+    parts, after = ["scheduler=scheduler", f"dtype={dtypes}"], ""
     load = f'scheduler = FlowMatchLCMScheduler.from_pretrained("{folder}", subfolder="scheduler")\n{line}'
+    if args.teacher_revision:
+        parts.append(f'revision="{args.teacher_revision}"')
+    if source != base:
+        load += (
+            f'text_encoder = UMT5EncoderModel.from_pretrained("{source}", subfolder="text_encoder", dtype={dtype})\n'
+        )
+        load += f'tokenizer = AutoTokenizer.from_pretrained("{source}", subfolder="tokenizer")\n'
+        parts += ["text_encoder=text_encoder", "tokenizer=tokenizer"]
     if args.model_type == "lora":
         layers = get_peft_model_state_dict(transformer, adapter_name="student")
         adapter = transformer.peft_config["student"].to_dict()
@@ -693,24 +729,33 @@ def export(args, method, folder: Path, transformer) -> tuple[list[str], str]:
             save_comfy_lora(folder / files[-1], layers, args.lora_alpha)
     else:
         transformer.save_pretrained(folder / "transformer")
-        files, after = ["transformer"], ""
-        load += f'transformer = WanTransformer3DModel.from_pretrained("{folder}", subfolder="transformer")\n'
-        replaced += ", transformer=transformer"
+        files = ["transformer"]
+        load += (
+            f'transformer = WanTransformer3DModel.from_pretrained("{folder}", subfolder="transformer", dtype={dtype})\n'
+        )
+        parts.append("transformer=transformer")
         if args.export_pipeline:
             pipeline = PIPELINE.from_pretrained(base, transformer=transformer, scheduler=scheduler, **hub_options(args))
             pipeline.save_pretrained(folder)
             files += ["model_index.json", *(name for name, part in pipeline.components.items() if part is not None)]
+    frames, (height, width) = method.validation_frames, args.validation_resolution[0]
     usage = (
         "import functools\n\nimport torch\n"
-        + f"from diffusers import FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel\n\n{load}"
-        + f'pipeline = WanPipeline.from_pretrained("{base}", {replaced})\n{after}'
+        "from diffusers import FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel\n"
+        "from diffusers.utils import encode_video\nfrom transformers import AutoTokenizer, UMT5EncoderModel\n\n"
+        f'{load}pipeline = WanPipeline.from_pretrained("{base}", {", ".join(parts)})\n{after}'
+        'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")\n'
     )
     if args.num_frame_per_block:  # the pipeline would show it the whole clip at once
-        usage += causal_usage(args, method, transformer)
+        latents = latent_frames(frames, FRAMES_PER_LATENT)
+        usage += causal_usage(args, latents, transformer.config.in_channels, method.steps)
     else:
-        usage += f'video = pipeline("your prompt", num_frames={method.validation_frames}, '
-        usage += f"num_inference_steps={len(method.steps)}, guidance_scale=1.0, "
-        usage += f"max_sequence_length={args.max_sequence_length}).frames[0]\n"
+        usage += (
+            f'video = pipeline(\n    "your prompt", num_frames={frames}, height={height}, width={width}, '
+            f"num_inference_steps={len(method.steps)}, guidance_scale=1.0,\n"
+            f"    max_sequence_length={args.max_sequence_length},\n).frames[0]\n"
+        )
+    usage += f'encode_video(video, fps={FRAMES_PER_SECOND}, output_path="clip.mp4")\n'
     return ["scheduler", *dict.fromkeys(files)], usage
 
 
@@ -992,7 +1037,7 @@ def main(args, data, method, notes):
     optimizers = {
         "student": make_optimizer(
             optimizer_name(args), trained["student"], args.learning_rate * (clips_per_step if args.scale_lr else 1),
-            (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon, device,
+            *betas_and_decay(args), args.adam_epsilon, device,
         ),
         "fake_score": make_optimizer(
             "adamw8bit" if optimizer_name(args) == "adamw8bit" else "adamw", trained["fake_score"], args.fake_score_lr,
@@ -1013,8 +1058,9 @@ def main(args, data, method, notes):
     data = plan_buckets(args, data, accelerator, clip_size)
     prompts = ["", args.negative_prompt, args.validation_negative_prompt or "", *validation_prompts(args)]
     encoder, readers = open_encoder(
-        args, data, open_caption_readers(args, data), encoders(args, device, weight_dtype), accelerator, prompts
-    )
+        args, data, open_caption_readers(args, data), encoders(args, device, weight_dtype), accelerator, prompts, state,
+        sharing,
+    )  # fmt: skip
     uncond, empty = encoder.encode_text([args.negative_prompt]), encoder.encode_text([""])  # [1, L, C] each
     batches = open_batches(args, data, accelerator, readers, state["stream"], sharing)
     saver = Saver(
@@ -1030,7 +1076,9 @@ def main(args, data, method, notes):
         """Files and usage, from the main process; all have to call it where weights are split."""
         with as_average(args.use_ema):
             network = gathered(student)
-            return export(args, method, Path(args.output_dir), network) if accelerator.is_main_process else None
+            if accelerator.is_main_process:
+                return export(args, method, Path(args.output_dir), network, weight_dtype)
+            return None
 
     def report() -> str:
         """The exported student against the teacher. Where all processes generate, the main one alone keeps files."""
@@ -1045,7 +1093,7 @@ def main(args, data, method, notes):
 
     def validate():
         sheet = comparison.sheet(step)
-        if data.caches == "fill":  # training needs no encoder
+        if data.caches == "fill":  # training needs no text encoder, and never a VAE
             encoder.release()
         return sheet
 

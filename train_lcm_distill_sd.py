@@ -42,7 +42,6 @@ Launch
 To fork it for another model, replace the block "The model": nothing else knows the model. tests/forks/ has an example.
 """
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -63,6 +62,7 @@ from common.data.stream import open_batches
 from common.draws import Draws, draw_dropped, draw_rollout
 from common.export import push_to_hub
 from common.flags import (
+    Switch,
     add_shared_flags,
     check_ranges,
     check_shared_flags,
@@ -73,7 +73,7 @@ from common.flags import (
 )
 from common.losses import consistency_loss
 from common.networks import adapters_off, dropout_off, quantize, speed_up, weights_copy, weights_exchanged, with_uncond
-from common.optim import clip_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
+from common.optim import betas_and_decay, clip_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
 from common.pictures import Comparison, open_preview, validation_prompts
 from common.report import hold_out, open_clip, write_report
 from common.run import Saver, check_finite, end_run, open_repository, start_run
@@ -81,6 +81,7 @@ from common.solvers import DDIMSolver, boundary_scalings, expand_to, noised, sam
 from common.tracking import Tracking, webhook_errors
 
 LOG_EVERY = 10  # optimizer steps between logs; training itself waits for the device nowhere else
+BURNT = 2.0  # guidance_scale above which pictures of an LCM-LoRA burn
 HELD_OUT_INDICES = 4  # places in the solver's grid, evenly spread, at which --eval_steps takes the loss
 
 
@@ -100,9 +101,9 @@ def parse_args(argv=None):
     add("--lora_alpha", type=int, help="default 64; the adapter is scaled by alpha / rank")
     add("--lora_dropout", type=float, help="default 0")
     add("--lora_target_modules", type=str, help=f"names or suffixes of modules, with commas; default {LORA_TARGETS}")
-    add("--use_dora", action="store_true", help="weight-decomposed LoRA")
+    add("--use_dora", action=Switch, help="weight-decomposed LoRA")
     add("--lora_type", type=str, choices=["standard"], help="standard: PEFT's, the only kind")
-    add("--export_pipeline", action="store_true", help="full: write all of the pipeline, in fp32, so that from_pretrained(OUTPUT_DIR) loads it; default: the U-Net and its scheduler alone")
+    add("--export_pipeline", action=Switch, help="full: write all of the pipeline, in fp32, so that from_pretrained(OUTPUT_DIR) loads it; default: the U-Net and its scheduler alone")
     add("--export_formats", type=str, default="diffusers", choices=["diffusers", "kohya", "diffusers,kohya"], metavar="FORMATS", help="diffusers, or diffusers,kohya; of a LoRA: kohya writes a second file, for A1111 and ComfyUI")
 
     add = parser.add_argument_group("latent consistency distillation").add_argument
@@ -111,12 +112,12 @@ def parse_args(argv=None):
     add("--num_ddim_timesteps", type=int, default=50, help="N, steps of the teacher's solver; must divide the number of its training timesteps")
     add("--loss_type", type=str, default="l2", choices=["l2", "huber"], help="mean of diff^2, or of sqrt(diff^2 + c^2) - c")
     add("--huber_c", type=float, default=0.001, help="c of sqrt(diff^2 + c^2) - c; smaller is nearer to |diff|")
-    add("--diff2flow_loss", action="store_true", help="take the loss of flow velocities eps - x0, whose differences are those of x0 times (alpha + sigma) / sigma")
+    add("--diff2flow_loss", action=Switch, help="take the loss of flow velocities eps - x0, whose differences are those of x0 times (alpha + sigma) / sigma")
     add("--scheduled_sampling_max_step_offset", type=int, default=0, help="rollouts start up to this many solver steps above t, and the student itself denoises to x_t; 0: no rollouts")
     add("--scheduled_sampling_probability", type=float, default=0.0, help="share of samples that are rolled out, 0 to 1")
     add("--scheduled_sampling_strategy", type=str, default="uniform", choices=["uniform", "biased_early", "biased_late"], help="lengths of rollouts: all alike, mostly short, or mostly long")
     add("--timestep_scaling_factor", type=float, default=10.0, help="s of c_skip and c_out; larger makes c_skip fall faster")
-    add("--cast_teacher_unet", action=argparse.BooleanOptionalAction, default=True, help="of a full student's teacher: keep its weights in --mixed_precision, or in fp32 under autocast; a LoRA's base is always in --mixed_precision")
+    add("--cast_teacher_unet", action=Switch, default=True, help="of a full student's teacher: keep its weights in --mixed_precision, or in fp32 under autocast; a LoRA's base is always in --mixed_precision")
     # fmt: on
     add_shared_flags(parser)
     add_model_flags(parser)
@@ -153,10 +154,13 @@ def check_lcm_flags(parser, args):
     notes = []
     if args.pretrained_teacher_model is None:
         notes.append(f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type}).")
-    if args.validation_guidance is not None and middle_w(args) != args.validation_guidance - 1.0:
+    guidance, trained = args.validation_guidance, f"{1 + args.w_min:g} to {1 + args.w_max:g}"
+    if guidance is not None and args.model_type == "full" and middle_w(args) != guidance - 1.0:
+        notes.append(f"--validation_guidance {guidance:g}: trained is {trained}, {1 + middle_w(args):g} is taken")
+    if guidance is not None and args.model_type == "lora" and guidance > BURNT:
         notes.append(
-            f"--validation_guidance {args.validation_guidance:g}: trained is {1 + args.w_min:g} to {1 + args.w_max:g},"
-            f" {1 + middle_w(args):g} is taken"
+            f"--validation_guidance {guidance:g}: the LoRA's pictures have it on top of the {trained} that it learns, "
+            f"and more than {BURNT:g} burns them; 1 is without"
         )
     return args, notes
 
@@ -168,9 +172,16 @@ def wanted_student(args) -> str:
 
 
 def middle_w(args) -> float:
-    """The w of validation pictures: that of --validation_guidance, or the middle, inside the trained range."""
+    """The w of validation pictures: the middle of the trained range, or a full student's --validation_guidance in it."""
     middle, wanted = (args.w_min + args.w_max) / 2.0, args.validation_guidance
-    return middle if wanted is None else min(max(wanted - 1.0, args.w_min), args.w_max)
+    if wanted is None or args.model_type == "lora":
+        return middle
+    return min(max(wanted - 1.0, args.w_min), args.w_max)
+
+
+def student_guidance(args) -> float:
+    """The guidance_scale of the student's pictures. A LoRA has its guidance inside: more is the pipeline's, on top."""
+    return 1.0 + middle_w(args) if args.model_type == "full" else max(1.0, args.validation_guidance or 1.0)
 
 
 # =====================================================================================================================
@@ -197,7 +208,7 @@ from common.cache import weights_identity
 from common.data.buckets import Rules
 from common.data.encoder import Encoders, SampleEncoder
 from common.export import save_kohya_lora
-from common.flags import hide_flags
+from common.flags import add_bucket_flags, bucket_rules, hide_flags
 from common.networks import guidance_embedding, precision_name
 
 FAMILY = "sd"  # model_family of config files
@@ -216,18 +227,18 @@ def add_model_flags(parser):
     add = parser.add_argument_group("VAE and size").add_argument
     add("--pretrained_vae_model_name_or_path", type=str, help="another VAE; default: the teacher's")
     add("--revision", type=str, help="that VAE's branch, tag or commit on the hub")
-    add("--resolution", type=int, default=512, help="training pixels, a multiple of 8")
+    add("--resolution", type=float, default=512, help="of training, in the unit of --resolution_type")
+    add_bucket_flags(parser)
+    parser.set_defaults(bucket_alignment=8)  # the VAE's factor; 64 makes fewer buckets
     hide_flags(parser, "text_encoder_2_precision")
 
 
 def check_model_flags(parser, args) -> tuple[Rules, list[str]]:
     """The rules by which training pictures are resized, and notes."""
-    if args.resolution < 8 or args.resolution % 8:
-        parser.error(f"--resolution {args.resolution}: must be a multiple of 8, the VAE's factor")
-    notes = []
+    rules, notes = bucket_rules(parser, args)
     if args.text_encoder_2_precision != "no_change":
         notes.append("--text_encoder_2_precision: no job, Stable Diffusion has one text encoder")
-    return Rules(args.resolution, alignment=8, crop_style="center" if args.center_crop else "random"), notes
+    return rules, notes
 
 
 def toy_recipe(args) -> dict:
@@ -390,10 +401,20 @@ def generate(args, vae, unet, scheduler, text, negative, steps: int, guidance_sc
     ).images  # fmt: skip
 
 
-def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
-    """Writes the files that stock diffusers loads. Returns their names and the lines of code that load them."""
+def export(args, folder: Path, unet, scheduler, dtype: torch.dtype) -> tuple[list[str], str]:
+    """Writes the files that stock diffusers loads. Returns their names and the lines of code that load them.
+
+    These name the precision `dtype`, since parts of a pipeline may be stored in several. They generate what the run has
+    shown: with its size, guidance and VAE.
+    """
     student_scheduler(args, scheduler).save_pretrained(folder / "scheduler")
-    base = teacher_of(args)
+    base, parts, load = teacher_of(args), [f"dtype={dtype}"], ""
+    if args.teacher_revision:
+        parts.append(f'revision="{args.teacher_revision}"')
+    if args.pretrained_vae_model_name_or_path:
+        source, revision = vae_source(args)["model"], f', revision="{args.revision}"' if args.revision else ""
+        load += f'vae = AutoencoderKL.from_pretrained("{source}"{revision}, dtype={dtype})\n'
+        parts.append("vae=vae")
     if args.model_type == "lora":
         layers = {name: value.contiguous() for name, value in get_peft_model_state_dict(unet).items()}
         adapter = unet.peft_config["default"].to_dict()
@@ -403,18 +424,14 @@ def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
         if "kohya" in args.export_formats:
             files.append("kohya_lora.safetensors")
             save_kohya_lora(folder / files[-1], unet, layers, args.lora_rank, args.lora_alpha, sgm=False)
-        load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{base}")\n'
+        load += f'pipeline = {PIPELINE.__name__}.from_pretrained("{base}", {", ".join(parts)})\n'
         load += f'pipeline.load_lora_weights("{folder}", weight_name="{files[0]}")\n'
-        scale = 1.0
     else:
         unet.save_pretrained(folder)
         copy.deepcopy(unet).to(torch.float16).save_pretrained(folder, variant="fp16")
         files = ["config.json", "diffusion_pytorch_model*.safetensors*"]
-        load = (
-            f'unet = UNet2DConditionModel.from_pretrained("{folder}")\n'
-            f'pipeline = {PIPELINE.__name__}.from_pretrained("{base}", unet=unet)\n'
-        )
-        scale = 1.0 + middle_w(args)
+        load += f'unet = UNet2DConditionModel.from_pretrained("{folder}", dtype={dtype})\n'
+        load += f'pipeline = {PIPELINE.__name__}.from_pretrained("{base}", unet=unet, {", ".join(parts)})\n'
         if args.export_pipeline:
             replaced = {"unet": unet, "scheduler": student_scheduler(args, scheduler)}
             if args.pretrained_vae_model_name_or_path:
@@ -422,11 +439,19 @@ def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
             pipeline = PIPELINE.from_pretrained(base, dtype=torch.float32, **replaced, **hub_options(args))
             pipeline.save_pretrained(folder)
             files += ["model_index.json", *pipeline.components]
-            load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{folder}")\n'
+            load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{folder}", dtype={dtype})\n'
+    (height, width), shown = args.validation_resolution[0], args.validation_num_inference_steps
+    scale = student_guidance(args)
+    call = [f"num_inference_steps={4 if 4 in shown else shown[-1]}", f"guidance_scale={scale:g}"]
+    call += [f"height={height}", f"width={width}"]
+    if args.model_type == "lora" and scale > 1.0 and args.validation_negative_prompt:
+        call.append(f"negative_prompt={json.dumps(args.validation_negative_prompt)}")
     usage = (
-        f"from diffusers import LCMScheduler, {PIPELINE.__name__}, UNet2DConditionModel\n\n{load}"
+        "import torch\n"
+        f"from diffusers import AutoencoderKL, LCMScheduler, {PIPELINE.__name__}, UNet2DConditionModel\n\n{load}"
         f'pipeline.scheduler = LCMScheduler.from_pretrained("{folder}", subfolder="scheduler")\n'
-        f'image = pipeline("your prompt", num_inference_steps=4, guidance_scale={scale}).images[0]\n'
+        'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")\n'
+        f'image = pipeline("your prompt", {", ".join(call)}).images[0]\n'
     )
     return ["scheduler", *files], usage
 
@@ -585,9 +610,8 @@ def main(args, data, notes):
     total_steps = args.max_train_steps or args.num_train_epochs * max(1, data.samples // samples_per_step)
     learning_rate = args.learning_rate * (samples_per_step if args.scale_lr else 1)
     optimizer = make_optimizer(
-        optimizer_name(args), trained, learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_weight_decay,
-        args.adam_epsilon, device,
-    )  # fmt: skip
+        optimizer_name(args), trained, learning_rate, *betas_and_decay(args), args.adam_epsilon, device
+    )
     lr_schedule = make_schedule(args, optimizer, total_steps)
     prepared, optimizer = accelerator.prepare(student, optimizer)
     networks = Networks(teacher, student, prepared, target, trained, average, lora)
@@ -602,7 +626,7 @@ def main(args, data, notes):
     data = plan_buckets(args, data, accelerator)
     prompts = ["", args.validation_negative_prompt or "", *validation_prompts(args)]
     encoder, readers = open_encoder(
-        args, data, open_readers(args, data), encoders(args, device, weight_dtype), accelerator, prompts
+        args, data, open_readers(args, data), encoders(args, device, weight_dtype), accelerator, prompts, state
     )
     uncond = encode_empty_prompt(args, encoder)
     held_out, readers = hold_out(args, data, readers, encoder)
@@ -613,10 +637,10 @@ def main(args, data, notes):
     def pictures(which: str, prompts: list[str], steps: int, seed: int, guidance_scale=None, size=None, callback=None):
         """Pictures by `teacher`, or by `student`, which means the target; each with its own sampler."""
         text, negative, by_teacher = encoder.encode_text(prompts), uncond, which == "teacher"
-        if by_teacher and args.validation_negative_prompt:
+        if args.validation_negative_prompt and (by_teacher or lora):
             negative = encoder.encode_text([args.validation_negative_prompt])
         if guidance_scale is None:
-            guidance_scale = 1.0 if lora and not by_teacher else 1.0 + middle_w(args)
+            guidance_scale = 1.0 + middle_w(args) if by_teacher else student_guidance(args)
         unet, sampler = (teacher, scheduler) if by_teacher else (target, student_scheduler(args, scheduler))
         size = size or args.validation_resolution[0]
         unet.eval()  # with LoRA this is the network that trains
@@ -636,13 +660,13 @@ def main(args, data, notes):
         tracking.picture(sheet, "grid", step)
         if scores:
             tracking.values(scores, step)
-        if data.caches == "fill":  # training needs no encoder
+        if not data.trains_with_encoders:
             encoder.release()
         return sheet
 
     def export_target():
         with networks.as_target():
-            return export(args, Path(args.output_dir), target, scheduler)
+            return export(args, Path(args.output_dir), target, scheduler, weight_dtype)
 
     # ---- Training loop ----
     loss_of = functools.partial(lcm_loss, args, accelerator, networks, solver, uncond)

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import torch
 
-from common.data.buckets import CROP_ASPECTS, CROP_STYLES, RESOLUTION_TYPES, Rules, with_settings
+from common.data.buckets import (
+    CROP_ASPECTS,
+    CROP_STYLES,
+    RESOLUTION_TYPES,
+    Rules,
+    square_side,
+    target_size,
+    with_settings,
+)
 from common.keys import (
     FAMILY_OF_NAME,
     FLAG_OF_KEY,
@@ -21,12 +29,14 @@ from common.keys import (
     settings_here,
 )
 from common.networks import ATTENTION, PRECISIONS, check_precision
-from common.optim import DECAYS
+from common.optim import DECAYS, optimizer_defaults
 from common.schema import Key, check_value, read_json, unknown_key
 from common.tracking import check_trackers, check_webhook
 
 # Flags of several numbers with commas between: a config may also have one number or a list.
 LISTS = ("validation_num_inference_steps", "validation_resolution", "report_steps", "dmd_denoising_steps")
+
+MOMENTS = ("adam_beta1", "adam_beta2", "adam_weight_decay")
 
 
 class Flags(argparse.Namespace):
@@ -52,6 +62,13 @@ def filled(args: argparse.Namespace, **defaults) -> Flags:
     return Flags(**flags | {name: value for name, value in defaults.items() if flags[name] is None})
 
 
+class Switch(argparse.BooleanOptionalAction):
+    """A flag that is off by default; --no-NAME unsets what a config file sets."""
+
+    def __init__(self, *names, default=False, **options):
+        super().__init__(*names, default=default, **options)
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(usage="%(prog)s [flags]", description=description, formatter_class=formatter)
@@ -72,7 +89,7 @@ def show_defaults(parser: argparse.ArgumentParser):
         # Some versions of Python add a default to on/off flags
         action.help, default = (action.help or "").removesuffix(" (default: %(default)s)"), action.default
         if isinstance(action, argparse.BooleanOptionalAction):
-            default = "on" if default else "off"
+            default = "on" if default else None
         if default is None or default is False or default == argparse.SUPPRESS or "default" in action.help:
             continue
         values = default if isinstance(default, list | tuple) else [default]
@@ -126,8 +143,8 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--train_shards_path_or_url", type=str, help="WebDataset shards: a path, a URL, or pipe: and a command; braces expand, several are joined by ::")
     add("--data_backend_config", type=str, help="JSON file of datasets (multidatabackend.json): folders of images, shards, caches")
     add("--interpolation_type", type=str, default="bilinear", choices=["bilinear", "bicubic", "box", "nearest", "nearest_exact", "hamming", "lanczos"], help="filter that resizes images")
-    add("--center_crop", action="store_true", help="crop from the centre; default: at random")
-    add("--random_flip", action="store_true", help="mirror half of the images")
+    add("--center_crop", action=Switch, help="crop from the centre; default: at random")
+    add("--random_flip", action=Switch, help="mirror half of the images")
     add("--dataloader_num_workers", type=int, default=0, help="reader processes per training process; 0 reads in the training process")
     add("--max_train_samples", type=int, help="samples in an epoch; default: as many as local shards hold")
     add("--proportion_empty_prompts", type=float, default=0.0, help="share of samples that train on the empty prompt, 0 to 1")
@@ -136,9 +153,9 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--cache_dir", type=str, help="folder for models from the hub; default: the hub's own cache")
     add("--cache_dir_vae", type=str, help="folder of latents, which runs may share; default: OUTPUT_DIR/cache/vae")
     add("--cache_dir_text", type=str, help="folder of text embeddings, which runs may share; default: OUTPUT_DIR/cache/text")
-    add("--vae_cache_ondemand", action="store_true", help="encode and keep a sample when training first reads it; default: all of them before training")
-    add("--vae_cache_disable", action="store_true", help="encode each time and keep nothing; the default for shards that are not local")
-    add("--compress_disk_cache", action="store_true", help="compress cached latents with zlib: about 10%% smaller, for some CPU time")
+    add("--vae_cache_ondemand", action=Switch, help="encode and keep a sample when training first reads it; default: all of them before training")
+    add("--vae_cache_disable", action=Switch, help="encode pictures each time and keep no latents; texts are cached all the same. Of shards that are not local nothing is kept but by --vae_cache_ondemand")
+    add("--compress_disk_cache", action=Switch, help="compress cached latents with zlib: about 10%% smaller, for some CPU time")
     add("--vae_encode_batch_size", "--encode_batch_size", type=int, default=32, help="samples that the VAE encodes at a time")
 
     add = parser.add_argument_group("optimization").add_argument
@@ -146,32 +163,32 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--gradient_accumulation_steps", type=int, default=1, help="forward and backward passes per optimizer step")
     add("--num_train_epochs", type=int, default=100, help="length of training where --max_train_steps is not given")
     add("--max_train_steps", type=int, help="length of training in optimizer steps; default: --num_train_epochs")
-    add("--ignore_final_epochs", action="store_true", help="let --max_train_steps alone end the training; it must then be given")
+    add("--ignore_final_epochs", action=Switch, help="let --max_train_steps alone end the training; it must then be given")
     add("--learning_rate", type=float, default=1e-4, help="learning rate after warm-up")
-    add("--scale_lr", action="store_true", help="multiply the learning rate by processes x batch x accumulation")
+    add("--scale_lr", action=Switch, help="multiply the learning rate by processes x batch x accumulation")
     add("--lr_scheduler", type=str, default="constant", choices=list(DECAYS), help="shape of the decay to --lr_end after a linear warm-up; constant has no warm-up either")
     add("--lr_end", type=float, help="learning rate at the last step; default: 0, or with cosine_with_min_lr a tenth of --learning_rate")
     add("--lr_warmup_steps", type=int, default=500, help="optimizer steps of warm-up; constant ignores them")
-    add("--optimizer", type=str, default="adamw", choices=["adamw", "adamw_bf16", "adamw8bit", "lion", "optimi-lion"], help="adamw_bf16 is adamw: trained weights and moments are fp32; optimi-lion is lion")
-    add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
-    add("--adam_beta1", type=float, default=0.9, help="decay of the mean of gradients")
-    add("--adam_beta2", type=float, default=0.999, help="decay of the mean of squared gradients; for lion, of its momentum")
-    add("--adam_weight_decay", type=float, default=1e-2, help="decoupled weight decay")
+    add("--optimizer", type=str, default="adamw", choices=["adamw", "adamw_bf16", "adamw8bit", "lion", "optimi-lion"], help="adamw_bf16 is adamw: trained weights and moments are fp32; optimi-lion is lion with betas 0.9 and 0.99 and no weight decay, whatever the next flags say")
+    add("--use_8bit_adam", action=Switch, help="the same as --optimizer adamw8bit")
+    add("--adam_beta1", type=float, help="decay of the mean of gradients; default 0.9")
+    add("--adam_beta2", type=float, help="decay of the mean of squared gradients, or of lion's momentum; default 0.999, lion 0.99")
+    add("--adam_weight_decay", type=float, help="decoupled weight decay; default 0.01, lion 0")
     add("--adam_epsilon", type=float, default=1e-8, help="added to the root of the mean of squared gradients")
     add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this L2 norm, or each element to this value")
     add("--grad_clip_method", type=str, default="norm", choices=["norm", "value"], help="what --max_grad_norm bounds")
 
     add = parser.add_argument_group("precision and speed").add_argument
     add("--mixed_precision", type=str, choices=["no", "fp16", "bf16"], help="default: what accelerate's config says")
-    add("--allow_tf32", action="store_true", help="TF32 for fp32 matmuls on Ampere GPUs and later")
-    add("--gradient_checkpointing", action="store_true", help="recompute activations in backward: less memory, about 30%% slower")
+    add("--allow_tf32", action=Switch, help="TF32 for fp32 matmuls on Ampere GPUs and later")
+    add("--gradient_checkpointing", action=Switch, help="recompute activations in backward: less memory, about 30%% slower")
     add("--base_model_precision", type=str, default="no_change", choices=PRECISIONS, help="8-bit weights for the Linear layers of the frozen network, a LoRA's base or else the teacher; int8-quanto is int8-torchao")
     add("--text_encoder_1_precision", type=str, default="no_change", choices=PRECISIONS, help="the same for the text encoder")
     add("--text_encoder_2_precision", type=str, default="no_change", choices=PRECISIONS, help="the same for the second text encoder")
     add("--quantize_via", type=str, default="accelerator", choices=["cpu", "accelerator"], help="where weights are converted to 8 bits; cpu needs less GPU memory and more time")
     add("--attention_mechanism", type=str, default="diffusers", choices=ATTENTION, metavar="NAME", help=f"diffusers is PyTorch's SDPA; or one of diffusers' backends: {', '.join(ATTENTION[1:])}")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="attention by xformers where it is installed, else by PyTorch's SDPA")
-    add("--compile", action="store_true", help="compile the networks' blocks by torch.compile; the first steps take minutes")
+    add("--enable_xformers_memory_efficient_attention", action=Switch, help="attention by xformers where it is installed, else by PyTorch's SDPA")
+    add("--compile", action=Switch, help="compile the networks' blocks by torch.compile; the first steps take minutes")
 
     add = parser.add_argument_group("checkpoints").add_argument
     add("--output_dir", type=str, default="lcm-xl-distilled", help="folder for checkpoints, pictures, logs and the final model")
@@ -189,9 +206,9 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--validation_num_inference_steps", type=counts, default="1,2,4,8", metavar="N,N,...", help="the student's numbers of steps, a row of pictures each")
     add("--validation_guidance", type=float, help="guidance_scale of validation; default: that of training")
     add("--validation_seed", type=int, default=0, help="seed of the noise of validation samples")
-    add("--disable_benchmark", action="store_true", help="generate no samples of the teacher to compare with")
-    add("--validation_preview", action="store_true", help="send pictures of half-done samples, decoded by a tiny autoencoder, to trackers and webhook")
-    add("--validation_preview_steps", type=int, default=1, help="N for previews after steps 1, N, 2N, ...")
+    add("--disable_benchmark", action=Switch, help="generate no samples of the teacher to compare with")
+    add("--validation_preview", action=Switch, help="send pictures of half-done samples, decoded by a tiny autoencoder, to trackers and webhook")
+    add("--validation_preview_steps", type=int, default=1, help="N for previews after steps N, 2N, 3N, ...")
     add("--validation_preview_model", type=str, help="folder or hub name of an AutoencoderTiny; default: the one made for the model, from the hub")
     add("--evaluation_type", type=str, default="none", choices=["none", "clip"], help="clip: log minimum, maximum, mean and deviation of the CLIP score of validation pictures")
     add("--evaluation_clip_model", type=str, help="folder or hub name of the CLIP that scores pictures")
@@ -205,8 +222,8 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--tracker_project_name", type=str, default="text2image-fine-tune", help="project to which the trackers add the run")
     add("--tracker_run_name", type=str, help="name of the run in the trackers; default: the tracker's choice")
     add("--webhook_config", type=str, help="JSON file with webhook_url, to which progress, pictures and errors are POSTed, and level: debug (the default), info or error")
-    add("--push_to_hub", action="store_true", help="upload the final model, to a private repository")
-    add("--push_checkpoints_to_hub", action="store_true", help="upload the model of each checkpoint too; needs --push_to_hub")
+    add("--push_to_hub", action=Switch, help="upload the final model, to a private repository")
+    add("--push_checkpoints_to_hub", action=Switch, help="upload the model of each checkpoint too; needs --push_to_hub")
     add("--hub_model_id", type=str, help="owner/name; default: OUTPUT_DIR's name under your own")
     add("--hub_token", type=str, help="better: `hf auth login`, which keeps it out of the shell's history")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # accelerate sets it
@@ -223,8 +240,7 @@ def add_bucket_flags(parser: argparse.ArgumentParser):
     add("--target_downsample_size", type=float, help="size to which such images are shrunk, in the same unit; default: --maximum_image_size")
     add("--crop_aspect", type=str, default="square", choices=CROP_ASPECTS, help="square: all images are cropped to one square; preserve: each goes to the bucket nearest to its own ratio")
     add("--crop_style", type=str, choices=CROP_STYLES, help="place of the crop, corner is the top left one; default: random, or center with --center_crop")
-    add("--use_fix_crop_and_size", action="store_true", help="tell the network that every original has the resolution's size and is not cropped; default: its true size and crop")
-    add("--disable_bucket_pruning", action="store_true", help="keep buckets of fewer samples than a batch, and fill their batches by repeating samples; default: their images go to the bucket of the nearest ratio that has enough")
+    add("--disable_bucket_pruning", action=Switch, help="keep buckets of fewer samples than a batch, and fill their batches by repeating samples; default: their images go to the bucket of the nearest ratio that has enough")
 
     add = parser.add_argument_group("datasets", "One source of data: a folder, a dataset, --train_shards_path_or_url or --data_backend_config.").add_argument
     add("--train_data_dir", type=str, help="folder of images, with captions in metadata.jsonl or in a .txt beside each; or of parquet files")
@@ -249,7 +265,8 @@ def add_clip_flags(parser: argparse.ArgumentParser):
 
 def shared_defaults(args: argparse.Namespace) -> dict:
     """Defaults of shared flags that depend on other flags, for `filled`."""
-    return {"lr_end": 0.1 * args.learning_rate if args.lr_scheduler == "cosine_with_min_lr" else 0.0}
+    lr_end = 0.1 * args.learning_rate if args.lr_scheduler == "cosine_with_min_lr" else 0.0
+    return {"lr_end": lr_end} | optimizer_defaults(args)
 
 
 def check_shared_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
@@ -283,13 +300,16 @@ def check_shared_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error("--evaluation_type clip: needs --evaluation_clip_model, the CLIP that scores")
     if args.push_checkpoints_to_hub and not args.push_to_hub:
         parser.error("--push_checkpoints_to_hub: needs --push_to_hub")
-    if args.vae_cache_ondemand and args.vae_cache_disable:
-        parser.error("--vae_cache_ondemand and --vae_cache_disable: one or the other")
     if args.validation_prompt_library and not Path(args.validation_prompt_library).is_file():
         parser.error(f"--validation_prompt_library {args.validation_prompt_library}: no such file")
     check_trackers(parser, args.report_to)
     check_webhook(parser, args.webhook_config)
     notes = check_precision(parser, args)
+    if args.optimizer == "optimi-lion" and (unused := [name for name in MOMENTS if getattr(args, name) is not None]):
+        names = ", ".join(f"--{name}" for name in unused)
+        notes.append(
+            f"--optimizer optimi-lion: has its own betas, 0.9 and 0.99, and no weight decay; no job for {names}"
+        )
     if args.allow_tf32 and not torch.cuda.is_available():
         notes.append("--allow_tf32: no job without a CUDA GPU")
     if args.local_rank != -1:
@@ -323,14 +343,18 @@ def bucket_rules(parser: argparse.ArgumentParser, args: argparse.Namespace) -> t
         alignment=args.bucket_alignment,
         crop_aspect=args.crop_aspect,
         crop_style=args.crop_style or ("center" if args.center_crop else "random"),
-        fixed_size_ids=args.use_fix_crop_and_size,
+        fixed_size_ids=getattr(args, "use_fix_crop_and_size", False),
     )
     names = ("aspect_bucket_rounding", "minimum_image_size", "maximum_image_size", "target_downsample_size")
     notes = []
     try:
-        return with_settings(base, {name: getattr(args, name) for name in names}, "--", notes), notes
+        rules = with_settings(base, {name: getattr(args, name) for name in names}, "--", notes)
     except ValueError as error:
         parser.error(str(error))
+    (side, _), wanted = target_size(1, 1, rules), square_side(rules)
+    if rules.resolution_type != "area" and side != wanted:
+        notes.append(f"--resolution {wanted:g}: sides are multiples of {rules.alignment} pixels, a square has {side}")
+    return rules, notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -201,5 +201,18 @@ def quantize(network: torch.nn.Module, precision: str, where) -> torch.nn.Module
 
     config = {"int8-torchao": Int8WeightOnlyConfig, "fp8-torchao": Float8WeightOnlyConfig}[precision_name(precision)]
     network.to(where)
+    dtype = next(network.parameters()).dtype
     quantize_(network, config(set_inductor_config=False))  # torch.compile's settings are the user's
+    network.register_forward_pre_hook(lambda _, inputs: first_as(dtype, *inputs))
     return network
+
+
+def first_as(dtype: torch.dtype, *inputs) -> tuple:
+    """A network's inputs, the first in its precision where it is a sample, which pipelines keep in fp32.
+
+    Linear layers of 8 bits compute in the precision of what comes in, since autocast does not know them, and layers
+    after them have weights of another one.
+    """
+    if not inputs or not inputs[0].is_floating_point():
+        return inputs
+    return inputs[0].to(dtype), *inputs[1:]

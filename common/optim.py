@@ -30,6 +30,19 @@ def optimizer_name(args) -> str:
     return "adamw8bit" if args.use_8bit_adam else args.optimizer.removeprefix("optimi-").removesuffix("_bf16")
 
 
+def optimizer_defaults(args) -> dict:
+    """Betas and weight decay of the optimizer, by flag, where no flag gives them."""
+    lion = optimizer_name(args) == "lion"
+    return {"adam_beta1": 0.9, "adam_beta2": 0.99 if lion else 0.999, "adam_weight_decay": 0.0 if lion else 1e-2}
+
+
+def betas_and_decay(args) -> tuple[tuple[float, float], float]:
+    """Betas and weight decay; optimi-lion has its own, as in configs whose adam_* keys are meant for AdamW alone."""
+    if args.optimizer == "optimi-lion":
+        return (0.9, 0.99), 0.0
+    return (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
+
+
 def make_optimizer(
     name: str, params, lr: float, betas: tuple[float, float], weight_decay: float, epsilon: float, device: torch.device
 ) -> torch.optim.Optimizer:

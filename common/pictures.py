@@ -140,7 +140,7 @@ def to_bytes(pixels: np.ndarray) -> np.ndarray:
 def open_preview(args, name: str, accelerator, show):
     """A function preview(label) -> callback for a pipeline, or None without --validation_preview.
 
-    After step 1, N, 2N, ... of --validation_preview_steps N the callback calls show(picture, "LABEL-stepNN"), with the
+    After steps N, 2N, ... of --validation_preview_steps N the callback calls show(picture, "LABEL-stepNN"), with the
     half-done pictures of a batch side by side. `name` is the tiny autoencoder of the model, by which they are decoded
     unless --validation_preview_model is given.
     """
@@ -158,7 +158,7 @@ def open_preview(args, name: str, accelerator, show):
     def preview(label: str):
         @torch.no_grad()
         def on_step_end(pipeline, i: int, t, tensors: dict) -> dict:
-            if i == 0 or (i + 1) % args.validation_preview_steps == 0:
+            if (i + 1) % args.validation_preview_steps == 0:
                 latents = tensors["latents"].to(device, next(tiny.parameters()).dtype)
                 with torch.autocast(torch.device(device).type, enabled=False):
                     pixels = tiny.decode(latents / tiny.config.scaling_factor).sample  # [B, 3, H, W] in [-1, 1]

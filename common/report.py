@@ -148,7 +148,7 @@ def hold_out(args, data, readers: list, encoder) -> tuple[list[Sample], list]:
     if data.held_out:
         own = open_readers(args, replace(data, datasets=data.held_out))
         samples = first_pictures(data.held_out, own, args.eval_samples)
-        return encoder.encoded(list(samples.values()), keep=data.caches != "fill"), readers
+        return encoder.encoded(list(samples.values())), readers
     held_out = first_pictures(data.datasets, readers, args.eval_samples)
     return list(held_out.values()), [WithoutHeldOut(reader, set(held_out)) for reader in readers]
 

@@ -93,6 +93,21 @@ def check_trackers(parser, report_to: str):
             parser.error(f"--report_to {report_to}: must be of {', '.join(TRACKERS)}, all, or none")
         if not installed(name):
             parser.error(f"--report_to {report_to}: {name} is not installed: pip install {TRACKERS[name]}")
+        if name == "wandb" and int(os.environ.get("RANK", 0)) == 0 and (reason := wandb_refuses()):
+            parser.error(f"--report_to {report_to}: {reason}")
+
+
+def wandb_refuses() -> str | None:
+    """Why wandb would refuse a run, or ask for a key, once the caches are filled; None where it would not."""
+    import wandb
+
+    if wandb.setup().settings.mode not in ("online", "shared"):
+        return None  # nobody logs in
+    otherwise = "or set WANDB_MODE=offline, which keeps its files on this machine"
+    try:
+        return None if wandb.login(prompt=False) else f"wandb has no login: run `wandb login`, {otherwise}"
+    except Exception as error:  # of the key, of the network: each has its own
+        return f"wandb cannot log in ({str(error).splitlines()[0]}): run `wandb login --relogin`, {otherwise}"
 
 
 class Tracking:

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import signal
 import threading
 
@@ -25,6 +26,7 @@ from tests.helpers import (
     toy_shards,
 )
 
+os.environ["WANDB_MODE"] = "offline"  # nobody logs in here
 torch.set_num_threads(1)  # tests run side by side, and small tensors gain nothing
 
 

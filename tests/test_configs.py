@@ -145,6 +145,18 @@ def test_the_documents_advanced_wan_settings(tmp_path, wan_files):
     assert data.datasets[0].num_frames == 121  # 1 + 30 latent frames
 
 
+def test_the_documents_advanced_settings_over_its_quickstart(tmp_path, wan_files):
+    """Blocks of 3 do not divide 28: the run takes 27, and cuts the document's clips of 121 frames to these."""
+    config, advanced = wan_config("dmd_wan") | wan_files, wan_config("dmd_wan_advanced")["distillation_config"]
+    config["distillation_config"] = config["distillation_config"] | advanced
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args, data, method, notes = parse_wan("--config", tmp_path / "config.json")
+    assert args.num_training_frames == 27 and {args.timestep_shift, args.generator_update_interval} == {7.0, 4}
+    assert (data.datasets[0].num_frames, method.validation_frames) == (105, 105)
+    assert sum("--num_training_frames 28: is not whole blocks of 3; 27 is taken" in note for note in notes) == 1
+    assert sum("cut to --num_training_frames 27, 105 frames" in note for note in notes) == 2
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [

@@ -27,6 +27,7 @@ from common.flags import (
     parse_with_config,
     shared_defaults,
 )
+from common.optim import betas_and_decay
 from tests.helpers import ROOT, toy_shards
 
 
@@ -93,8 +94,33 @@ def test_what_is_parsed_is_read_only_and_as_given():
 
 
 def test_the_last_rate_follows_from_the_schedule():
-    assert shared_defaults(Flags(learning_rate=1e-2, lr_scheduler="cosine_with_min_lr")) == {"lr_end": 1e-3}
-    assert shared_defaults(Flags(learning_rate=1e-2, lr_scheduler="cosine")) == {"lr_end": 0.0}
+    args = {"learning_rate": 1e-2, "optimizer": "adamw", "use_8bit_adam": False}
+    assert shared_defaults(Flags(**args, lr_scheduler="cosine_with_min_lr"))["lr_end"] == 1e-3
+    assert shared_defaults(Flags(**args, lr_scheduler="cosine"))["lr_end"] == 0.0
+
+
+def test_a_switch_of_a_config_can_be_unset(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"gradient_checkpointing": true, "cast": false, "allow_tf32": false}')
+    config = ["--config", tmp_path / "config.json"]
+    args, _ = parse(*config)
+    assert args.gradient_checkpointing and not args.cast and not args.push_to_hub
+    args, _ = parse(*config, "--no-gradient_checkpointing", "--cast", "--allow_tf32")
+    assert not args.gradient_checkpointing and args.cast and args.allow_tf32
+    switches = [action for action in new_parser()._actions if isinstance(action.default, bool)]
+    assert len(switches) > 15 and all(f"--no-{action.dest}" in action.option_strings for action in switches)
+
+
+def test_lion_has_its_own_moments():
+    """Those of optimi-lion are what torch-optimi's Lion has, also where a config has AdamW's beside it."""
+    for flags, betas, decay in (
+        ("", (0.9, 0.999), 0.01), ("--optimizer lion", (0.9, 0.99), 0.0), ("--optimizer optimi-lion", (0.9, 0.99), 0.0),
+        ("--optimizer lion --adam_beta2 0.95 --adam_weight_decay 0.1", (0.9, 0.95), 0.1),
+        ("--optimizer optimi-lion --adam_beta2 0.999 --adam_weight_decay 0.1", (0.9, 0.99), 0.0),
+    ):  # fmt: skip
+        args, notes = parse(*flags.split())
+        assert betas_and_decay(filled(args, **shared_defaults(args))) == (betas, decay)
+        unused = flags.startswith("--optimizer optimi-lion --adam")
+        assert ("no job for --adam_beta2, --adam_weight_decay" in " ".join(notes)) == unused
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,7 +351,7 @@ BAD_FLAGS = [
     ("--w_min", "16.0"),  # above the default --w_max 15.0
     ("--w_min", "-0.5"),
     ("--w_min", "nan"),
-    ("--resolution", "33"),
+    ("--resolution", "3"),
     ("--validation_num_inference_steps", "1,0"),
     ("--validation_num_inference_steps", "few"),
     ("--report_to", "clearml"),
@@ -363,7 +389,6 @@ def test_a_bad_flag_is_named_with_its_value(parse_script, capsys, flag, value):
     ("flags", "named"),
     [
         ("--w_min 3 --w_max 2", "--w_min 3.0 and --w_max 2.0: need 0 <= w_min <= w_max"),
-        ("--vae_cache_ondemand --vae_cache_disable", "--vae_cache_ondemand and --vae_cache_disable"),
         ("--use_8bit_adam --optimizer lion", "--use_8bit_adam and --optimizer lion"),
         ("--model_type full --lora_rank 4", "--model_type full: takes no --lora_* flag"),
         ("--model_type full --use_dora", "--model_type full: takes no --lora_* flag"),

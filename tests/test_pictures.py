@@ -120,8 +120,8 @@ def test_a_preview_shows_a_batch_side_by_side_as_the_tiny_autoencoder_decodes_it
     for i, each in enumerate(latents):
         tensors = {"latents": each}
         assert callback(None, i, None, tensors) is tensors
-    assert [label for _, label in shown] == ["label-step01", "label-step03", "label-step06"]
-    for (sheet, _), i in zip(shown, (0, 2, 5), strict=True):
+    assert [label for _, label in shown] == ["label-step03", "label-step06"]
+    for (sheet, _), i in zip(shown, (2, 5), strict=True):
         with torch.no_grad():
             decoded = tiny.decode(latents[i] / tiny.config.scaling_factor).sample.clamp(-1, 1) * 127.5 + 127.5
         expected = torch.cat(list(decoded), 2).permute(1, 2, 0).numpy()

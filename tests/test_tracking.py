@@ -8,9 +8,11 @@ import base64
 import email
 import io
 import json
+import os
 import socket
 import ssl
 import struct
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -429,3 +431,19 @@ def test_a_bad_file_is_one_sentence(text, named, tmp_path, capsys):
         tracking.check_webhook(argparse.ArgumentParser(), str(tmp_path / "hook.json"))
     message = capsys.readouterr().err.splitlines()[-1]
     assert "--webhook_config" in message and "hook.json" in message and named in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        (None, "wandb has no login: run `wandb login`, or set WANDB_MODE=offline"),
+        ("short", "wandb cannot log in (WANDB_API_KEY invalid: API key must have 40+ characters, has 5.): run"),
+    ],
+)
+def test_wandb_without_a_login_is_one_sentence_before_anything_loads(key, reason, tmp_path):
+    environment = os.environ | {"HOME": str(tmp_path), "WANDB_MODE": "online"} | ({"WANDB_API_KEY": key} if key else {})
+    command = [sys.executable, "train_lcm_distill_sd.py", "--report_to", "wandb", "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and f"error: --report_to wandb: {reason}" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()

@@ -302,7 +302,7 @@ def test_the_card_says_how_to_use_the_model_what_made_it_and_how_good_it_is(flag
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flags", "there"), [("", False), ("--vae_cache_disable", True)])
+@pytest.mark.parametrize(("flags", "there"), [("", set()), ("--vae_cache_disable", {AutoencoderKL})])
 def test_with_full_caches_neither_vae_nor_text_encoders_are_there(flags, there, lcm, monkeypatch):
     """While training, in the run that fills them and in the next."""
     kinds, found = (AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection), []
@@ -318,7 +318,7 @@ def test_with_full_caches_neither_vae_nor_text_encoders_are_there(flags, there, 
     )
     for _ in range(2):
         lcm.run(flags)
-    assert found == [set(kinds) if there else set()] * 2
+    assert found == [there] * 2
 
 
 @pytest.mark.slow
@@ -360,9 +360,9 @@ def test_previews_go_to_the_webhook(lcm, server, tmp_path):
     flags = f"--validation_preview --validation_preview_steps 2 --validation_preview_model {tmp_path / 'tiny'}"
     out = lcm.run(f"{flags} --validation_num_inference_steps 4 --webhook_config {tmp_path / 'hook.json'}")
     pictures = {m["name"]: m["level"] for m in server.received if m["type"] == "picture"}
-    previews = [f"preview-4-steps-step0{i}" for i in (1, 2, 4)]
+    previews = [f"preview-4-steps-step0{i}" for i in (2, 4)]
     assert list(pictures.items()) == [*((name, "debug") for name in previews), ("grid", "info")]
-    assert len(list((out / "validation").glob("preview-4-steps-*.png"))) == 3
+    assert len(list((out / "validation").glob("preview-4-steps-*.png"))) == 2
 
 
 def test_each_text_encoder_has_its_precision(lcm):
@@ -444,7 +444,7 @@ def test_an_eval_dataset_is_held_out_instead(lcm, watch, monkeypatch, tmp_path, 
         " --lora_rank 2 --train_batch_size 1"
     )
     (((*_, samples, _), losses),) = evaluated
-    assert loaded == [2 if cache else 0]
+    assert loaded == [1 if cache else 0]  # the VAE: texts are cached
     assert {sample.caption[:4] for sample in samples} == {"held"} and len({sample.key for sample in samples}) == 2
     assert {sample.bucket for sample in samples} == {(64, 64)}
     assert all(np.isfinite(loss) for loss in losses.values()) and losses["eval_loss"] > 0.0

@@ -79,9 +79,15 @@ class Data:
     datasets: tuple[Dataset, ...]
     caches: str  # "fill" before training, "ondemand", or "off"
     samples: int | None  # of an epoch; None where they cannot be counted
+    keeps_latents: bool = True  # else texts alone are cached
     held_out: tuple[Dataset, ...] = ()  # those of which --eval_steps takes the loss, if not of the ones above
     cache_dir_text: str | None = None
     write_batch_size: int | None = None  # texts in a file of their cache
+
+    @property
+    def trains_with_encoders(self) -> bool:
+        """Whether training has to encode what no cache has."""
+        return self.caches != "fill" or not self.keeps_latents
 
 
 def open_data(
@@ -103,8 +109,8 @@ def open_data(
         parser.error(str(error))
     datasets, texts = found.datasets, found.texts
     remote = not all(is_local(part) for dataset in datasets for part in dataset.parts)
-    caches = "ondemand" if args.vae_cache_ondemand else "off" if args.vae_cache_disable or remote else "fill"
-    if caches == "off" and not args.vae_cache_disable:
+    caches = "ondemand" if args.vae_cache_ondemand else "off" if remote else "fill"
+    if caches == "off":
         notes.append("The shards are not local: nothing is cached. --vae_cache_ondemand keeps what is encoded.")
     samples = args.max_train_samples or count_epoch(datasets)
     if args.max_train_steps is None and samples is None:
@@ -112,7 +118,7 @@ def open_data(
             "--max_train_steps or --max_train_samples: one is needed, shards that are not local are not counted"
         )
     data = Data(
-        f"--{name}", tuple(datasets), caches, samples, held_out=tuple(found.held_out),
+        f"--{name}", tuple(datasets), caches, samples, not args.vae_cache_disable, tuple(found.held_out),
         cache_dir_text=texts.get("cache_dir", args.cache_dir_text), write_batch_size=texts.get("write_batch_size"),
     )  # fmt: skip
     return data, notes

@@ -3,6 +3,7 @@
 The encoders are loaded when they are first needed: a run with full caches never loads them.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from common.data.datasets import Data, Dataset
 from common.data.samples import Sample
 from common.data.shards import is_local
 from common.data.sources import part_fingerprint
-from common.data.stream import ShardPass
+from common.data.stream import ShardPass, open_batches
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class SampleEncoder:
         self.encoders, self.latents, self.text = encoders, latents, text
         self.vae_batch_size, self.device = vae_batch_size, device
         self.loaded = {}  # by loader; a None is not loaded again
+        self.waiting: dict[tuple, list[Sample]] = {}  # by bucket, of those to be cached
 
     def load(self, loader):
         """The network of this loader, which is called once until release()."""
@@ -79,8 +81,8 @@ class SampleEncoder:
         return self.stack(rows)
 
     @torch.no_grad()
-    def encoded(self, samples: list[Sample], keep: bool) -> list[Sample]:
-        """Samples of no cached dataset with latents of their own; `keep` says that the encoders stay loaded."""
+    def encoded(self, samples: list[Sample]) -> list[Sample]:
+        """Samples of no cached dataset, with latents of their own; the encoders are freed again."""
         found = []
         for sample in samples:
             pixels = sample.pixels[None].to(self.device).float() / 127.5 - 1.0
@@ -88,8 +90,7 @@ class SampleEncoder:
             latents["size_ids"] = torch.tensor(sample.size_ids)
             found.append(replace(sample, latents=latents, pixels=None))
             self.encode_text([sample.caption])
-        if not keep:
-            self.release()
+        self.release()
         return found
 
     @torch.no_grad()
@@ -111,40 +112,64 @@ class SampleEncoder:
         names = rows[0] if rows else {}
         return {name: torch.stack([padded(row[name].to(self.device)) for row in rows]) for name in names}
 
-    def fill(self, accelerator, datasets: tuple[Dataset, ...], readers, prompts: list[str], workers: int):
+    def fill(self, accelerator, datasets: tuple[Dataset, ...], readers, workers: int):
         """Encodes all that the caches lack, each process of its share of the parts. Marked parts are not read."""
         todo = [
-            (i, part) for i, dataset in enumerate(datasets) if "vae" not in dataset.skip
-            for part in dataset.parts if is_local(part) and not self.latents[i].is_marked(self.done_name(dataset, part))
+            (i, part) for i, dataset in enumerate(datasets) if "vae" not in dataset.skip for part in dataset.parts
+            if is_local(part) and not self.store_of(i).is_marked(self.done_name(dataset, part))
         ]  # fmt: skip
-        if accelerator.is_main_process:
-            self.encode_text(prompts)
         share = ShardPass(todo, readers, process=accelerator.process_index, processes=accelerator.num_processes)
-        waiting: dict[tuple, list[Sample]] = {}  # by bucket
-        with tqdm(desc="filling caches", unit=" samples", disable=not accelerator.is_main_process) as bar:
+        with self.progress(accelerator) as bar:
             for item in DataLoader(share, batch_size=None, num_workers=min(workers, len(todo))):
                 if isinstance(item, Sample):
                     bar.update()
                     if "text" in datasets[item.dataset].skip:
                         item.captions = []
-                    if item.latents is None or any(text_key(caption) not in self.text for caption in item.captions):
-                        waiting.setdefault(item.bucket, []).append(item)
-                        if len(waiting[item.bucket]) == self.vae_batch_size:
-                            self.encode(waiting.pop(item.bucket))
+                    self.encode_soon(item)
                 else:  # the end of a part
-                    while waiting:
-                        self.encode(waiting.popitem()[1])
+                    self.encode_waiting()
                     self.flush()
                     dataset, part = todo[item]
-                    self.latents[dataset].mark(self.done_name(datasets[dataset], part))
+                    self.store_of(dataset).mark(self.done_name(datasets[dataset], part))
+
+    def fill_for(self, accelerator, batches, count: int):
+        """Encodes what the caches lack of the first `count` batches, for a run that takes no more."""
+        with self.progress(accelerator) as bar:
+            for _ in range(count):
+                samples = next(batches)
+                bar.update(len(samples))
+                for sample in samples:
+                    self.encode_soon(sample)
+        self.encode_waiting()
+
+    def progress(self, accelerator) -> tqdm:
+        return tqdm(desc="filling caches", unit=" samples", disable=not accelerator.is_main_process)
+
+    def share_caches(self, accelerator):
+        """Ends the filling: all processes then know what each of them has written, and need no encoder."""
         self.flush()
-        self.release()  # training does not need the encoders
+        self.release()
         accelerator.wait_for_everyone()
-        stores = {id(store): store for store in self.latents if store is not self.text}.values()
-        for store in [*stores, self.text]:
+        latents = {id(store): store for store in self.latents or [] if store is not self.text}.values()
+        for store in [*latents, self.text]:
             store.refresh()
-        count = sum(len(store.index) for store in stores)
+        count = sum(len(store.index) for store in latents)
         accelerator.print(f"caches: {count} latents, {len(self.text.index)} prompts")
+
+    def store_of(self, dataset: int) -> TensorStore:
+        """The store that remembers which parts of a dataset are done."""
+        return self.text if self.latents is None else self.latents[dataset]
+
+    def encode_soon(self, sample: Sample):
+        """Caches captions and latents of a sample as soon as enough others of its bucket wait for it."""
+        if sample.latents is None or any(text_key(caption) not in self.text for caption in sample.captions):
+            self.waiting.setdefault(sample.bucket, []).append(sample)
+            if len(self.waiting[sample.bucket]) == self.vae_batch_size:
+                self.encode(self.waiting.pop(sample.bucket))
+
+    def encode_waiting(self):
+        while self.waiting:
+            self.encode(self.waiting.popitem()[1])
 
     def encode(self, samples: list[Sample]):
         """Caches captions and latents of samples of one bucket."""
@@ -166,40 +191,52 @@ class SampleEncoder:
 
 
 def open_encoder(
-    args, data: Data, readers: list, encoders: Encoders, accelerator, prompts: list[str]
+    args, data: Data, readers: list, encoders: Encoders, accelerator, prompts: list[str], state: dict, sharing: int = 1
 ) -> tuple[SampleEncoder, list]:
     """The encoder of samples, and readers that know the caches. Caches that are filled before training are filled here.
 
-    `prompts` are cached besides the samples' captions.
+    `prompts` are cached besides the samples' captions. A run that visits fewer samples than an epoch has, from the
+    `state` of its checkpoint on, fills the caches with these alone.
     """
     latents, text, filling = None, None, []
     if data.caches != "off":
-        latents, text = open_stores(args, data, readers, encoders)
-        filling = [reader.with_cache(store, filling=True) for reader, store in zip(readers, latents, strict=True)]
-        readers = [reader.with_cache(store) for reader, store in zip(readers, latents, strict=True)]
+        text = open_text_store(args, data, encoders)
+        latents = open_latent_stores(args, data, readers, encoders, text) if data.keeps_latents else None
+        stores = latents or [None] * len(readers)
+        filling = [reader.with_cache(store, filling=True) for reader, store in zip(readers, stores, strict=True)]
+        readers = [reader.with_cache(store) for reader, store in zip(readers, stores, strict=True)]
     encoder = SampleEncoder(
         encoders, latents=latents, text=text, vae_batch_size=args.vae_encode_batch_size, device=accelerator.device
     )
     if data.caches == "fill":
-        encoder.fill(accelerator, data.datasets, filling, prompts, args.dataloader_num_workers)
+        if accelerator.is_main_process:
+            encoder.encode_text(prompts)
+        batches = ((args.max_train_steps or math.inf) - state["step"]) * args.gradient_accumulation_steps
+        visits = batches * args.train_batch_size * accelerator.num_processes // sharing
+        if visits < data.samples and (data.held_out or not args.eval_steps):  # whose held-out samples are further ones
+            streamed = open_batches(args, data, accelerator, filling, state["stream"], sharing, say=lambda text: None)
+            encoder.fill_for(accelerator, streamed, batches)
+        else:
+            encoder.fill(accelerator, data.datasets, filling, args.dataloader_num_workers)
+        encoder.share_caches(accelerator)
     return encoder, readers
 
 
-def open_stores(args, data: Data, readers: list, encoders: Encoders) -> tuple[list[TensorStore], TensorStore]:
-    """Stores of latents, one for each dataset, and the store of texts, in folders named by all that shapes records.
+def open_text_store(args, data: Data, encoders: Encoders) -> TensorStore:
+    """The store of texts, in a folder named by all that shapes records."""
+    folder = f"{data.cache_dir_text or args.output_dir + '/cache/text'}/{identity(**encoders.text_identity())}"
+    return TensorStore(folder, args.compress_disk_cache, data.write_batch_size or RECORDS_PER_FILE)
+
+
+def open_latent_stores(args, data: Data, readers: list, encoders: Encoders, text: TensorStore) -> list[TensorStore]:
+    """Stores of latents, one for each dataset, in folders named by all that shapes records.
 
     A dataset of prompts alone has no latents: the store of texts stands in for theirs.
     """
-    root, folders = f"{args.output_dir}/cache", []
-    weights = encoders.latents_identity()  # once, as it hashes the weights' files
+    folders, weights = [], encoders.latents_identity()  # once, as it hashes the weights' files
     for dataset, reader in zip(data.datasets, readers, strict=True):
         name = identity(**weights, geometry=reader.geometry())
-        parent = dataset.cache_dir_vae or args.cache_dir_vae or f"{root}/vae"
+        parent = dataset.cache_dir_vae or args.cache_dir_vae or f"{args.output_dir}/cache/vae"
         folders.append(None if dataset.sizes else f"{parent}/{name}")
     stores = {folder: TensorStore(folder, args.compress_disk_cache) for folder in dict.fromkeys(folders) if folder}
-    text = TensorStore(
-        f"{data.cache_dir_text or root + '/text'}/{identity(**encoders.text_identity())}",
-        args.compress_disk_cache,
-        data.write_batch_size or RECORDS_PER_FILE,
-    )
-    return [stores.get(folder, text) for folder in folders], text
+    return [stores.get(folder, text) for folder in folders]

@@ -148,6 +148,8 @@ class ImageReader:
         latents, pixels, size_ids = None, None, ()
         if self.cache is not None:
             latents = ({} if key in self.cache else None) if self.filling else self.cache.get(key)
+        elif self.filling:
+            latents = {}  # no cache has any: captions alone are wanted
         if latents:
             size_ids = tuple(latents["size_ids"].tolist())
         elif latents is None:
@@ -155,7 +157,7 @@ class ImageReader:
         ignored = {"pickle member (ignored)": 1} if any(name.split(".")[0] in PICKLES for name in members) else {}
         return Sample(key, captions, caption, latents, pixels, size_ids, self.dataset, faults=Counter(ignored))
 
-    def with_cache(self, store: TensorStore, filling: bool = False) -> "ImageReader":
+    def with_cache(self, store: TensorStore | None, filling: bool = False) -> "ImageReader":
         return replace(self, cache=store, filling=filling)
 
     def find(self, members: dict[str, bytes]) -> list[bytes]:

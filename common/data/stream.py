@@ -230,8 +230,9 @@ class Batches:
         return places | {"faults": dict(self.faults)}
 
 
-def open_batches(args, data, accelerator, readers: list[ImageReader], state, sharing: int = 1) -> Batches:
-    """Batches of the data; `sharing` processes next to each other get the same samples."""
+def open_batches(args, data, accelerator, readers: list[ImageReader], state, sharing: int = 1, say=None) -> Batches:
+    """Batches of the data; `sharing` processes next to each other get the same samples. say(text) prints notes."""
+    say = say or accelerator.print
     processes = accelerator.num_processes // sharing
     # A dataset's parts are listed once for each of its visits in an epoch, which spreads the visits over the epoch
     shards = [(i, part) for i, dataset in enumerate(data.datasets) for part in dataset.parts * (dataset.repeats + 1)]
@@ -241,7 +242,7 @@ def open_batches(args, data, accelerator, readers: list[ImageReader], state, sha
     except ValueError as error:
         raise SystemExit(f"{data.source}: {error}") from None
     if workers < args.dataloader_num_workers:
-        accelerator.print(f"--dataloader_num_workers: {len(shards)} shards feed only {workers} in {lanes} lanes")
+        say(f"--dataloader_num_workers: {len(shards)} shards feed only {workers} in {lanes} lanes")
     stream = ShardStream(
         shards, readers, seed=args.seed, batch_size=args.train_batch_size, lanes=lanes, state=state,
         process=accelerator.process_index // sharing, processes=processes, source=data.source,

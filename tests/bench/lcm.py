@@ -110,7 +110,7 @@ class Bench:
     noun = "images"
 
     def __init__(self, script, options, args, data):
-        self.script, self.options, self.args, self.caches = script, options, args, data.caches
+        self.script, self.options, self.args, self.data = script, options, args, data
         self.block_seconds, self.floor_seconds, self.in_block = [], [], 0
         self.parts, self.part_seconds = {}, {}
         for name in ("load_networks", "make_optimizer", "open_encoder", "open_batches"):
@@ -189,11 +189,13 @@ class Bench:
         }
         if self.args.scheduled_sampling_probability:
             self.parts["rollout"] = lambda: forward(student)
-        if self.caches == "off":
+        no_grad = torch.no_grad()
+        if not self.data.keeps_latents:
             pixels = torch.stack([sample.pixels for sample in samples]).to(device).float() / 127.5 - 1.0
-            prompts = [sample.caption for sample in samples]
-            no_grad, text_encoder = torch.no_grad(), encoder.load(encoder.encoders.load_text)
             self.parts["VAE"] = no_grad(lambda: encoder.encoders.encode_pixels(encoder.vae, pixels))
+        if self.data.caches == "off":
+            prompts = [sample.caption for sample in samples]
+            text_encoder = encoder.load(encoder.encoders.load_text)
             self.parts["text encoder"] = no_grad(lambda: encoder.encoders.encode_prompts(text_encoder, prompts))
 
     def measure_floor(self, steps: int) -> float:
@@ -216,8 +218,9 @@ class Bench:
 
         def one():
             samples = next(self.open_batches)
-            if self.caches != "off":
+            if self.data.caches != "off" and self.data.keeps_latents:
                 encoder.encode_images(samples)
+            if self.data.caches != "off":
                 encoder.encode_text([sample.caption for sample in samples])
 
         measure(one, batches // 4)  # what the workers had read ahead

@@ -199,6 +199,7 @@ def parse(*words) -> Opened:
     parser.add_argument("--resolution", type=float, default=1024)
     add_shared_flags(parser)
     add_bucket_flags(parser)
+    parser.add_argument("--use_fix_crop_and_size", action="store_true")
     parser.set_defaults(max_train_steps=1)
     args, notes = parse_with_config(parser, [str(word) for word in words], family="sdxl", method="lcm")
     rules, size_notes = bucket_rules(parser, args)

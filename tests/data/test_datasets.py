@@ -127,7 +127,12 @@ def test_samples_of_an_epoch_and_what_is_cached(folder, refused):
     few = parse("--train_data_dir", folder, "--max_train_samples", 3).data
     assert (few.samples, few.caches, few.source) == (3, "fill", "--train_data_dir")
     assert parse("--train_data_dir", folder).data.samples == 4
-    assert parse("--train_data_dir", folder, "--vae_cache_disable").data.caches == "off"
+    for flags, caches, keeps_latents in (
+        ([], "fill", True), (["--vae_cache_disable"], "fill", False), (["--vae_cache_ondemand"], "ondemand", True),
+        (["--vae_cache_disable", "--vae_cache_ondemand"], "ondemand", False),
+    ):  # fmt: skip
+        data = parse("--train_data_dir", folder, *flags).data
+        assert (data.caches, data.keeps_latents, data.trains_with_encoders) == (caches, keeps_latents, bool(flags))
     remote = parse("--train_shards_path_or_url", "pipe:false")
     assert (remote.data.samples, remote.data.caches) == (None, "off") and "nothing is cached" in remote.notes[0]
     assert parse("--train_shards_path_or_url", "pipe:false", "--vae_cache_ondemand").data.caches == "ondemand"

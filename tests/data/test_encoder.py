@@ -29,19 +29,21 @@ from tests.data.helpers import (
 )
 from tests.helpers import encoded, tiny_pipeline, write_shard
 
+FRESH = {"step": 0, "stream": None}  # of a run that resumes none
+
 
 @pytest.fixture(scope="module")
 def shards(small_shards):
     return f"{small_shards}/{{00000..00001}}.tar"
 
 
-def opened(sd_teacher, shards, folder, *more, dtype=torch.float32):
+def opened(sd_teacher, shards, folder, *more, dtype=torch.float32, state=FRESH):
     """As open_and_count, on shards."""
     flags = ["--pretrained_teacher_model", sd_teacher, "--train_shards_path_or_url", shards, "--output_dir", folder]
-    return open_and_count([*flags, "--resolution", 32, "--train_batch_size", 4, *more], dtype)
+    return open_and_count([*flags, "--resolution", 32, "--train_batch_size", 4, *more], dtype, state)
 
 
-def open_and_count(flags, dtype=torch.float32):
+def open_and_count(flags, dtype=torch.float32, state=FRESH):
     """Encoder, batches, and how often each network was loaded since the caches were filled."""
     args, data, _ = script.parse_args([str(flag) for flag in flags])
     loads, accelerator = {}, Accelerator()
@@ -58,9 +60,9 @@ def open_and_count(flags, dtype=torch.float32):
 
     own = replace(own, load_vae=counted("vae", own.load_vae), load_text=counted("text", own.load_text))
     prompts = ["", *validation_prompts(args)]
-    encoder, readers = open_encoder(args, data, open_readers(args, data), own, accelerator, prompts)
+    encoder, readers = open_encoder(args, data, open_readers(args, data), own, accelerator, prompts, state)
     loads.update(vae=0, text=0)
-    return encoder, open_batches(args, data, accelerator, readers, None), loads
+    return encoder, open_batches(args, data, accelerator, readers, state["stream"]), loads
 
 
 def epoch(encoder, batches, count: int = 4):
@@ -93,8 +95,36 @@ def test_full_cache_loads_no_encoder_and_agrees_with_streaming(sd_teacher, shard
     assert loads == {"vae": 0, "text": 0}
     encoder, batches, loads = opened(sd_teacher, shards, tmp_path / "b", *same, "--vae_cache_disable")
     assert_same(cached, epoch(encoder, batches))
-    assert loads == {"vae": 1, "text": 1}
-    assert not (tmp_path / "b").exists()
+    assert loads == {"vae": 1, "text": 0}
+    assert [path.name for path in (tmp_path / "b" / "cache").iterdir()] == ["text"]
+
+
+def test_without_latents_on_demand_keeps_texts_alone(sd_teacher, shards, tmp_path):
+    for loaded in (1, 0):
+        flags = ["--vae_cache_ondemand", "--vae_cache_disable"]
+        encoder, batches, loads = opened(sd_teacher, shards, tmp_path, *flags)
+        epoch(encoder, batches)
+        encoder.flush()
+        assert loads == {"vae": 1, "text": loaded}
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["text"]
+
+
+def test_a_run_of_less_than_an_epoch_caches_what_it_reads(sd_teacher, shards, tmp_path):
+    """From where it is resumed."""
+    flags = ["--max_train_steps", 3, "--center_crop"]
+    encoder, batches, loads = opened(sd_teacher, shards, tmp_path / "short", *flags)
+    assert records(tmp_path / "short" / "cache" / "vae") == 12
+    first = epoch(encoder, batches, 2)
+    state = {"step": 2, "stream": batches.state()}
+    found = first | epoch(encoder, batches, 1)
+    assert loads == {"vae": 0, "text": 0}
+
+    encoder, batches, loads = opened(sd_teacher, shards, tmp_path / "resumed", *flags, state=state)
+    assert records(tmp_path / "resumed" / "cache" / "vae") == 4
+    assert_same(epoch(encoder, batches, 1), {caption: found[caption] for caption in found.keys() - first.keys()})
+    assert loads == {"vae": 0, "text": 0}
+    opened(sd_teacher, shards, tmp_path / "short", "--max_train_steps", 4, "--center_crop")
+    assert records(tmp_path / "short" / "cache" / "vae") == 16  # a whole epoch
 
 
 def test_on_demand_encodes_what_it_meets_once(sd_teacher, shards, tmp_path):
@@ -216,7 +246,7 @@ def test_a_full_cache_trains_a_whole_run_without_encoders(sd_teacher, shards, tm
     ]
     flags += ["--cache_dir_vae", tmp_path / "vae", "--cache_dir_text", tmp_path / "text", "--mixed_precision", "no"]
     flags += ["--validation_num_inference_steps", 1]
-    train(*flags, "--output_dir", tmp_path / "a", "--max_train_steps", 1)
+    train(*flags, "--output_dir", tmp_path / "a", "--max_train_steps", 4)  # an epoch
     loaded = []
     monkeypatch.setattr(script, "load_vae", lambda *_: loaded.append("vae"))
     monkeypatch.setattr(script, "load_text_encoder", lambda *_: loaded.append("text"))
@@ -372,13 +402,14 @@ def stand_ins(calls: list[str], vae=None) -> Encoders:
 def opened_by_hand(shards: str, folder: Path, caches: str, datasets: int = 1):
     settings = {"interpolation_type": "bilinear", "random_flip": False, "seed": 0, "train_batch_size": 4}
     settings |= {"output_dir": str(folder), "cache_dir_vae": None, "compress_disk_cache": False}
-    args = Namespace(**settings, vae_encode_batch_size=3, dataloader_num_workers=0)
+    args = Namespace(**settings, vae_encode_batch_size=3, dataloader_num_workers=0, max_train_steps=None, eval_steps=0)
+    args.gradient_accumulation_steps = 1
     rules = Rules(16, alignment=16, crop_style="center")
     each = tuple(Dataset(f"shards {i}", expand_shards(shards), rules) for i in range(datasets))
     data = Data("--shards", each, caches, 16)
     calls = []
     readers = open_readers(args, data)
-    encoder, readers = open_encoder(args, data, readers, stand_ins(calls), Accelerator(), ["a prompt"])
+    encoder, readers = open_encoder(args, data, readers, stand_ins(calls), Accelerator(), ["a prompt"], FRESH)
     return encoder, open_batches(args, data, Accelerator(), readers, None), calls
 
 

@@ -105,7 +105,7 @@ def generate(args, vae, unet, scheduler, text, negative, steps: int, guidance_sc
     return VaeImageProcessor().postprocess(x.float(), output_type="pil")
 
 
-def export(args, folder: Path, unet, scheduler) -> tuple[list[str], str]:
+def export(args, folder: Path, unet, scheduler, dtype) -> tuple[list[str], str]:
     student_scheduler(args, scheduler).save_pretrained(folder / "scheduler")
     unet.save_pretrained(folder)
     usage = (

@@ -166,7 +166,7 @@ def generate_by_teacher(args, method, transformer, vae, scheduler, cond, negativ
     return x
 
 
-def export(args, method, folder: Path, transformer) -> tuple[list[str], str]:
+def export(args, method, folder: Path, transformer, dtype) -> tuple[list[str], str]:
     scheduler = stock_scheduler(method.steps) or FlowMatchLCMScheduler(shift=1.0)
     scheduler.save_pretrained(folder / "scheduler")
     load, given, files = "", "", ["scheduler", "pytorch_lora_weights.safetensors"]

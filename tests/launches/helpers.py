@@ -3,15 +3,19 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import train_lcm_distill_sd as script
 from common import checkpoint
+from tests.helpers import ROOT
 
 STEPS = 12
 
@@ -77,3 +81,48 @@ def assert_same_bits(a: Path, b: Path, step: int = STEPS):
     first, second = weights(a, step), weights(b, step)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The lines of code that a run prints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def asking(usage: str, prompt: str) -> str:
+    """The lines with a prompt and the seed of a run's own pictures."""
+    assert '"your prompt", ' in usage
+    return usage.replace('"your prompt",', f"{prompt!r}, generator=torch.Generator().manual_seed(0),")
+
+
+def execute(lines: list[str], place: Path) -> list[Path]:
+    """Executes pieces of code one after another in a fresh process; returns the files of their `image`s."""
+    files = [place / f"shown-{i}.png" for i in range(len(lines))]
+    pieces = [f"{code}\nimage.save({str(file)!r})\n" for code, file in zip(lines, files, strict=True)]
+    code = f"for piece in {pieces!r}:\n    exec(piece, {{}})\n"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=place, env=environment, timeout=300, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return files
+
+
+def assert_shows(sheet: Path, shown: Path):
+    """The picture is in the sheet, which enlarges small ones."""
+    picture, sheet = np.asarray(Image.open(shown)), np.asarray(Image.open(sheet))
+    scale = max(1, 128 // picture.shape[0])
+    enlarged = picture.repeat(scale, 0).repeat(scale, 1)
+    assert enlarged.std() > 5  # there is something to recognise
+    # one level of rounding, for the run generated all prompts as one batch
+    assert np.abs(find(enlarged, sheet).astype(int) - enlarged).max() <= 2
+
+
+def find(picture: np.ndarray, sheet: np.ndarray) -> np.ndarray:
+    """The part of the sheet that is most like the picture."""
+    height, width = picture.shape[0], picture.shape[1]
+    rows, columns = sheet.shape[0] - height + 1, sheet.shape[1] - width + 1
+    error = np.zeros((rows, columns))
+    for y, x in np.random.default_rng(0).integers(0, min(height, width), (40, 2)):
+        error += np.abs(sheet[y : y + rows, x : x + columns].astype(float) - picture[y, x]).sum(-1)
+    y, x = np.unravel_index(error.argmin(), error.shape)
+    return sheet[y : y + height, x : x + width]

@@ -1,0 +1,93 @@
+"""The lines that a run prints at its end generate, in a fresh process, what the run has shown."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import train_dmd_distill_wan as wan_script
+import train_lcm_distill_sd as script
+import train_lcm_distill_sdxl as sdxl_script
+from tests.helpers import short_wan_run, toy_shards
+from tests.launches.helpers import asking, assert_shows, execute
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "a small red circle at the top on a blue background"
+DTYPES = ("float16", "bfloat16", None)  # of a text encoder, by its config: from_pretrained takes it from there
+
+STUDENTS = ["--model_type full", "--lora_rank 4 --lora_alpha 8 --ema_decay 0.5", "--use_dora", "--export_pipeline"]
+STUDENTS += ["--lora_rank 4 --validation_guidance 1.5 --validation_negative_prompt blue"]
+WAN_STUDENTS = ["--lora_rank 4", "--model_type full --use_ema", "--model_type full --export_pipeline"]
+WAN_STUDENTS += ["--lora_rank 4 --num_frame_per_block 1", "--model_type full --num_frame_per_block 1"]
+
+# The same random numbers as the run's: those of the stock pipeline and its scheduler, and those of a causal student
+NOISE = """
+import functools, numpy, PIL.Image, torch
+from common.draws import Draws
+from common.pictures import frame_strip
+noise_of = functools.cache(lambda: Draws.of([torch.Generator().manual_seed(0)], torch.device("cpu")))
+calls = iter(range(9))
+def keyed(shape, **_):
+    return keyed_normal(tuple(shape)[1:])(next(calls))
+keyed_normal = functools.cache(lambda shape: noise_of().keyed_normal(*shape))
+from diffusers.pipelines.wan import pipeline_wan
+from diffusers.schedulers import scheduling_flow_match_lcm
+pipeline_wan.randn_tensor = scheduling_flow_match_lcm.randn_tensor = lambda shape, **_: keyed(shape)
+"""
+
+
+def teachers(teacher: Path, folder: Path) -> list[Path]:
+    """Copies of a teacher whose text encoders' configs say each of the precisions, or none."""
+    copies = []
+    for dtype in DTYPES:
+        copies.append(folder / f"teacher-{dtype}")
+        shutil.copytree(teacher, copies[-1])
+        for path in copies[-1].glob("text_encoder*/config.json"):
+            config = {name: value for name, value in json.loads(path.read_text()).items() if "dtype" not in name}
+            path.write_text(json.dumps(config | ({"dtype": dtype} if dtype else {})))
+    return copies
+
+
+def printed(capsys, folder: Path) -> str:
+    """The last lines of a run, which its model card has, too."""
+    usage = capsys.readouterr().out.partition(f"The model is in {folder}:\n\n")[2].rstrip("\n") + "\n"
+    assert f"```python\n{usage}```" in (folder / "README.md").read_text()
+    return usage
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_the_printed_lines_generate_the_picture_that_was_shown(family, request, tmp_path, capsys, one_process):
+    shards, main = toy_shards(tmp_path / "shards"), {"sd": script, "sdxl": sdxl_script}[family]
+    folders, lines = [], []
+    for teacher in teachers(request.getfixturevalue(f"{family}_teacher"), tmp_path):
+        for i, student in enumerate(STUDENTS):
+            folders.append(tmp_path / f"{teacher.name}-{i}")
+            flags = f"--pretrained_teacher_model {teacher} --train_shards_path_or_url {shards} --resolution 32 "
+            flags += f"--output_dir {folders[-1]} --train_batch_size 4 --max_train_steps 2 --report_to none --w_min 1 "
+            flags += (
+                f"--w_max 3 --report_steps= --disable_benchmark --learning_rate 1e-3 --bucket_alignment 8 {student}"
+            )
+            main.main(*main.parse_args([*flags.split(), "--validation_prompt", PROMPT]))
+            lines.append(asking(printed(capsys, folders[-1]), PROMPT))
+            one_process()
+    for folder, shown in zip(folders, execute(lines, tmp_path), strict=True):
+        assert_shows(folder / "samples.png", shown)
+
+
+def test_the_printed_lines_generate_the_clip_that_was_shown(wan_teacher, tmp_path, capsys, one_process):
+    folders, lines = [], []
+    for teacher in teachers(wan_teacher, tmp_path):
+        for i, student in enumerate(WAN_STUDENTS):
+            name = f"{teacher.name}-{i}"
+            flags = short_wan_run(teacher, tmp_path, name) + student.split()
+            wan_script.main(*wan_script.parse_args([*flags, "--max_train_steps", "2", "--validation_prompt", PROMPT]))
+            folders.append(tmp_path / name)
+            usage = printed(capsys, folders[-1]).replace("your prompt", PROMPT)
+            usage = usage.replace("torch.randn(shape, device=text.device)", "keyed_normal(shape[1:])(k)")
+            lines.append(f"{NOISE}{usage}\nimage = frame_strip(numpy.asarray(video))\n")
+            one_process()
+    for folder, shown in zip(folders, execute(lines, tmp_path), strict=True):
+        assert_shows(folder / "samples.png", shown)
+    assert (tmp_path / "clip.mp4").stat().st_size > 500
