@@ -215,8 +215,8 @@ def parse_args(argv=None):
     add_model_flags(parser)
     hide_flags(parser, *NO_JOB, "validation_num_inference_steps")
 
-    args = parse_with_config(parser, argv, family=FAMILY, method="dmd", recipe=toy_recipe)
-    notes = check_shared_flags(parser, args)
+    args, notes = parse_with_config(parser, argv, family=FAMILY, method="dmd", recipe=toy_recipe)
+    notes += check_shared_flags(parser, args)
     args, dmd_notes = check_dmd_flags(parser, args)
     args, frame_notes = fit_training_frames(args)
     check_model_flags(parser, args)

@@ -128,8 +128,8 @@ def parse_args(argv=None):
     add_shared_flags(parser)
     add_model_flags(parser)
 
-    args = parse_with_config(parser, argv, family=FAMILY, method="lcm", recipe=toy_recipe)
-    notes = check_shared_flags(parser, args)
+    args, notes = parse_with_config(parser, argv, family=FAMILY, method="lcm", recipe=toy_recipe)
+    notes += check_shared_flags(parser, args)
     args, lcm_notes = check_lcm_flags(parser, args)
     rules, size_notes = check_model_flags(parser, args)
     data, data_notes = open_data(parser, args, rules)
@@ -660,7 +660,7 @@ def main(args, data, notes):
         args, data, open_readers(args, data), encoders(args, device, weight_dtype), accelerator, prompts, state
     )
     uncond = encode_empty_prompt(args, encoder)
-    held_out, readers = hold_out(args, data, readers)
+    held_out, readers = hold_out(args, data, readers, encoder)
     batches = open_batches(args, data, accelerator, readers, state["stream"])
     saver = Saver(args, accelerator, saved, optimizers, lr_schedule, encoder, batches, state["skipped"])
 

@@ -19,34 +19,24 @@ from common.data.buckets import (
     target_size,
     with_settings,
 )
+from common.keys import (
+    FAMILY_OF_NAME,
+    FLAG_OF_KEY,
+    FLAVOURS,
+    NEUTRAL,
+    NOT_HERE,
+    WITHOUT_EFFECT,
+    settings_here,
+)
 from common.networks import ATTENTION, PRECISIONS, check_precision, dynamo_backend
 from common.optim import DECAYS, optimizer_defaults
 from common.schema import Key, check_value, read_json, unknown_key
 from common.tracking import check_trackers, check_webhook
 
-# Config keys whose flag has another name.
-FLAG_OF_KEY = {
-    "pretrained_model_name_or_path": "pretrained_teacher_model",
-    "caption_dropout_probability": "proportion_empty_prompts",
-    "vae_batch_size": "vae_encode_batch_size",
-    "use_gradient_checkpointing": "gradient_checkpointing",
-    "validation_step_interval": "validation_steps",
-    "checkpoint_step_interval": "checkpointing_steps",
-}
-
 # Flags of several numbers with commas between: a config may also have one number or a list.
 LISTS = ("validation_num_inference_steps", "validation_resolution", "report_steps", "dmd_denoising_steps")
 
 MOMENTS = ("adam_beta1", "adam_beta2", "adam_weight_decay")
-
-# Teachers that a config's model_flavour names, by family of models.
-FLAVOURS = {
-    "sdxl": {"base-1.0": "stabilityai/stable-diffusion-xl-base-1.0"},
-    "wan": {
-        "t2v-480p-1.3b-2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        "t2v-480p-14b-2.1": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-    },
-}
 
 
 class Flags(argparse.Namespace):
@@ -379,57 +369,106 @@ def bucket_rules(parser: argparse.ArgumentParser, args: argparse.Namespace) -> t
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def parse_with_config(parser: argparse.ArgumentParser, argv, *, family: str, method: str, recipe=None) -> Flags:
+def parse_with_config(
+    parser: argparse.ArgumentParser, argv, *, family: str, method: str, recipe=None
+) -> tuple[Flags, list[str]]:
     """Parses the command line over the settings of --config and, where no teacher is named, over the toy's recipe.
 
-    `recipe(args)` returns the toy's own settings by flag name.
+    `recipe(args)` returns the toy's own settings by flag name. Also returns notes on what the config says.
     """
     parser.add_argument("--config", type=str, help="JSON file with settings by key; flags win over it")
     show_defaults(parser)
-    args, settings = parser.parse_args(argv), {}
+    args, settings, notes = parser.parse_args(argv), {}, []
     if args.config:
         try:
-            settings = read_config(parser, Path(args.config), family, method)
+            settings = read_config(parser, Path(args.config), family, method, notes)
         except ValueError as error:
             parser.error(f"--config {error}")
         parser.set_defaults(**settings)
         args = parser.parse_args(argv)
+        given = {name: value for name, value in settings.items() if getattr(args, name) == value}
+        notes += other_meanings(given, args.config, method)
     if args.pretrained_teacher_model is None and recipe:
         parser.set_defaults(**recipe(frozen(args)) | settings)
         args = parser.parse_args(argv)
-    return frozen(args)
+    return frozen(args), notes
 
 
-def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method: str) -> dict:
+def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method: str, notes: list[str]) -> dict:
     """Settings of a config file, by flag name."""
-    config = read_json(path)
-    nested = config.pop("distillation_config", {})
+    config = without_dashes(read_json(path), path)
+    nested = config.pop("distillation_config", None)
+    if "model_family" in config and nested is None and config.get("distillation_method") is None:
+        notes.append(f"{path}: names no distillation_method; this script distils with {method}, and does nothing else")
+    nested = {} if nested is None else nested
     nested = nested.get(method, nested) if isinstance(nested, dict) else nested  # under the method's name, or flat
     if not isinstance(nested, dict):
         raise ValueError(f"{path}: distillation_config is {nested!r}, and must be an object of settings")
     config |= nested
     for key, ours in (("model_family", family), ("distillation_method", method)):
-        if (value := config.pop(key, ours)) != ours:
+        value = config.pop(key, None)
+        if FAMILY_OF_NAME.get(str(value), value) not in (None, ours):
             raise ValueError(f"{path}: {key} is {value!r}, and this script is for {ours!r}")
     if (flavour := config.pop("model_flavour", None)) is not None:
         known = FLAVOURS.get(family, {})
         if flavour not in known:
             names = ", ".join(known) or "none"
             raise ValueError(f"{path}: model_flavour is {flavour!r}, known for {family}: {names}")
-        if "pretrained_model_name_or_path" not in config:
+        if config.get("pretrained_model_name_or_path") is None:
             config.setdefault("pretrained_teacher_model", known[flavour])
     if config.pop("delete_problematic_images", False) is not False:
         raise ValueError(f"{path}: delete_problematic_images: this program never deletes your files")
+    check_diff2flow(config, str(path), notes)
 
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    known = [*actions, *(key for key, name in FLAG_OF_KEY.items() if name in actions)]
+    config = settings_here(
+        config, str(path), notes, known=known, not_here=NOT_HERE, neutral=NEUTRAL, without_effect=WITHOUT_EFFECT
+    )
     settings = {}
     for key, value in config.items():
+        if key not in known:
+            raise unknown_key(key, known, str(path))
         name = FLAG_OF_KEY.get(key, key)
-        if name not in actions:
-            raise unknown_key(key, [*actions, *FLAG_OF_KEY], str(path))
-        if value is not None:  # null: the flag's default
-            settings[name] = read_setting(actions[name], key, value, str(path))
+        action = actions[name]
+        if value is None or value is False and (action.type, action.default) == (str, None):  # the flag's default
+            continue
+        settings[name] = read_setting(action, key, value, str(path))
     return settings
+
+
+def without_dashes(config: dict, path: Path) -> dict:
+    """Settings whose keys were as on the command line, `--learning_rate`, or without the dashes."""
+    keys = [key.removeprefix("--") for key in config]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"{path}: {twice[0]} is there twice, with and without --")
+    return dict(zip(keys, config.values(), strict=True))
+
+
+def check_diff2flow(config: dict, where: str, notes: list[str]):
+    """Takes diff2flow_enabled out of a config: here diff2flow_loss alone decides."""
+    enabled, loss = config.pop("diff2flow_enabled", None), config.get("diff2flow_loss")
+    if enabled and not loss:
+        notes.append(f"{where}: diff2flow_enabled changes nothing without diff2flow_loss")
+    if enabled is False and loss:
+        raise ValueError(f"{where}: diff2flow_loss is on and diff2flow_enabled is off: one or the other")
+
+
+def other_meanings(settings: dict, path: str, method: str) -> list[str]:
+    """Notes on settings of a config that mean something else in SimpleTuner, by flag name."""
+    notes = []
+    if bounds := {name: settings[name] for name in ("w_min", "w_max") if name in settings and method == "lcm"}:
+        ours = ", ".join(f"{name} {value:g}" for name, value in bounds.items())
+        theirs = ", ".join(f"{name} {value - 1:g}" for name, value in bounds.items())
+        notes.append(
+            f"{path}: {ours}: the w of the papers, guidance_scale = 1 + w; SimpleTuner takes them for the guidance_scale"
+            f" itself, which would be {theirs} here"
+        )
+    if method == "lcm" and settings.get("ema_decay"):
+        notes.append(f"{path}: ema_decay {settings['ema_decay']:g}: of the consistency target, which is also exported")
+    if "revision" in settings:
+        notes.append(f"{path}: revision {settings['revision']}: the VAE's; the teacher's is teacher_revision")
+    return notes
 
 
 def read_setting(action: argparse.Action, key: str, value, where: str):
@@ -446,6 +485,8 @@ def read_setting(action: argparse.Action, key: str, value, where: str):
         values = value if isinstance(value, list) else [value]
         if all(isinstance(each, int | float) and not isinstance(each, bool) for each in values):
             value = ",".join(map(str, values))
+    if key.endswith("lora_target_modules") and isinstance(value, list):
+        value = ",".join(map(str, value))
     # A flag of another type parses text
     kind = action.type if action.type in (int, float) else str
     check_value(key, value, Key(tuple(action.choices) if action.choices else kind), where)

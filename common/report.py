@@ -7,13 +7,13 @@ A sampler is teacher or student with a number of steps. `pictures(which, prompts
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common.data.samples import BadSample, Sample
+from common.data.samples import BadSample, Sample, open_readers
 from common.data.stream import ShardPass
 from common.pictures import pixels_of, validation_prompts
 
@@ -138,17 +138,30 @@ def plot(rows: list[dict], width: int = 560, height: int = 360) -> Image.Image:
     return sheet
 
 
-def hold_out(args, data, readers: list) -> tuple[list[Sample], list]:
-    """Samples of the first --eval_samples different pictures of the data, and readers that skip these pictures."""
+def hold_out(args, data, readers: list, encoder) -> tuple[list[Sample], list]:
+    """Samples of the first --eval_samples different pictures of the data, and readers that skip these pictures.
+
+    Where the data have pictures to be held out, these are taken instead, and the readers skip nothing.
+    """
     if not args.eval_steps:
         return [], readers
-    held_out, parts = {}, [(i, part) for i, dataset in enumerate(data.datasets) for part in dataset.parts]
+    if data.held_out:
+        own = open_readers(args, replace(data, datasets=data.held_out))
+        samples = first_pictures(data.held_out, own, args.eval_samples)
+        return encoder.encoded(list(samples.values())), readers
+    held_out = first_pictures(data.datasets, readers, args.eval_samples)
+    return list(held_out.values()), [WithoutHeldOut(reader, set(held_out)) for reader in readers]
+
+
+def first_pictures(datasets, readers: list, count: int) -> dict[str, Sample]:
+    """The first samples of different pictures, by the picture's hash."""
+    found, parts = {}, [(i, part) for i, dataset in enumerate(datasets) for part in dataset.parts]
     for sample in ShardPass(parts, readers, process=0, processes=1):
         if isinstance(sample, Sample):
-            held_out.setdefault(image_of(sample), sample)
-        if len(held_out) == args.eval_samples:
+            found.setdefault(image_of(sample), sample)
+        if len(found) == count:
             break
-    return list(held_out.values()), [WithoutHeldOut(reader, set(held_out)) for reader in readers]
+    return found
 
 
 def image_of(sample: Sample) -> str:

@@ -58,5 +58,24 @@ def has_type(value, kind: type) -> bool:
 
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> ValueError:
-    near = difflib.get_close_matches(key, known, n=1)
-    return ValueError(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+    near = nearest(key, known)
+    return ValueError(f"{where}: unknown key {key!r}" + (f", did you mean {near!r}?" if near else ""))
+
+
+def nearest(key: str, known: Iterable[str]) -> str | None:
+    """The known key of which this one must be a slip of the pen: by two letters, or by one where it is short."""
+    near = [name for name in difflib.get_close_matches(key, known) if edits(key, name) <= (1 if len(key) < 8 else 2)]
+    return near[0] if near else None
+
+
+def edits(one: str, other: str) -> int:
+    """Letters to insert, delete, replace or exchange with their neighbour, to make one word of the other."""
+    before, last = [], list(range(len(other) + 1))
+    for i, a in enumerate(one):
+        row = [i + 1]
+        for j, b in enumerate(other):
+            row.append(min(last[j + 1] + 1, row[j] + 1, last[j] + (a != b)))
+            if i and j and (a, one[i - 1]) == (other[j - 1], b):
+                row[-1] = min(row[-1], before[j - 1] + 1)
+        before, last = last, row
+    return last[-1]

@@ -8,9 +8,13 @@ import io
 import json
 import os
 import queue
+import ssl
 import threading
 import time
+import urllib.error
 import urllib.request
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -176,20 +180,64 @@ def gif_summary(frames: np.ndarray, name: str):
 # ---------------------------------------------------------------------------------------------------------------------
 
 LEVELS = ("debug", "info", "error")  # debug: previews of half-done samples, too; error: errors alone
+LEVEL_OF_NAME = {"warning": "error", "critical": "error"}  # SimpleTuner's levels that are none of ours
 DEFAULT = "debug"  # a user who asks for previews gets them
-WEBHOOK_KEYS = {"webhook_url": Key(str), "level": Key(LEVELS)}
+WEBHOOK_KEYS = {
+    "webhook_url": Key(str), "callback_url": Key(str), "webhook_type": Key(("discord", "raw")), "level": Key(LEVELS),
+    "log_level": Key((*LEVELS, *LEVEL_OF_NAME)), "message_prefix": Key(str), "auth_token": Key(str),
+    "ssl_no_verify": Key(bool),
+}  # fmt: skip
+DISCORD = ("https://discord.com/api/webhooks/", "https://discordapp.com/api/webhooks/")
+MOST_TEXT, MOST_PICTURE = 2000, 8 << 20  # letters and bytes that Discord takes
 MOST_WAITING = 32  # messages; a message that comes while so many wait is dropped
 TIMEOUT = 5.0  # seconds for one message, and for all that still wait at the end
 
 
-def read_webhook(path: str) -> dict:
-    settings = read_json(Path(path))
+@dataclass(frozen=True)
+class Address:
+    """Where messages go, and how: as our own JSON, or as Discord has them."""
+
+    url: str
+    discord: bool
+    level: str
+    prefix: str
+    headers: dict[str, str]
+    ssl: ssl.SSLContext | None
+
+    def wants(self, message: dict) -> bool:
+        """Whether a message goes there. Progress does not go to Discord, which takes few messages a minute."""
+        loud = LEVELS.index(message["level"]) >= LEVELS.index(self.level)
+        return loud and not (self.discord and message["type"] == "progress")
+
+
+def read_webhook(path: str) -> list[Address]:
+    settings = read_json(Path(path), (dict, list))
+    return [read_address(each, path) for each in (settings if isinstance(settings, list) else [settings])]
+
+
+def read_address(settings: dict, path: str) -> Address:
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: {settings!r}: must be an object with webhook_url")
+    settings = {key: value for key, value in settings.items() if value is not None}
     check_settings(settings, WEBHOOK_KEYS, path)
-    if "webhook_url" not in settings:
+    for one, other in (("webhook_url", "callback_url"), ("level", "log_level")):
+        if one in settings and other in settings:
+            raise ValueError(f"{path}: {one} and {other}: one or the other")
+    key = "callback_url" if "callback_url" in settings else "webhook_url"
+    if key not in settings:
         raise ValueError(f"{path}: has no webhook_url")
-    if not settings["webhook_url"].startswith(("http://", "https://")):
-        raise ValueError(f"{path}: webhook_url is {settings['webhook_url']!r}, and must be http:// or https://")
-    return settings
+    url, level = settings[key], settings.get("log_level", settings.get("level", DEFAULT))
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{path}: {key} is {url!r}, and must be http:// or https://")
+    discord = settings.get("webhook_type", "discord" if url.startswith(DISCORD) else "raw") == "discord"
+    prefix = f"`({settings['message_prefix']})` " if "message_prefix" in settings else ""
+    headers = {"User-Agent": "distillation"}  # Discord turns Python's own away
+    headers |= {"X-API-Key": settings["auth_token"]} if "auth_token" in settings else {}
+    unchecked = None
+    if settings.get("ssl_no_verify"):
+        unchecked = ssl.create_default_context()
+        unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE
+    return Address(url, discord, LEVEL_OF_NAME.get(level, level), prefix, headers, unchecked)
 
 
 def check_webhook(parser, path: str | None):
@@ -199,20 +247,52 @@ def check_webhook(parser, path: str | None):
         parser.error(f"--webhook_config {error}")
 
 
-class Webhook:
-    """Posts messages to the URL of a settings file by a thread of its own. Without a file nothing is sent."""
+def json_request(message: dict) -> tuple[bytes, str]:
+    """Body and type of a message in our own layout."""
+    picture = message["picture"]
+    encoded = {} if picture is None else {"picture": base64.b64encode(png(picture)).decode()}
+    rest = {key: value for key, value in message.items() if key != "picture"}
+    return json.dumps(rest | encoded, default=str).encode(), "application/json"
 
-    def __init__(self, path: str | None):
-        self.settings, self.lost = read_webhook(path) if path else {}, 0
+
+def discord_request(message: dict, prefix: str) -> tuple[bytes, str]:
+    """Body and type of a message to Discord: text, and a picture as a file of a form."""
+    told = {
+        "picture": "{name}, step {step}", "error": "process {process}: {message}",
+        "end": "stopped at step {step} of {of}" if message.get("stopped") else "finished {step} steps of {of}",
+    }  # fmt: skip
+    text = (prefix + told[message["type"]].format(**message))[:MOST_TEXT]
+    content = json.dumps({"content": text, "allowed_mentions": {"parse": []}}).encode()
+    if message["picture"] is None:
+        return content, "application/json"
+    picture, boundary = message["picture"], uuid.uuid4().hex
+    while len(file := png(picture)) > MOST_PICTURE:
+        picture = picture.reduce(2)
+    head = f"--{boundary}\r\nContent-Disposition: form-data; name=".encode()
+    return b"".join([
+        head, b'"payload_json"\r\nContent-Type: application/json\r\n\r\n', content, b"\r\n",
+        head, b'"files[0]"; filename="picture.png"\r\nContent-Type: image/png\r\n\r\n', file, b"\r\n",
+        f"--{boundary}--\r\n".encode(),
+    ]), f"multipart/form-data; boundary={boundary}"  # fmt: skip
+
+
+def png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return file.getvalue()
+
+
+class Hook:
+    """Posts messages to one address by a thread of its own."""
+
+    def __init__(self, address: Address):
+        self.address, self.lost = address, 0
         self.waiting = queue.Queue(MOST_WAITING)
-        if path:
-            threading.Thread(target=self.post_all, daemon=True).start()
+        threading.Thread(target=self.post_all, daemon=True).start()
 
-    def send(self, kind: str, level: str = "info", picture: Image.Image | None = None, **values):
-        if not self.settings or LEVELS.index(level) < LEVELS.index(self.settings.get("level", DEFAULT)):
-            return
+    def put(self, message: dict):
         try:
-            self.waiting.put_nowait({"type": kind, "level": level, "time": time.time(), "picture": picture} | values)
+            self.waiting.put_nowait(message)
         except queue.Full:
             self.lost += 1
 
@@ -220,28 +300,44 @@ class Webhook:
         while True:
             message = self.waiting.get()
             try:
-                if message["picture"] is None:
-                    del message["picture"]
-                else:
-                    file = io.BytesIO()
-                    message["picture"].save(file, "png")
-                    message["picture"] = base64.b64encode(file.getvalue()).decode()
-                request = urllib.request.Request(
-                    self.settings["webhook_url"], json.dumps(message, default=str).encode(),
-                    {"Content-Type": "application/json"},
-                )  # fmt: skip
-                urllib.request.urlopen(request, timeout=TIMEOUT).close()
+                self.post(message)
             except Exception:  # no fault of the other side is a reason to stop training
                 self.lost += 1
             finally:
                 self.waiting.task_done()
 
+    def post(self, message: dict):
+        address = self.address
+        body, kind = discord_request(message, address.prefix) if address.discord else json_request(message)
+        request = urllib.request.Request(address.url, body, address.headers | {"Content-Type": kind})
+        try:
+            urllib.request.urlopen(request, timeout=TIMEOUT, context=address.ssl).close()
+        except urllib.error.HTTPError as error:
+            pause = float(error.headers.get("Retry-After", "inf"))
+            if error.code != 429 or pause > TIMEOUT:
+                raise
+            time.sleep(pause)  # too many messages: once more
+            urllib.request.urlopen(request, timeout=TIMEOUT, context=address.ssl).close()
+
+
+class Webhook:
+    """Posts messages to the addresses of a settings file. Without a file nothing is sent."""
+
+    def __init__(self, path: str | None):
+        self.hooks = [Hook(address) for address in (read_webhook(path) if path else [])]
+
+    def send(self, kind: str, level: str = "info", picture: Image.Image | None = None, **values):
+        message = {"type": kind, "level": level, "time": time.time(), "picture": picture} | values
+        for hook in self.hooks:
+            if hook.address.wants(message):
+                hook.put(message)
+
     def close(self) -> int:
         """Waits a little for messages that are still to be sent. Returns the number of messages that were lost."""
         end = time.time() + TIMEOUT
-        while self.waiting.unfinished_tasks and time.time() < end:
+        while any(hook.waiting.unfinished_tasks for hook in self.hooks) and time.time() < end:
             time.sleep(0.01)
-        return self.lost + self.waiting.unfinished_tasks
+        return sum(hook.lost + hook.waiting.unfinished_tasks for hook in self.hooks)
 
 
 def webhook_errors(main):

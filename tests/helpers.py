@@ -332,8 +332,12 @@ class Hook(http.server.BaseHTTPRequestHandler):
     def do_POST(self):  # noqa: N802
         body = self.rfile.read(int(self.headers["Content-Length"]))
         time.sleep(self.server.delay)
-        self.server.received.append(json.loads(body))
-        self.send_response(self.server.status)
+        self.server.posted.append((self.headers, body))
+        if self.headers["Content-Type"] == "application/json":
+            self.server.received.append(json.loads(body))
+        busy, self.server.busy = self.server.busy, 0
+        self.send_response(429 if busy else self.server.status)
+        self.send_header("Retry-After", busy)
         self.end_headers()
 
     def log_message(self, *_):
@@ -341,11 +345,14 @@ class Hook(http.server.BaseHTTPRequestHandler):
 
 
 class HookServer(http.server.ThreadingHTTPServer):
-    """Keeps what is posted to it; `delay` is that of its answers, `status` their code."""
+    """Keeps what is posted to it; `delay` is that of its answers, `status` their code.
+
+    Where `busy` is set, the next answer is that so many seconds should pass.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Hook)
-        self.received, self.delay, self.status = [], 0.0, 200
+        self.received, self.posted, self.delay, self.status, self.busy = [], [], 0.0, 200, 0
         self.url = f"http://127.0.0.1:{self.server_address[1]}/hook"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 

@@ -9,7 +9,7 @@ import pytest
 import train_dmd_distill_wan as wan_script
 import train_lcm_distill_sd as script
 import train_lcm_distill_sdxl as sdxl_script
-from common.flags import FLAG_OF_KEY
+from common.keys import FLAG_OF_KEY
 from common.networks import precision_name
 from common.optim import optimizer_name
 from tests.data.helpers import table_module

@@ -107,15 +107,16 @@ def test_different_pictures_are_held_out_of_all_readers(monkeypatch):
         yield from (reader({"key": key}, "") for key in ("c", "d"))
 
     monkeypatch.setattr(report, "ShardPass", samples)
-    data = SimpleNamespace(datasets=[SimpleNamespace(parts=["part"]), SimpleNamespace(parts=["other part"])])
-    held_out, readers = hold_out(SimpleNamespace(eval_steps=1, eval_samples=3), data, [reader, reader])
+    datasets = [SimpleNamespace(parts=["part"]), SimpleNamespace(parts=["other part"])]
+    args, data = SimpleNamespace(eval_steps=1, eval_samples=3), SimpleNamespace(datasets=datasets, held_out=())
+    held_out, readers = hold_out(args, data, [reader, reader], None)
     assert [sample.key for sample in held_out] == ["a", "b", "c"]
     for each in readers:
         for key in ("a", "a-2", "b", "c-1"):
             with pytest.raises(BadSample, match="held out for --eval_steps"):
                 each({"key": key}, "visit")
         assert each({"key": "d"}, "visit").key == "d"
-    assert hold_out(SimpleNamespace(eval_steps=0), data, [reader]) == ([], [reader])
+    assert hold_out(SimpleNamespace(eval_steps=0), data, [reader], None) == ([], [reader])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,10 +5,12 @@ Whatever answers at that URL neither stops nor slows a run.
 
 import argparse
 import base64
+import email
 import io
 import json
 import os
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -227,10 +229,10 @@ def test_what_is_advised_is_what_is_pinned():
 
 @pytest.fixture
 def file(tmp_path):
-    """file(webhook_url=..., level=...): the path of a settings file."""
+    """file(webhook_url=..., level=...): the path of a settings file, of one address or of a list of them."""
 
-    def write(**settings) -> str:
-        (tmp_path / "hook.json").write_text(json.dumps(settings))
+    def write(*several, **settings) -> str:
+        (tmp_path / "hook.json").write_text(json.dumps(list(several) or settings))
         return str(tmp_path / "hook.json")
 
     return write
@@ -256,6 +258,89 @@ def test_levels(level, kinds, server, file):
     for kind in ("debug", "info", "error"):
         hook.send("x", kind)
     assert hook.close() == 0 and len(server.received) == kinds
+
+
+def parts_of(headers, body: bytes) -> dict:
+    """The parts of a form by name: content type, file name, content."""
+    form = email.message_from_bytes(b"Content-Type: " + headers["Content-Type"].encode() + b"\r\n\r\n" + body)
+    parts = {part.get_param("name", header="Content-Disposition"): part for part in form.get_payload()}
+    return {
+        name: (part.get_content_type(), part.get_filename(), part.get_payload(decode=True))
+        for name, part in parts.items()
+    }
+
+
+def test_discord_gets_text_and_files(server, file):
+    """As webhook.json of SimpleTuner has it."""
+    settings = {"webhook_type": "discord", "webhook_url": server.url, "message_prefix": "my run", "log_level": "info"}
+    hook = Webhook(file(**settings))
+    hook.send("progress", step=1, of=9, loss=0.5)  # too many for a channel
+    hook.send("picture", picture=PICTURE, name="grid", step=1)
+    hook.send("picture", "debug", picture=PICTURE, name="preview", step=1)  # below the level
+    hook.send("error", "error", message="x" * 3000, process=0)
+    hook.send("end", step=5, of=9, stopped=True)
+    assert hook.close() == 0
+    (headers, form), *_ = server.posted
+    assert "Python" not in headers["User-Agent"]  # which Discord turns away
+    parts = parts_of(headers, form)
+    kind, _, content = parts.pop("payload_json")
+    assert kind == "application/json"
+    assert json.loads(content) == {"content": "`(my run)` grid, step 1", "allowed_mentions": {"parse": []}}
+    ((name, (kind, filename, data)),) = parts.items()
+    assert (name, kind, filename) == ("files[0]", "image/png", "picture.png")
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(PICTURE))
+    error, end = (message["content"] for message in server.received)
+    assert error.startswith("`(my run)` process 0: xxx") and len(error) == 2000
+    assert end == "`(my run)` stopped at step 5 of 9"
+
+
+def test_pictures_that_discord_would_refuse_are_shrunk(server, file, monkeypatch):
+    monkeypatch.setattr(tracking, "MOST_PICTURE", 5000)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 128, 3), np.uint8))
+    hook = Webhook(file(webhook_type="discord", webhook_url=server.url))
+    hook.send("picture", picture=noise, name="grid", step=1)
+    assert hook.close() == 0
+    data = parts_of(*server.posted[0])["files[0]"][2]
+    assert len(data) <= 5000 and Image.open(io.BytesIO(data)).size == (32, 16)
+
+
+def test_a_raw_hook_of_simpletuner_gets_our_json(server, file):
+    hook = Webhook(file(webhook_type="raw", callback_url=server.url, auth_token="secret", log_level="info"))
+    hook.send("progress", step=1, of=9, loss=0.5)
+    hook.send("picture", picture=PICTURE, name="grid", step=1)
+    assert hook.close() == 0
+    assert (server.received[0]["loss"], server.received[1]["name"]) == (0.5, "grid")
+    assert {headers["X-API-Key"] for headers, _ in server.posted} == {"secret"}
+
+
+def test_several_hooks_have_levels_of_their_own(server, file):
+    raw = {"webhook_type": "raw", "callback_url": server.url + "/raw", "log_level": "critical"}
+    hook = Webhook(file({"webhook_url": closed_port()}, {"webhook_url": server.url, "message_prefix": None}, raw))
+    hook.send("progress", step=1)
+    hook.send("error", "error", message="x", process=0)
+    assert hook.close() == 2  # of the first
+    assert sorted(message["type"] for message in server.received) == ["error", "error", "progress"]
+
+
+@pytest.mark.parametrize("seconds, lost", [(0.1, 0), (60, 1)])
+def test_a_hook_that_is_busy_is_asked_once_more(seconds, lost, server, file):
+    server.busy = seconds
+    hook = Webhook(file(webhook_url=server.url, webhook_type="discord"))
+    hook.send("end", step=1, of=1, stopped=False)
+    assert hook.close() == lost and len(server.received) == 2 - lost
+
+
+def test_the_address_tells_discord_from_others(file):
+    for url, discord in (
+        ("https://discord.com/api/webhooks/1/a", True),
+        ("https://discordapp.com/api/webhooks/1/a", True),
+        ("https://discord.com.example.org/api/webhooks/1/a", False),
+        ("http://example.org/hook", False),
+    ):
+        (address,) = tracking.read_webhook(file(webhook_url=url))
+        assert address.discord == discord and address.ssl is None
+    (address,) = tracking.read_webhook(file(webhook_url="https://x/", ssl_no_verify=True))
+    assert address.ssl.verify_mode == ssl.CERT_NONE
 
 
 def closed_port() -> str:
@@ -285,7 +370,7 @@ def test_a_bad_hook_costs_nothing_but_its_messages(fault, server, file, monkeypa
     start = time.perf_counter()
     lost = hook.close()
     assert time.perf_counter() - start < 1.0
-    assert lost >= 150 and hook.waiting.qsize() <= tracking.MOST_WAITING  # nothing waits without bound
+    assert lost >= 150 and hook.hooks[0].waiting.qsize() <= tracking.MOST_WAITING  # nothing waits without bound
     if listener:
         listener.close()
 
@@ -323,7 +408,14 @@ def test_an_error_stays_what_it_is_where_nothing_can_be_posted(path):
 
 BAD = [
     ("{", "is not JSON: Expecting"),
-    ("[1]", "must be a JSON object"),
+    ("1", "must be a JSON object or a list"),
+    ("[1]", "1: must be an object with webhook_url"),
+    (
+        '{"webhook_type": "slack", "webhook_url": "http://x"}',
+        "webhook_type is 'slack', and must be one of discord, raw",
+    ),
+    ('{"webhook_url": "http://x", "callback_url": "http://x"}', "webhook_url and callback_url: one or the other"),
+    ('{"webhook_type": "raw", "callback_url": "x"}', "callback_url is 'x', and must be http:// or https://"),
     ('{"level": "info"}', "has no webhook_url"),
     ('{"webhook_url": 1}', "webhook_url is 1, and must be of type str"),
     ('{"webhook_url": "http://x", "levle": 1}', "unknown key 'levle', did you mean 'level'?"),

@@ -414,6 +414,44 @@ def test_what_is_held_out_is_of_all_datasets(cache, lcm, watch, tmp_path, capsys
     assert "held out for --eval_steps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["", "--vae_cache_disable"])
+def test_an_eval_dataset_is_held_out_instead(lcm, watch, monkeypatch, tmp_path, cache):
+    """Its pictures have their own sizes, and are encoded once: in training no encoder is loaded beside a full cache."""
+    for name, count in (("train", 4), ("held", 3)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("RGB", (32, 32), (40 * i, len(name), 0)).save(tmp_path / name / f"{i}.png")
+            (tmp_path / name / f"{i}.txt").write_text(f"{name} {i}")
+    base = {"type": "local", "resolution_type": "pixel", "resolution": 32}
+    datasets = [
+        base | {"id": "a", "instance_data_dir": str(tmp_path / "train")},
+        base | {"id": "b", "instance_data_dir": str(tmp_path / "held"), "dataset_type": "eval", "resolution": 64},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(datasets))
+    loaded, original, opened = [], script.held_out_loss, watch(script, "open_batches")
+
+    def held_out_loss(*given):
+        values = original(*given)
+        loaded.append(len(given[-1].loaded))
+        return values
+
+    monkeypatch.setattr(script, "held_out_loss", held_out_loss)
+    evaluated = watch(script, "held_out_loss")
+    lcm.flags = SHORT.split()
+    lcm.run(
+        f"--data_backend_config {tmp_path / 'data.json'} {cache} --eval_steps 2 --eval_samples 2 --max_train_steps 2"
+        " --lora_rank 2 --train_batch_size 1"
+    )
+    (((*_, samples, _), losses),) = evaluated
+    assert loaded == [1 if cache else 0]  # the VAE: texts are cached
+    assert {sample.caption[:4] for sample in samples} == {"held"} and len({sample.key for sample in samples}) == 2
+    assert {sample.bucket for sample in samples} == {(64, 64)}
+    assert all(np.isfinite(loss) for loss in losses.values()) and losses["eval_loss"] > 0.0
+    batches = opened[0][1]
+    assert {next(batches)[0].caption for _ in range(8)} == {f"train {i}" for i in range(4)}
+
+
 @pytest.mark.parametrize("flags", ["", "--model_type lora"])
 def test_the_first_line_of_the_readme_is_the_toy_recipe(flags):
     args = script.parse_args(["--w_min", "1", "--w_max", "12", *flags.split()])[0]

@@ -23,12 +23,17 @@ from common.data.buckets import (
     too_small,
     with_settings,
 )
+from common.data.entries import entry_here
 from common.data.shards import IMAGE_MEMBERS, READ_BY, VIDEO_MEMBERS, expand_shards, is_local, scheme_of
 from common.data.sources import (
+    Links,
+    column_names,
     count_samples,
     image_size,
     picture_sizes,
+    read_captions_table,
     read_metadata,
+    split_csv,
     split_folder,
     split_hub_dataset,
     split_prompts,
@@ -37,6 +42,7 @@ from common.data.sources import (
 from common.schema import Key, check_settings, read_json
 
 SOURCES = ("train_shards_path_or_url", "data_backend_config", "train_data_dir", "dataset_name", "train_prompts")
+BESIDE = {"train_data_dir": {"type": "local"}, "train_shards_path_or_url": {"type": "webdataset"}}  # a dataset file
 MOST_COUNTED = 100_000  # images whose headers are read for the table of buckets
 NOTHING = {
     "image": f"no images ({', '.join(IMAGE_MEMBERS)})",
@@ -58,6 +64,7 @@ class Dataset:
     merged: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # small buckets, and where they go
     num_frames: int | None = None  # of a clip; None for images
     frame_interval: int = 1
+    instance_prompt: str | None = None  # the caption of all samples
     sizes: tuple[tuple[int, int], ...] = ()  # of prompts alone: height and width of clips that they could have
     probability: float = 1.0  # repeats count so often
 
@@ -80,6 +87,7 @@ class Data:
     caches: str  # "fill" before training, "ondemand", or "off"
     samples: int | None  # of an epoch; None where they cannot be counted
     keeps_latents: bool = True  # else texts alone are cached
+    held_out: tuple[Dataset, ...] = ()  # those of which --eval_steps takes the loss, if not of the ones above
     cache_dir_text: str | None = None
     write_batch_size: int | None = None  # texts in a file of their cache
 
@@ -97,15 +105,16 @@ def open_data(
     `frames_per_latent` is given by a script that trains on clips. Errors are the parser's.
     """
     notes = []
-    name, source = find_source(parser, args, notes)
+    name, source, beside = find_source(parser, args, notes)
     try:
         if name == "data_backend_config":
-            datasets, texts = read_backend(args, Path(source), rules, frames_per_latent, notes)
+            found = read_backend(args, Path(source), rules, frames_per_latent, beside, notes)
         else:
-            rules, texts = complete_rules(rules, "--", notes), {}
-            datasets = [open_source(args, name, source, rules, frames_per_latent)]
+            rules = complete_rules(rules, "--", notes)
+            found = Backend([open_source(args, name, source, rules, frames_per_latent)])
     except ValueError as error:
         parser.error(str(error))
+    datasets, texts = found.datasets, found.texts
     remote = not all(is_local(part) for dataset in datasets for part in dataset.parts)
     if args.shard_cache_dir:
         os.environ["WDS_CACHE"] = args.shard_cache_dir  # for all that read shards, in reader processes too
@@ -123,24 +132,30 @@ def open_data(
             "--max_train_steps or --max_train_samples: one is needed, shards that are not local are not counted"
         )
     data = Data(
-        f"--{name}", tuple(datasets), caches, samples, not args.vae_cache_disable,
+        f"--{name}", tuple(datasets), caches, samples, not args.vae_cache_disable, tuple(found.held_out),
         cache_dir_text=texts.get("cache_dir", args.cache_dir_text), write_batch_size=texts.get("write_batch_size"),
     )  # fmt: skip
     return data, notes
 
 
-def find_source(parser: argparse.ArgumentParser, args: argparse.Namespace, notes: list[str]) -> tuple[str, str]:
-    """Name and value of the flag that names the data; one on the command line wins over a config's."""
+def find_source(parser: argparse.ArgumentParser, args: argparse.Namespace, notes: list[str]) -> tuple[str, str, dict]:
+    """Name and value of the flag that names the data; one on the command line wins over a config's.
+
+    A folder or shards beside a dataset file are those of its one entry without any: {flag: settings of the entry}.
+    """
     given = [name for name in SOURCES if getattr(args, name, None)]
     given = [name for name in given if getattr(args, name) != parser.get_default(name)] or given
     usual = Path(args.output_dir, "multidatabackend.json")  # where the quickstarts put it
+    beside = {name: {"instance_data_dir": getattr(args, name)} | kind for name, kind in BESIDE.items() if name in given}
+    if "data_backend_config" in given and len(given) == 2 and beside:
+        return "data_backend_config", args.data_backend_config, beside
     if len(given) > 1:
         parser.error(f"--{given[0]} and --{given[1]}: one or the other")
     if given:
-        return given[0], getattr(args, given[0])
+        return given[0], getattr(args, given[0]), {}
     if usual.is_file():
         notes.append(f"--data_backend_config: {usual} is taken, as no other data are named.")
-        return "data_backend_config", str(usual)
+        return "data_backend_config", str(usual), {}
     flags = [f"--{name}" for name in SOURCES if hasattr(args, name)]
     parser.error(f"{flags[0]}: needed with --pretrained_teacher_model; or {', '.join(flags[1:])}")
 
@@ -210,75 +225,160 @@ def open_table_or_folder(args, name: str, source: str, rules: Rules, frames: dic
 # ---------------------------------------------------------------------------------------------------------------------
 
 KEYS = {
-    "probability": Key(float),
-    "id": Key(str), "type": Key(("local", "webdataset")), "dataset_type": Key(("image", "video", "text_embeds")),
-    "disabled": Key(bool), "instance_data_dir": Key(str), "repeats": Key(int, least=0), "resolution": Key(float),
+    "id": Key(str), "type": Key(("local", "webdataset", "huggingface", "csv")),
+    "dataset_type": Key(("image", "video", "eval", "text_embeds")), "disabled": Key(bool),
+    "instance_data_dir": Key(str), "repeats": Key(int, least=0), "probability": Key(float), "resolution": Key(float),
     "resolution_type": Key(RESOLUTION_TYPES), "aspect_bucket_rounding": Key(int), "minimum_image_size": Key(float),
     "maximum_image_size": Key(float), "target_downsample_size": Key(float), "crop": Key(bool),
-    "crop_aspect": Key(CROP_ASPECTS), "crop_style": Key(CROP_STYLES), "caption_strategy": Key(("textfile", "filename")),
-    "metadata_backend": Key(("discovery",)), "skip_file_discovery": Key(str), "cache_dir_vae": Key(str),
-    "cache_dir": Key(str), "default": Key(bool), "write_batch_size": Key(int, least=1), "num_frames": Key(int),
-    "frame_interval": Key(int),
+    "crop_aspect": Key(CROP_ASPECTS), "crop_style": Key(CROP_STYLES),
+    "caption_strategy": Key(("textfile", "filename", "instanceprompt", "parquet", "huggingface", "csv")),
+    "metadata_backend": Key(("discovery", "parquet", "huggingface")), "skip_file_discovery": Key(str),
+    "cache_dir_vae": Key(str), "cache_dir": Key(str), "default": Key(bool), "write_batch_size": Key(int, least=1),
+    "num_frames": Key(int), "frame_interval": Key(int), "instance_prompt": Key(str),
+    "disable_multiline_split": Key(bool), "parquet": Key(dict), "dataset_name": Key(str), "dataset_config": Key(str),
+    "split": Key(str), "revision": Key(str), "image_column": Key(str), "caption_column": Key(object),
+    "csv_file": Key(str), "csv_caption_column": Key(str), "csv_url_column": Key(str), "csv_cache_dir": Key(str),
 }  # fmt: skip
 SKIPS = ("vae", "text", "aspect", "metadata")  # words of skip_file_discovery
+NEEDED = {  # by an entry's type; None: captions as a shard has them
+    "local": (("instance_data_dir",), ("textfile", "filename", "instanceprompt", "parquet")),
+    "webdataset": (("instance_data_dir",), (None, "textfile", "filename", "instanceprompt")),
+    "huggingface": (("dataset_name",), ("huggingface", "instanceprompt")),
+    "csv": (("csv_file", "csv_caption_column"), ("csv", "instanceprompt")),
+}
+
+
+@dataclass
+class Backend:
+    """What a dataset file says."""
+
+    datasets: list[Dataset] = field(default_factory=list)
+    held_out: list[Dataset] = field(default_factory=list)
+    texts: dict = field(default_factory=dict)  # its entry for texts
 
 
 def read_backend(
-    args, path: Path, rules: Rules, frames_per_latent: int | None, notes: list[str]
-) -> tuple[list[Dataset], dict]:
-    """Datasets of a file's enabled entries, and its entry for texts. What an entry leaves out the flags say."""
-    content = read_json(path, (dict, list))
-    datasets, texts = [], []
-    for entry in content if isinstance(content, list) else [content]:
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path}: {entry!r}: must be a list of objects, one for each dataset")
-        where = f"{path}: {entry.get('id')!r}"
-        entry = {key: value for key, value in entry.items() if value is not None}
-        check_settings(entry, KEYS, where)
-        if entry.get("disabled"):
-            continue
+    args, path: Path, rules: Rules, frames_per_latent: int | None, beside: dict, notes: list[str]
+) -> Backend:
+    """A file's enabled entries. What an entry leaves out the flags say, and `beside` where one has its data."""
+    found, texts = Backend(), []
+    entries = list(enabled_entries(path, notes))
+    for flag, settings in beside.items():
+        bare = entry_without_data(flag, path, [entry for _, entry in entries])
+        bare |= settings | bare
+    for where, entry in entries:
         if entry.get("dataset_type") == "text_embeds":
             texts.append(entry)
+            continue
+        dataset = open_entry(args, entry, rules, frames_per_latent, where, notes)
+        if entry.get("dataset_type") != "eval":
+            found.datasets.append(dataset)
+        elif frames_per_latent is None and args.eval_steps:
+            found.held_out.append(dataset)
         else:
-            datasets.append(open_entry(args, entry, rules, frames_per_latent, where, notes))
-    if not datasets:
+            notes.append(f"{where}: dataset_type eval: has no job without --eval_steps")
+    if not found.datasets:
         raise ValueError(f"{path}: no dataset in it that is enabled")
-    if twice := [name for name, count in Counter(dataset.id for dataset in datasets).items() if count > 1]:
+    ids = Counter(dataset.id for dataset in (*found.datasets, *found.held_out))
+    if twice := [name for name, count in ids.items() if count > 1]:
         raise ValueError(f"{path}: two datasets have the id {twice[0]!r}")
     texts = [entry for entry in texts if entry.get("default")] or texts
     if len(texts) > 1:
         raise ValueError(f"{path}: {len(texts)} entries of dataset_type text_embeds: make one of them the default")
-    return datasets, texts[0] if texts else {}
+    return replace(found, texts=texts[0] if texts else {})
+
+
+def enabled_entries(path: Path, notes: list[str]):
+    """Yields (what errors begin with, settings) of a file's entries, but for those that are disabled."""
+    content = read_json(path, (dict, list))
+    for entry in content if isinstance(content, list) else [content]:
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}: {entry!r}: must be a list of objects, one for each dataset")
+        where = f"{path}: {entry.get('id')!r}"
+        entry = {{"disable": "disabled"}.get(key, key): value for key, value in entry.items() if value is not None}
+        check_settings({"disabled": entry.get("disabled", False)}, KEYS, where)
+        if not entry.get("disabled"):
+            yield where, entry_here(entry, KEYS, where, notes)
+
+
+def entry_without_data(flag: str, path: Path, entries: list[dict]) -> dict:
+    """The one entry of a file whose data a flag names."""
+    sources = {"instance_data_dir", "dataset_name", "csv_file"}
+    bare = [each for each in entries if not sources & each.keys() and each.get("dataset_type") != "text_embeds"]
+    if len(bare) != 1:
+        raise ValueError(f"--{flag}: {path} has {len(bare)} datasets without instance_data_dir, and needs one")
+    return bare[0]
 
 
 def open_entry(args, entry: dict, rules: Rules, frames_per_latent: int | None, where: str, notes: list[str]) -> Dataset:
     frames = frames_of(args, entry, f"{where}: ", frames_per_latent)
     kind = "video" if frames else "image"
-    if entry.get("dataset_type", kind) != kind:
+    if entry.get("dataset_type", kind) not in (kind, "eval"):
         raise ValueError(f"{where}: dataset_type is {entry['dataset_type']!r}, and this script trains on {kind}s")
     if unused := [key for key in ("num_frames", "frame_interval") if key in entry and not frames]:
         raise ValueError(f"{where} has {unused[0]}, and images have no frames")
-    if "instance_data_dir" not in entry:
-        raise ValueError(f"{where} has no instance_data_dir, the images' folder or the shards' path or URL")
-    skip = tuple(word.strip() for word in entry.get("skip_file_discovery", "").split(",") if word.strip())
+    skip = tuple(entry.get("skip_file_discovery", "").replace(",", " ").split())
     if odd := [word for word in skip if word not in SKIPS]:
         raise ValueError(f"{where}: skip_file_discovery has {odd[0]!r}, and must be some of {', '.join(SKIPS)}")
     rules = complete_rules(with_settings(rules, entry, f"{where}: ", notes), f"{where}: ", notes)
-    source, strategy = entry["instance_data_dir"], entry.get("caption_strategy")
     if not 0 < entry.get("probability", 1) < float("inf"):
         raise ValueError(f"{where}: probability is {entry['probability']}, and must be above 0")
-    if entry.get("type", "local") == "webdataset":
-        parts = open_shards(source)
-    else:
-        strategy = strategy or "textfile"
-        if not Path(source).is_dir():
-            raise ValueError(f"{where}: {source}: no such folder")
-        if not (parts := split_folder(source, kind=kind)):
-            raise ValueError(f"{where}: {source}: {NOTHING[kind]} in it")
+    strategy, source = check_captions(entry, where), entry[NEEDED[entry.get("type", "local")][0][0]]
+    try:
+        parts = parts_of(args, entry, strategy, kind)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if not parts:
+        raise ValueError(f"{where}: {source}: {NOTHING[kind]} in it")
+    if strategy == "textfile" and entry.get("disable_multiline_split"):
+        strategy = "text"
     return Dataset(
-        entry.get("id", source), parts, rules, entry.get("repeats", 0), strategy,
-        entry.get("cache_dir_vae", entry.get("cache_dir")), skip, probability=entry.get("probability", 1.0), **frames,
+        entry.get("id", source), parts, rules, entry.get("repeats", 0),
+        strategy if strategy in ("textfile", "text", "filename") else None,
+        entry.get("cache_dir_vae", None if entry.get("type") == "huggingface" else entry.get("cache_dir")), skip,
+        instance_prompt=entry["instance_prompt"] if strategy == "instanceprompt" else None,
+        probability=entry.get("probability", 1.0), **frames,
     )  # fmt: skip
+
+
+def check_captions(entry: dict, where: str) -> str | None:
+    """An entry's caption_strategy, which its type must have, as the entry must have all keys that both need."""
+    needed, strategies = NEEDED[entry.get("type", "local")]
+    strategy = entry.get("caption_strategy", strategies[0])
+    if strategy not in strategies:
+        known, kind = ", ".join(filter(None, strategies)), entry.get("type", "local")
+        raise ValueError(f"{where}: caption_strategy is {strategy!r}, and must be one of {known} with type {kind}")
+    needed += {"instanceprompt": ("instance_prompt",), "parquet": ("parquet",)}.get(strategy, ())
+    if missing := [key for key in needed if not entry.get(key)]:
+        raise ValueError(f"{where} has no {missing[0]}")
+    return strategy
+
+
+def parts_of(args, entry: dict, strategy: str | None, kind: str) -> list:
+    """What an entry's samples are in."""
+    source = entry.get("type", "local")
+    if source == "webdataset":
+        return open_shards(entry["instance_data_dir"])
+    if source == "csv":
+        columns = entry["csv_caption_column"], entry.get("csv_url_column", "url")
+        return split_csv(Path(entry["csv_file"]), *columns, entry.get("csv_cache_dir"), kind)
+    if source == "huggingface":
+        if kind == "video":
+            raise ValueError("type huggingface: datasets on the hub are read for images alone")
+        options = {key: entry[key] for key in ("revision",) if key in entry}
+        return split_hub_dataset(
+            entry["dataset_name"], entry.get("dataset_config"), entry.get("cache_dir", args.cache_dir),
+            entry.get("image_column", "image"), column_names(entry.get("caption_column", "text"), "caption_column"),
+            entry.get("split", "train"), flag="", **options,
+        )  # fmt: skip
+    folder, captions = entry["instance_data_dir"], None
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if strategy == "parquet":
+        if missing := [key for key in ("path", "filename_column", "caption_column") if not entry["parquet"].get(key)]:
+            raise ValueError(f"parquet has no {missing[0]}")
+        captions = read_captions_table(folder, entry["parquet"], kind)
+    return split_folder(folder, captions, kind)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,7 +418,8 @@ def plan_buckets(args, data: Data, accelerator, size_of=image_size) -> Data:
         found = {}
         for i, dataset in enumerate(data.datasets):
             known = dataset.sizes or one_bucket(dataset.rules) and dataset.rules.minimum is None  # by the flags alone
-            local = all(map(is_local, dataset.parts)) and not set(dataset.skip) & {"aspect", "metadata"}
+            local = all(is_local(part) and not isinstance(part, Links) for part in dataset.parts)
+            local = local and not set(dataset.skip) & {"aspect", "metadata"}
             if local and not known:
                 found[i] = count_buckets(dataset, size_of)
         samples = Counter()  # of an epoch, in all datasets: they share buckets

@@ -5,7 +5,7 @@ The encoders are loaded when they are first needed: a run with full caches never
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -78,6 +78,19 @@ class SampleEncoder:
                 if self.latents is not None:
                     self.latents[samples[i].dataset].put(samples[i].key, rows[i])
         return self.stack(rows)
+
+    @torch.no_grad()
+    def encoded(self, samples: list[Sample]) -> list[Sample]:
+        """Samples of no cached dataset, with latents of their own; the encoders are freed again."""
+        found = []
+        for sample in samples:
+            pixels = sample.pixels[None].to(self.device).float() / 127.5 - 1.0
+            latents = {name: values[0].cpu() for name, values in self.encoders.encode_pixels(self.vae, pixels).items()}
+            latents["size_ids"] = torch.tensor(sample.size_ids)
+            found.append(replace(sample, latents=latents, pixels=None))
+            self.encode_text([sample.caption])
+        self.release()
+        return found
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -165,6 +178,8 @@ class SampleEncoder:
     def done_name(self, dataset: Dataset, part) -> str:
         """Name under which a store remembers that it has all of a part: it holds all that decides its records."""
         captions = "no-captions" if "text" in dataset.skip else dataset.caption_strategy or "captions"
+        if dataset.instance_prompt and "text" not in dataset.skip:
+            captions = identity(instance_prompt=dataset.instance_prompt)
         merged = f"-{identity(merged=sorted(dataset.merged.items()))}" if dataset.merged else ""
         return f"{part_fingerprint(part)}-{captions}{merged}-{self.text.folder.name}"
 
@@ -197,7 +212,7 @@ def open_encoder(
             encoder.encode_text(prompts)
         batches = ((args.max_train_steps or math.inf) - state["step"]) * args.gradient_accumulation_steps
         visits = batches * args.train_batch_size * accelerator.num_processes // sharing
-        if visits < data.samples and not args.eval_steps:  # whose held-out samples are further ones
+        if visits < data.samples and (data.held_out or not args.eval_steps):  # whose held-out samples are further ones
             streamed = open_batches(args, data, accelerator, filling, state["stream"], sharing, say=lambda text: None)
             encoder.fill_for(accelerator, streamed, batches)
         else:

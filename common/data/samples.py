@@ -133,13 +133,15 @@ class ImageReader:
     dataset: int = 0
     caption_strategy: str | None = None
     merged: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # small buckets, and where they go
+    instance_prompt: str | None = None  # the caption of all
 
     def __call__(self, members: dict[str, bytes], visit: str, name: str = "") -> Sample:
         """The sample of these members. `visit` seeds every random number of this visit; `name` is the file's."""
         files = self.find(members)
         if not all(files):
             raise BadSample("empty image")
-        captions = read_captions(members, self.caption_strategy, name)
+        captions = [self.instance_prompt] if self.instance_prompt else None
+        captions = captions or read_captions(members, self.caption_strategy, name)
         caption = captions[0]
         if len(captions) > 1:
             caption = random.Random(f"{self.seed} caption {visit}").choice(captions)
@@ -243,7 +245,7 @@ def open_readers(args, data) -> list[ImageReader]:
     return [
         ImageReader(
             dataset.rules, args.interpolation_type, args.random_flip, args.seed, dataset=i,
-            caption_strategy=dataset.caption_strategy, merged=dataset.merged,
+            caption_strategy=dataset.caption_strategy, merged=dataset.merged, instance_prompt=dataset.instance_prompt,
         )
         for i, dataset in enumerate(data.datasets)
     ]  # fmt: skip

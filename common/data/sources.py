@@ -5,12 +5,15 @@ A source is a list of parts: a shard, some files of a folder, some rows of a tab
 be used.
 """
 
+import csv
 import hashlib
 import io
 import json
 import os
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -27,6 +30,7 @@ from common.data.shards import (
 
 EXIF_ORIENTATION = 0x0112
 
+FETCH_TIMEOUT = 20.0  # seconds without a byte
 PARTS, MOST_FILES = 64, 1024  # of a folder: its parts, and files in a part, whose latents make one file of the cache
 
 
@@ -50,7 +54,15 @@ class Rows:
     start: int  # row group, or first row
     samples: int
     image_column: str
-    caption_column: str
+    caption_column: str | tuple[str, ...]  # of several each is an alternative
+
+
+@dataclass(frozen=True)
+class Links:
+    """Some addresses of images or clips, with their captions, and the folder in which what is fetched is kept."""
+
+    folder: str
+    links: tuple[tuple[str, list[str]], ...]
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,8 @@ def read_part(part):
     """Yield the samples of a part, as the module's docstring says."""
     if isinstance(part, Files):
         return read_files(part)
+    if isinstance(part, Links):
+        return read_links(part)
     if isinstance(part, Prompts):
         return ((f"/{number}", {"txt": prompt}) for number, prompt in enumerate(part.prompts, part.start))
     return read_rows(part) if isinstance(part, Rows) else read_shard(part)
@@ -78,8 +92,8 @@ def part_fingerprint(part) -> str:
             image = Path(part.folder, name)
             frames = sorted(image.iterdir()) if image.is_dir() else []
             stamps += map(file_stamp, [image, *frames, caption_file(image)])
-    elif isinstance(part, Prompts):
-        stamps = [repr(part.prompts)]
+    elif isinstance(part, Prompts | Links):
+        stamps = [repr(part.prompts if isinstance(part, Prompts) else part.links)]
     elif isinstance(part, Rows):
         stamp = file_stamp(Path(part.path)) if part.table is None else part.table._fingerprint
         stamps = [f"{stamp} {part.start} {part.samples} {part.image_column} {part.caption_column}"]
@@ -102,8 +116,8 @@ def count_samples(parts: list) -> int | None:
 
 
 def count_part(part) -> int:
-    if isinstance(part, Files):
-        return len(part.files)
+    if isinstance(part, Files | Links):
+        return len(part.files if isinstance(part, Files) else part.links)
     if isinstance(part, Rows):
         return part.samples
     return len(part.prompts) if isinstance(part, Prompts) else count_keys(part)
@@ -161,6 +175,8 @@ def split_folder(folder: str, captions: dict[str, str | list[str]] | None = None
             names += [Path(place, name).relative_to(folder).as_posix() for name in found]
     else:
         names = list(captions)
+        if odd := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise ValueError(f"{folder}: {odd[0]}: must be a path inside this folder")
     names.sort()
     names = [names[i] for i in np.random.default_rng(len(names)).permutation(len(names))]
     captions = captions or {}
@@ -201,6 +217,52 @@ def read_metadata(folder: str, caption_column: str) -> dict[str, str | list[str]
     return captions if found else None
 
 
+def read_captions_table(folder: str, block: dict, kind: str) -> dict[str, list[str]]:
+    """Captions by path inside the folder, from the file of a `parquet` block, which may itself be in the folder.
+
+    It is parquet or JSON lines. Where its names have no extension, the folder's own files with these stems are meant.
+    """
+    path = Path(block["path"]) if Path(block["path"]).is_file() else Path(folder, block["path"])
+    file_column, fallback = block["filename_column"], block.get("fallback_caption_column")
+    columns = column_names(block["caption_column"], "caption_column")
+    wanted = [file_column, *columns, *([fallback] if fallback else [])]
+    if path.suffix in (".jsonl", ".json"):
+        try:
+            rows = [dict(json.loads(line)) for line in path.read_bytes().splitlines() if line.strip()]
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        found = list(dict.fromkeys(key for row in rows for key in row))
+    else:
+        table = parquet(str(path))
+        found = table.schema_arrow.names
+        rows = table.read(columns=[column for column in wanted if column in found]).to_pylist()
+    for column in wanted:
+        check_column("parquet: ", column, str(path), found)
+    stems = {}
+    if not block.get("identifier_includes_extension"):
+        names = [name for part in split_folder(folder, kind=kind) for name, _ in part.files]
+        stems = {str(Path(name).with_suffix("")): name for name in names}
+    captions = {}
+    for row in rows:
+        name = str(row.get(file_column))
+        captions[stems.get(name, name)] = alternatives(row, columns) or alternatives(row, (fallback,))
+    return captions
+
+
+def column_names(value, key: str) -> tuple[str, ...]:
+    """Names of one column or of several, whose texts are alternatives."""
+    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{key} is {value!r}, and must be a column's name or a list of them")
+    return names
+
+
+def alternatives(row: dict, columns: tuple[str, ...]) -> list[str]:
+    """All texts in these columns of a row, each of which holds one or a list of them."""
+    cells = [row.get(column) for column in columns]
+    return [text for cell in cells for text in (cell if isinstance(cell, list) else [cell]) if text]
+
+
 def read_files(part: Files):
     for name, caption in part.files:
         path = Path(part.folder, name)
@@ -221,6 +283,67 @@ def read_files(part: Files):
             yield name, "unreadable file"
             continue
         yield str(Path("/", name).with_suffix("")), members
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Addresses
+# ---------------------------------------------------------------------------------------------------------------------
+
+HTTPS = urllib.request.OpenerDirector()  # that knows no other scheme, not even where it is sent on
+for handler in (
+    urllib.request.ProxyHandler, urllib.request.HTTPSHandler, urllib.request.HTTPRedirectHandler,
+    urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor, urllib.request.UnknownHandler,
+):  # fmt: skip
+    HTTPS.add_handler(handler())
+
+
+def split_csv(path: Path, caption_column: str, url_column: str, cache_dir: str | None, kind: str) -> list:
+    """Parts of a CSV file with a header: addresses, and paths of files in its own folder; all captions of each."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or []
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise ValueError(f"{path}: {error}") from None
+    check_column("csv_caption_column ", caption_column, str(path), columns)
+    check_column("csv_url_column ", url_column, str(path), columns)
+    files, links = {}, {}
+    for number, row in enumerate(rows, 1):
+        place = (row[url_column] or "").strip()
+        if not place:
+            raise ValueError(f"{path}: row {number} has no {url_column}")
+        (links if "://" in place else files).setdefault(place, []).append(row[caption_column] or "")
+    if links and not cache_dir:
+        raise ValueError(f"{path} has addresses, and there is no csv_cache_dir to keep what is fetched")
+    links = list(links.items())
+    parts = [Links(cache_dir, tuple(links[part.start : part.stop])) for part in split(len(links))]
+    return split_folder(str(path.parent), files, kind) + parts
+
+
+def read_links(part: Links):
+    for link, captions in part.links:
+        extension = Path(urlsplit(link).path).suffix.lower().removeprefix(".")
+        extension = extension if extension in (*IMAGE_MEMBERS, *VIDEO_MEMBERS) else "jpg"  # an image shows what it is
+        path = Path(part.folder, f"{hashlib.blake2b(link.encode(), digest_size=16).hexdigest()}.{extension}")
+        try:
+            data = path.read_bytes() if path.is_file() else fetch(link, path)
+        except Exception:  # of sockets, TLS, HTTP and the disk: each has its own
+            yield link, "address that cannot be fetched"
+            continue
+        yield f"/{path.stem}", {extension: data, "json": json.dumps({"caption": captions}).encode()}
+
+
+def fetch(link: str, path: Path) -> bytes:
+    """What is at an address, which is also kept as a file."""
+    with HTTPS.open(link, timeout=FETCH_TIMEOUT) as answer:
+        data = answer.read(MOST_MEMBER_BYTES + 1)
+    if len(data) > MOST_MEMBER_BYTES:
+        raise ValueError("too large")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_bytes(data)
+    part.replace(path)
+    return data
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,24 +389,32 @@ def split_table(paths: list[str], image_column: str, caption_column: str) -> lis
     return parts
 
 
-def split_hub_dataset(name: str, config: str | None, cache_dir: str | None, image_column: str, caption_column: str):
+def split_hub_dataset(
+    name: str, config: str | None, cache_dir: str | None, image_column: str, caption_column: str | tuple[str, ...],
+    split_name: str = "train", flag: str = "--", **options,
+) -> list[Rows]:  # fmt: skip
     try:
         import datasets
     except ImportError:
         raise ValueError(f"{name} is no local folder; from the hub: `pip install datasets`") from None
     try:
-        table = datasets.load_dataset(name, config, split="train", cache_dir=cache_dir)
+        table = datasets.load_dataset(name, config, split=split_name, cache_dir=cache_dir, **options)
     except Exception as error:  # of the network, the hub, the dataset: each has its own
         raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}") from None
-    check_columns(name, table.column_names, image_column, caption_column)
+    check_columns(name, table.column_names, image_column, caption_column, flag)
     table = table.cast_column(image_column, datasets.Image(decode=False))
     return [Rows(name, table, part.start, len(part), image_column, caption_column) for part in split(len(table))]
 
 
-def check_columns(name: str, columns: list[str], image_column: str, caption_column: str):
-    for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
-        if column not in columns:
-            raise ValueError(f"{flag} {column}: {name} has {', '.join(columns)}")
+def check_columns(name: str, columns: list[str], image_column: str, caption_column, flag: str = "--"):
+    check_column(f"{flag}image_column ", image_column, name, columns)
+    for column in [caption_column] if isinstance(caption_column, str) else caption_column:
+        check_column(f"{flag}caption_column ", column, name, columns)
+
+
+def check_column(flag: str, column: str, name: str, columns: list[str]):
+    if column not in columns:
+        raise ValueError(f"{flag}{column}: {name} has {', '.join(columns)}")
 
 
 def read_rows(part: Rows):
@@ -295,7 +426,8 @@ def read_rows(part: Rows):
         else:
             rows = (part.table[part.start + i] for i in range(part.samples))
         for number, row in enumerate(rows):
-            image, caption = row[part.image_column], row[part.caption_column]
+            several, image = isinstance(part.caption_column, tuple), row[part.image_column]
+            caption = alternatives(row, part.caption_column) if several else row[part.caption_column]
             data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
             if data is None and path and has_kind(path, "image"):  # beside the file
                 beside = Path(Path(part.path).parent, path)

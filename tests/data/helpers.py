@@ -201,10 +201,10 @@ def parse(*words) -> Opened:
     add_bucket_flags(parser)
     parser.add_argument("--use_fix_crop_and_size", action="store_true")
     parser.set_defaults(max_train_steps=1)
-    args = parse_with_config(parser, [str(word) for word in words], family="sdxl", method="lcm")
-    rules, notes = bucket_rules(parser, args)
-    data, more = open_data(parser, args, rules)
-    return Opened(args, data, notes + more)
+    args, notes = parse_with_config(parser, [str(word) for word in words], family="sdxl", method="lcm")
+    rules, size_notes = bucket_rules(parser, args)
+    data, data_notes = open_data(parser, args, rules)
+    return Opened(args, data, notes + size_notes + data_notes)
 
 
 def backend(tmp_path, *entries) -> Path:
@@ -223,8 +223,10 @@ def samples_of(run: Opened, visit: str = "v", readers=None) -> dict:
     found, faults = {}, Counter()
     for dataset, reader in zip(run.data.datasets, readers or open_readers(run.args, run.data), strict=True):
         for key, members in itertools.chain.from_iterable(map(read_part, dataset.parts)):
-            name = key.rpartition("/")[2]
+            name = (key or "").rpartition("/")[2]
             try:
+                if isinstance(members, str):
+                    raise BadSample(members)
                 found[name] = reader(members, f"{visit} {key}", name)
             except BadSample as cause:
                 faults[str(cause)] += 1

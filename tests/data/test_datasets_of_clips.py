@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,8 @@ def parse(*words, frames_per_latent=4) -> Opened:
     add_clip_flags(parser)
     parser.set_defaults(bucket_alignment=16, max_train_steps=1, train_batch_size=2, crop_aspect="preserve")
     words = ["--pretrained_teacher_model", "teacher", *words]
-    args = parse_with_config(parser, [str(word) for word in words], family="wan", method="dmd")
-    notes = check_shared_flags(parser, args)
+    args, notes = parse_with_config(parser, [str(word) for word in words], family="wan", method="dmd")
+    notes += check_shared_flags(parser, args)
     rules, size_notes = bucket_rules(parser, args)
     data, data_notes = open_data(parser, args, rules, frames_per_latent)
     return Opened(args, data, notes + size_notes + data_notes)
@@ -109,6 +110,67 @@ def test_the_documents_dataset_with_a_folder(tmp_path, folder, capsys):
     assert (dataset.num_frames, dataset.frame_interval, dataset.repeats) == (121, 1, 0)
     assert (rules.resolution, rules.resolution_type, rules.crop, rules.minimum) == (480, "pixel_area", False, None)
     assert dataset.cache_dir_vae == "cache/wan-dmd" and len(samples_of(run)["faults"]) == 1
+
+
+def readable(dataset, run: Opened) -> list:
+    """All good samples of one dataset of a run."""
+    found = samples_of(replace(run, data=replace(run.data, datasets=(dataset,))), CaptionReader)
+    return [sample for name, sample in found.items() if name != "faults"]
+
+
+def test_the_documents_dataset_as_printed_with_the_folder_beside_it(folder):
+    path = ROOT / "tests/configs/dmd_wan.dataset.json"
+    (dataset,) = parse("--data_backend_config", path, "--train_data_dir", folder).data.datasets
+    assert (dataset.id, dataset.num_frames, dataset.rules.crop) == (str(folder), 121, False)
+
+
+def test_a_dataset_of_clips_as_simpletuner_has_it(tmp_path, folder):
+    """Its frames in a block of their own, one caption for all, and a dataset to hold out, which DMD has no use for."""
+    entry = {"instance_data_dir": str(folder), "dataset_type": "video"}
+    first = entry | {"id": "a", "video": {"num_frames": 9, "min_frames": 9, "is_i2v": False}}
+    alike = entry | {"id": "b", "caption_strategy": "instanceprompt", "instance_prompt": "a clip of sks"}
+    held = entry | {"id": "c", "dataset_type": "eval"}
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([first, alike, held]))
+    run = parse("--data_backend_config", path, *SMALL)
+    assert [dataset.num_frames for dataset in run.data.datasets] == [9, 81]
+    assert [note.partition(": ")[2] for note in run.notes] == [
+        "'c': dataset_type eval: has no job without --eval_steps"
+    ]
+    first, alike = ([sample.caption for sample in readable(dataset, run)] for dataset in run.data.datasets)
+    assert "a walk" in first and alike == ["a clip of sks"] * 3
+
+
+def test_captions_of_clips_in_tables(tmp_path, folder, refused):
+    (folder / "table.jsonl").write_text(json.dumps({"id": "first", "text": "of the table"}))
+    block = {"path": "table.jsonl", "filename_column": "id", "caption_column": "text"}
+    tabled = {"instance_data_dir": str(folder), "caption_strategy": "parquet", "parquet": block}
+    (folder / "list.csv").write_text("file,text\nfirst.mp4,of the list\nsub/walk.v1,a walk of the list\n")
+    listed = {"type": "csv", "csv_file": str(folder / "list.csv"), "csv_caption_column": "text"}
+    path = tmp_path / "data.json"
+    for entry, wanted in (
+        (tabled, {"first": ["of the table"]}),
+        (listed | {"csv_url_column": "file"}, {"first": ["of the list"], "walk": ["a walk of the list"]}),
+    ):
+        path.write_text(json.dumps(entry))
+        found = samples_of(parse("--data_backend_config", path, *SMALL, "--num_frames", 9), CaptionReader)
+        assert found.pop("faults") == {} and {name: sample.captions for name, sample in found.items()} == wanted
+    path.write_text(json.dumps({"type": "huggingface", "dataset_name": "me/mine"}))
+    assert "datasets on the hub are read for images alone" in refused("--data_backend_config", path)
+
+
+def test_a_maximum_alone_is_what_larger_clips_are_shrunk_to(tmp_path, folder):
+    """With shards, a folder, or a dataset that says nothing of sizes, as for images."""
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"instance_data_dir": str(folder)}))
+    for words in (
+        ["--train_shards_path_or_url", shards(tmp_path / "s")],
+        ["--train_data_dir", folder],
+        ["--data_backend_config", path],
+    ):
+        run = parse(*words, *SMALL, "--maximum_image_size", 1.0)
+        assert run.data.datasets[0].rules.downsample == run.data.datasets[0].rules.maximum == ("area", 1e6)
+        assert sum("maximum_image_size: is also the target_downsample_size" in note for note in run.notes) == 1
 
 
 def test_datasets_have_their_own_frames(tmp_path, folder, refused):
