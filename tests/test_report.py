@@ -85,8 +85,8 @@ def test_no_steps_no_report(tmp_path):
 def test_pictures_of_the_toy_are_judged_by_its_own_world(tmp_path, monkeypatch):
     judge = SimpleNamespace(report=lambda *given: given)
     monkeypatch.setattr(report, "toy_judge", lambda: judge)
-    (pictures, clip, folder, steps, sizes), _ = report_of(tmp_path, "a clip", pretrained_teacher_model=None)
-    assert callable(pictures) and (clip, folder, steps, sizes) == ("a clip", tmp_path, [2, 25], ((64, 64),))
+    given, _ = report_of(tmp_path, "a clip", pretrained_teacher_model=None, max_train_steps=40)
+    assert callable(given[0]) and given[1:] == ("a clip", tmp_path, [2, 25], ((64, 64),), 40)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.toy import report as toy_report
 from tests.toy import world
 from tests.toy.make import draw
 from tests.toy.report import report
@@ -75,7 +76,7 @@ def test_distance_sees_what_too_few_steps_look_like():
 
 
 @pytest.mark.slow
-def test_the_toy_s_report_has_the_steps_that_were_asked_for(tmp_path):
+def test_the_toy_s_report_has_the_steps_that_were_asked_for(tmp_path, monkeypatch):
     def pictures(which, prompts, steps, seed, size):
         rng = np.random.default_rng((seed, steps))
         return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for _ in prompts]
@@ -84,10 +85,17 @@ def test_the_toy_s_report_has_the_steps_that_were_asked_for(tmp_path):
         assert len(pictures) == len(prompts) == 8
         return torch.tensor([float(np.mean(picture)) for picture in pictures])
 
-    text = report(pictures, clip, tmp_path, [2, 3], ((64, 64), (48, 80)), samples=8)
+    monkeypatch.setattr(toy_report, "SAMPLES", 8)
+    text = report(pictures, clip, tmp_path, [2, 3], ((64, 64), (48, 80)))
     rows = json.loads((tmp_path / "report.json").read_text())
     assert list(rows) == ["64x64", "48x80"] and text.count("| student 3 |") == 2
     for size in rows.values():
         assert list(size) == ["teacher 50", "teacher 4", "teacher 2", "student 2", "student 3"]
         assert 120 < size["student 3"]["clip_score"] < 135  # the mean of noise
-    assert "| CLIP score |" in text and "CLIP" not in report(pictures, None, tmp_path, [2], samples=8)
+    assert "| CLIP score |" in text and "CLIP" not in report(pictures, None, tmp_path, [2])
+
+    monkeypatch.setattr(toy_report, "FEW_SAMPLES", 4)
+    sizes = ((64, 64), (48, 80))
+    assert "on 8 prompts" in report(pictures, None, tmp_path, [2], sizes, toy_report.QUICK_LOOK + 1)
+    quick = report(pictures, None, tmp_path, [2], sizes, toy_report.QUICK_LOOK)
+    assert "on 4 prompts" in quick and quick.count("| student 2 |") == 1

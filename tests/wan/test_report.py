@@ -9,10 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common.wan import report
 from common.wan.report import ClipComparison, clip_features, clip_statistics, signs_of_collapse, write_clips_report
+from tests.toy import report as toy_report
 from tests.toy import world_video
-from tests.toy.report import report_clips
 
 FPS = 8
 
@@ -83,12 +82,9 @@ def test_clips_that_differ_in_their_middle_alone_are_apart():
 
 @pytest.mark.slow
 def test_of_the_toy_the_prompts_followed_are_told(tmp_path, monkeypatch):
-    def judge(*given):
-        return report_clips(*given, samples=24)
-
-    monkeypatch.setattr(report, "toy_judge", lambda: SimpleNamespace(report_clips=judge))
+    monkeypatch.setattr(toy_report, "SAMPLES", 24)
     clips = FakeClips({("teacher", 3): 0.9, ("student", 3): 0.05})
-    text = write_clips_report(flags(pretrained_teacher_model=None), clips, 3, tmp_path, FPS)
+    text = write_clips_report(flags(pretrained_teacher_model=None, max_train_steps=1000), clips, 3, tmp_path, FPS)
     rows = json.loads((tmp_path / "report.json").read_text())
     assert list(rows) == ["teacher 50", "teacher 3", "student 3"]
     assert rows["teacher 50"]["adherence"] == 1.0 > rows["teacher 3"]["adherence"]
