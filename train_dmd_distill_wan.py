@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 from common.checkpoint import StopSignal, resume
 from common.data.buckets import check_frame_count, latent_frames, pixel_frames, target_size, targets_in_shapes
-from common.data.clips import clip_size, open_caption_readers
+from common.data.clips import clip_size, open_caption_readers, open_clip_readers
 from common.data.datasets import Data, open_data, plan_buckets
 from common.data.encoder import SampleEncoder, open_encoder
 from common.data.stream import open_batches
@@ -78,7 +78,7 @@ from common.flags import (
     parse_with_config,
     shared_defaults,
 )
-from common.losses import dmd_gradient, dmd_loss, fake_score_loss
+from common.losses import consistency_loss, dmd_gradient, dmd_loss, fake_score_loss
 from common.networks import (
     active_adapter,
     adapter_layers,
@@ -106,6 +106,7 @@ from common.solvers import (
     TIMESTEPS,
     block_lengths,
     denoising_steps,
+    expand_to,
     flow_grid,
     flow_trajectory,
     renoise,
@@ -122,8 +123,17 @@ NO_JOB = (  # flags that scripts share and this one has no use for
     "eval_steps", "eval_samples", "evaluation_type", "evaluation_clip_model", "validation_preview",
     "validation_preview_steps", "validation_preview_model", "text_encoder_2_precision", "use_fix_crop_and_size",
 )  # fmt: skip
+# Networks that a method trains, and flags that it alone has a use for
+METHODS = {"dmd": ("student", "fake_score"), "lcm": ("student",)}
+OWN_FLAGS = {
+    "dmd": ("generator_update_interval", "last_step_only", "fake_score_guidance_scale", "fake_score_lr",
+            "fake_score_weight_decay", "fake_score_betas", "fake_score_eps", "fake_score_grad_clip", "timestep_shift",
+            "min_timestep_ratio", "max_timestep_ratio", "ts_schedule", "ts_schedule_max", "min_score_timestep",
+            "num_frame_per_block"),
+    "lcm": ("num_ddim_timesteps", "loss_type", "huber_c"),
+}  # fmt: skip
 LOG_EVERY = 10  # optimizer steps between logs; training itself waits for the device nowhere else
-MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "student_grad_norm", "fake_score_grad_norm"]
+MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "lcm_loss", "student_grad_norm", "fake_score_grad_norm"]
 MEANS += map(gap_name, GAP_RANGES)
 
 
@@ -166,6 +176,12 @@ def parse_args(argv=None):
     add("--ema_device", type=str, default="accelerator", choices=["accelerator", "cpu"], help="where the average is kept")
     add("--export_pipeline", action="store_true", help="full: write all of the pipeline, so that from_pretrained(OUTPUT_DIR) loads it; default: transformer and scheduler alone")
     add("--export_formats", type=str, default="diffusers", choices=["diffusers", "diffusers,comfyui"], metavar="FORMATS", help="diffusers, or diffusers,comfyui; of a LoRA: comfyui writes a second file, in the names of Wan's own code")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--distillation_method", type=str, choices=list(METHODS), help="dmd: distribution matching; lcm: latent consistency, with no fake score; default dmd")
+    add("--num_ddim_timesteps", type=int, default=50, help="lcm: N, even steps of the teacher's flow under its shift; the student's timesteps are added to them")
+    add("--loss_type", type=str, default="l2", choices=["l2", "huber"], help="lcm: mean of diff^2, or of sqrt(diff^2 + c^2) - c")
+    add("--huber_c", type=float, default=0.001, help="lcm: c of sqrt(diff^2 + c^2) - c; smaller is nearer to |diff|")
 
     add = parser.add_argument_group("distribution matching distillation").add_argument
     add("--dmd_denoising_steps", type=str, default="1000,757,522", metavar="STEPS", help="the student's timesteps, falling from 1000; or their number, evenly spaced and shifted by --flow_schedule_shift: 4 at shift 5 is 1000,937.5,833.3,625")
@@ -242,7 +258,7 @@ def wanted_student(args) -> str:
 def check_dmd_flags(parser, args):
     """Checks every rule of the student's and the method's flags. Returns args with their defaults, and notes."""
     toy, notes = args.pretrained_teacher_model is None, []
-    args = filled(args, model_type=wanted_student(args))
+    args = filled(args, model_type=wanted_student(args), distillation_method="dmd")
     if toy:
         notes.append(f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type}).")
     lora = {"lora_rank": LORA_RANK, "lora_alpha": LORA_RANK, "lora_dropout": 0.0, "lora_target_modules": LORA_TARGETS}
@@ -257,6 +273,9 @@ def check_dmd_flags(parser, args):
     for name in NO_JOB:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name}: has no job in this script")
+    for name in itertools.chain(*(OWN_FLAGS[other] for other in METHODS if other != args.distillation_method)):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name}: has no job with --distillation_method {args.distillation_method}")
     if args.context_parallel_degree > 1 and args.attention_mechanism != "diffusers":
         parser.error(
             f"--context_parallel_degree and --attention_mechanism {args.attention_mechanism}: one or the other"
@@ -264,11 +283,11 @@ def check_dmd_flags(parser, args):
     check_ranges(
         parser, args,
         at_least_one=("lora_rank", "lora_alpha", "num_training_frames", "context_parallel_degree",
-                      "generator_update_interval", "ema_update_interval"),
+                      "generator_update_interval", "ema_update_interval", "num_ddim_timesteps"),
         not_negative=("num_frame_per_block", "fake_score_guidance_scale", "fake_score_weight_decay",
                       "causal_init_steps", "plan"),
         positive=("fake_score_lr", "fake_score_eps", "fake_score_grad_clip", "timestep_shift", "flow_schedule_shift",
-                  "causal_init_lr"),
+                  "causal_init_lr", "huber_c"),
         below_one=("lora_dropout", "ema_decay"), share=("min_timestep_ratio", "max_timestep_ratio"),
     )  # fmt: skip
     for name in ("causal_init_lr", "causal_init_guidance"):
@@ -442,7 +461,8 @@ def toy_recipe(args) -> dict:
     recipe = json.loads((TOY / "wan_recipe.json").read_text())
     data = {} if any(getattr(args, name) for name in SOURCES) else {"train_prompts": str(TOY / "wan_prompts.txt")}
     attention = "causal" if args.num_frame_per_block else "bidirectional"
-    return data | recipe["shared"] | recipe[wanted_student(args)] | recipe[attention]
+    method = recipe["lcm"] if args.distillation_method == "lcm" else {}
+    return data | recipe["shared"] | recipe[wanted_student(args)] | recipe[attention] | method
 
 
 def teacher_of(args) -> str:
@@ -479,10 +499,10 @@ def load_transformer(args, dtype: torch.dtype) -> WanTransformer3DModel:
     return transformer.requires_grad_(False).eval()
 
 
-def add_adapters(args, transformer: WanTransformer3DModel) -> WanTransformer3DModel:
-    """The teacher itself, with two fp32 adapters that start at zero."""
+def add_adapters(args, transformer: WanTransformer3DModel, names: tuple[str, ...]) -> WanTransformer3DModel:
+    """The teacher itself, with fp32 adapters of these names that start at zero."""
     modules = [name.strip() for name in args.lora_target_modules.split(",")]
-    for name in ("student", "fake_score"):
+    for name in names:
         config = LoraConfig(
             r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=modules
         )
@@ -721,7 +741,7 @@ def export(args, method, folder: Path, transformer) -> tuple[list[str], str]:
 
 @dataclass(frozen=True)
 class Networks:
-    """Teacher, student and fake score by role. With LoRA they are one transformer, whose adapters take turns."""
+    """Teacher, student and DMD's fake score by role. With LoRA they are one transformer, whose adapters take turns."""
 
     by_role: dict[str, torch.nn.Module]
     causal: object | None  # calls the student block by block; None for a bidirectional one
@@ -851,17 +871,48 @@ def regression_backward(args, method, networks, means, draws, cond, uncond, bloc
             means.add("ode_loss", loss, share)
 
 
+def lcm_backward(args, method, networks, means, draws, cond, uncond, shape, exits, grid, latents):
+    """Gradient of the student towards its own value one step further down the teacher's flow (LCM, on flow time).
+
+    f(x, t) = x - sigma * v_student leads from any point of the flow to its end. LCM's c_skip and c_out have no job, as
+    f(x, 0) = x already. The loss is that of velocities, |f - f_target|^2 / sigma^2, where samples of all t count alike.
+    `latents` are those of clips, or None; shape is (C, f, h, w), `exits` those of a rollout.
+    """
+    with torch.no_grad():
+        # 2. Clean samples: the clips, or with prompts alone the student's own
+        if latents is None:
+            predict_block, _ = networks.student_calls(cond)
+            (latents,) = roll_out(predict_block, None, draws.keyed_normal(*shape), method.steps, shape[1:2], exits)
+
+        # 3. Noisy samples at timesteps of the grid, and the teacher's step to the next one
+        index = draws.integers(len(grid) - 1)
+        t, t_prev = grid[index], grid[index + 1]
+        sigma, sigma_prev = (expand_to(each / TIMESTEPS, latents) for each in (t, t_prev))
+        x_t = renoise(latents, t / TIMESTEPS, draws.normal(*shape))
+        v_teacher = networks.guided("teacher", x_t, t, cond, uncond, args.real_score_guidance_scale)
+        x_prev = x_t + (sigma_prev - sigma) * v_teacher
+
+        # 4. Target: the straight way from x_t to where the student sees the end of the flow from x_prev
+        f_target = x_prev - sigma_prev * networks.velocity("student", x_prev, t_prev, cond)
+        v_target = (x_t - f_target) / sigma
+
+    loss = consistency_loss(networks.velocity("student", x_t, t, cond), v_target, args.loss_type, args.huber_c)
+    with networks.acting("student"):
+        (loss / args.gradient_accumulation_steps).backward()
+    means.add("lcm_loss", loss)
+
+
 def load_networks(args, accelerator, weight_dtype) -> Networks:
-    """All three networks on the device, split between processes and compiled as the flags say."""
+    """All networks on the device, split between processes and compiled as the flags say."""
     where = "cpu" if args.quantize_via == "cpu" else accelerator.device
-    teacher = load_transformer(args, weight_dtype)
+    teacher, roles = load_transformer(args, weight_dtype), METHODS[args.distillation_method]
     if args.model_type == "lora":
         quantize(teacher, args.base_model_precision, where)
-        by_role = dict.fromkeys(("teacher", "student", "fake_score"), add_adapters(args, teacher))
+        by_role = dict.fromkeys(("teacher", *roles), add_adapters(args, teacher, roles))
     else:
         student = load_transformer(args, torch.float32).requires_grad_(True)
         quantize(teacher, args.base_model_precision, where)
-        by_role = {"teacher": teacher, "student": student, "fake_score": copy.deepcopy(student)}
+        by_role = {"teacher": teacher, "student": student} | {role: copy.deepcopy(student) for role in roles[1:]}
     causal = make_causal(by_role["student"]) if args.num_frame_per_block else None
     for network in {id(network): network for network in by_role.values()}.values():  # with LoRA one
         if wants_fsdp(accelerator):
@@ -873,8 +924,8 @@ def load_networks(args, accelerator, weight_dtype) -> Networks:
             share_tokens(network, args.context_parallel_degree, accelerator, splits_rotary)
     speed_up(args, by_role.values(), BLOCKS, accelerator.print)
     if args.gradient_checkpointing:
-        by_role["student"].enable_gradient_checkpointing()
-        by_role["fake_score"].enable_gradient_checkpointing()
+        for role in roles:
+            by_role[role].enable_gradient_checkpointing()
     return Networks(by_role, causal, accelerator)
 
 
@@ -900,7 +951,7 @@ def planned_setup(args, data, method, dtype: torch.dtype) -> Setup:
         optimizer=optimizer_name(args), checkpointing=args.gradient_checkpointing,
         accumulation=args.gradient_accumulation_steps, block_lengths=tuple(lengths) if len(lengths) > 1 else (),
         ema={"cpu": "cpu", "accelerator": "gpu"}[args.ema_device] if args.use_ema else "none", caches=data.caches,
-        context_parallel=args.context_parallel_degree,
+        context_parallel=args.context_parallel_degree, fake_score="fake_score" in METHODS[args.distillation_method],
     )  # fmt: skip
 
 
@@ -979,12 +1030,13 @@ def main(args, data, method, notes):
 
     # ---- Networks ----
     scheduler = load_scheduler(args)
-    grid = flow_grid(method.steps, FLOW_STEPS, schedule_shift(scheduler))
+    shift, lcm = schedule_shift(scheduler), args.distillation_method == "lcm"
+    grid = flow_grid(method.steps, FLOW_STEPS, shift)
+    lcm_grid = torch.tensor(flow_grid(method.steps, args.num_ddim_timesteps, shift), device=device)
     networks = load_networks(args, accelerator, weight_dtype)
     student, lora = networks.by_role["student"], args.model_type == "lora"
-    saved = {
-        name: adapter_weights(student, name) if lora else networks.by_role[name] for name in ("student", "fake_score")
-    }
+    roles = METHODS[args.distillation_method]
+    saved = {name: adapter_weights(student, name) if lora else networks.by_role[name] for name in roles}
     trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in saved.items()}
 
     # ---- Optimizers and EMA ----
@@ -993,12 +1045,13 @@ def main(args, data, method, notes):
         "student": make_optimizer(
             optimizer_name(args), trained["student"], args.learning_rate * (clips_per_step if args.scale_lr else 1),
             (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon, device,
-        ),
-        "fake_score": make_optimizer(
+        )
+    }  # fmt: skip
+    if not lcm:
+        optimizers["fake_score"] = make_optimizer(
             "adamw8bit" if optimizer_name(args) == "adamw8bit" else "adamw", trained["fake_score"], args.fake_score_lr,
             args.fake_score_betas, args.fake_score_weight_decay, args.fake_score_eps, device,
-        ),
-    }  # fmt: skip
+        )  # fmt: skip
     init_rate = args.causal_init_lr / args.learning_rate
     lr_schedule = make_schedule(args, optimizers["student"], total_steps, args.causal_init_steps, init_rate)
     ema = weights_copy(saved["student"], "cpu" if args.ema_device == "cpu" else device) if args.use_ema else None
@@ -1009,11 +1062,12 @@ def main(args, data, method, notes):
     first_step = step = state["step"]
     updates = state.get("student_updates", 0)
 
-    # ---- Data: lists of samples, each with a caption and the size of its clip; the student makes clips ----
+    # ---- Data: lists of samples, each with a caption and the size of its clip; the student makes clips, but for LCM,
+    # which trains on those that there are ----
     data = plan_buckets(args, data, accelerator, clip_size)
     prompts = ["", args.negative_prompt, args.validation_negative_prompt or "", *validation_prompts(args)]
     encoder, readers = open_encoder(
-        args, data, open_caption_readers(args, data), encoders(args, device, weight_dtype), accelerator, prompts
+        args, data, (open_clip_readers if lcm else open_caption_readers)(args, data), encoders(args, device, weight_dtype), accelerator, prompts
     )
     uncond, empty = encoder.encode_text([args.negative_prompt]), encoder.encode_text([""])  # [1, L, C] each
     batches = open_batches(args, data, accelerator, readers, state["stream"], sharing)
@@ -1081,11 +1135,16 @@ def main(args, data, method, notes):
             )  # fmt: skip
 
             # 2. to 4.
+            if lcm:
+                latents = encoder.encode_images(samples).get("latents")
+                latents = None if latents is None else latents[:, :, : sum(blocks)].float()
+                lcm_backward(args, method, networks, means, draws, cond, uncond, shape, exits, lcm_grid, latents)
+                continue
             dmd_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, exits, student_turn)
 
         # 5. Optimizers
         turns = [("student", args.max_grad_norm)] if student_turn else []
-        turns += [] if regression_turn else [("fake_score", args.fake_score_grad_clip)]
+        turns += [] if regression_turn or lcm else [("fake_score", args.fake_score_grad_clip)]
         for name, most in turns:
             if not wants_fsdp(accelerator):  # whose backward() has averaged them
                 average_gradients(trained[name], processes, sharing)
@@ -1132,7 +1191,7 @@ def main(args, data, method, notes):
     end_run(
         args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal,
         stopped=stopping, student_updates=updates, validate=validate, export=export_student, report=report,
-        method="dmd", teacher=teacher_of(args), all_processes=all_processes,
+        method=args.distillation_method, teacher=teacher_of(args), all_processes=all_processes,
     )  # fmt: skip
 
 

@@ -351,14 +351,15 @@ def bucket_rules(parser: argparse.ArgumentParser, args: argparse.Namespace) -> t
 def parse_with_config(parser: argparse.ArgumentParser, argv, *, family: str, method: str, recipe=None) -> Flags:
     """Parses the command line over the settings of --config and, where no teacher is named, over the toy's recipe.
 
-    `recipe(args)` returns the toy's own settings by flag name.
+    `recipe(args)` returns the toy's own settings by flag name. A script of several methods has --distillation_method,
+    and `method` is its default.
     """
     parser.add_argument("--config", type=str, help="JSON file with settings by key; flags win over it")
     show_defaults(parser)
     args, settings = parser.parse_args(argv), {}
     if args.config:
         try:
-            settings = read_config(parser, Path(args.config), family, method)
+            settings = read_config(parser, Path(args.config), family, method, getattr(args, "distillation_method", None))
         except ValueError as error:
             parser.error(f"--config {error}")
         parser.set_defaults(**settings)
@@ -369,16 +370,21 @@ def parse_with_config(parser: argparse.ArgumentParser, argv, *, family: str, met
     return frozen(args)
 
 
-def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method: str) -> dict:
-    """Settings of a config file, by flag name."""
+def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method: str, given: str | None) -> dict:
+    """Settings of a config file, by flag name. `given` is the method that the command line names."""
     config = read_json(path)
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    if choice := actions.get("distillation_method"):  # a flag like others
+        named = config.get(choice.dest, method)
+        method = given or read_setting(choice, choice.dest, named, str(path))
+        config[choice.dest] = method
     nested = config.pop("distillation_config", {})
     nested = nested.get(method, nested) if isinstance(nested, dict) else nested  # under the method's name, or flat
     if not isinstance(nested, dict):
         raise ValueError(f"{path}: distillation_config is {nested!r}, and must be an object of settings")
     config |= nested
     for key, ours in (("model_family", family), ("distillation_method", method)):
-        if (value := config.pop(key, ours)) != ours:
+        if key not in actions and (value := config.pop(key, ours)) != ours:
             raise ValueError(f"{path}: {key} is {value!r}, and this script is for {ours!r}")
     if (flavour := config.pop("model_flavour", None)) is not None:
         known = FLAVOURS.get(family, {})
@@ -390,7 +396,6 @@ def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method
     if config.pop("delete_problematic_images", False) is not False:
         raise ValueError(f"{path}: delete_problematic_images: this program never deletes your files")
 
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     settings = {}
     for key, value in config.items():
         name = FLAG_OF_KEY.get(key, key)
