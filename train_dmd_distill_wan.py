@@ -128,8 +128,7 @@ METHODS = {"dmd": ("student", "fake_score"), "lcm": ("student",)}
 OWN_FLAGS = {
     "dmd": ("generator_update_interval", "last_step_only", "fake_score_guidance_scale", "fake_score_lr",
             "fake_score_weight_decay", "fake_score_betas", "fake_score_eps", "fake_score_grad_clip", "timestep_shift",
-            "min_timestep_ratio", "max_timestep_ratio", "ts_schedule", "ts_schedule_max", "min_score_timestep",
-            "num_frame_per_block"),
+            "min_timestep_ratio", "max_timestep_ratio", "ts_schedule", "ts_schedule_max", "min_score_timestep"),
     "lcm": ("num_ddim_timesteps", "loss_type", "huber_c"),
 }  # fmt: skip
 LOG_EVERY = 10  # optimizer steps between logs; training itself waits for the device nowhere else
@@ -276,6 +275,8 @@ def check_dmd_flags(parser, args):
     for name in itertools.chain(*(OWN_FLAGS[other] for other in METHODS if other != args.distillation_method)):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name}: has no job with --distillation_method {args.distillation_method}")
+    if args.num_frame_per_block > 0 and args.distillation_method != "dmd":
+        parser.error(f"--num_frame_per_block {args.num_frame_per_block}: self-forcing is of --distillation_method dmd")
     if args.context_parallel_degree > 1 and args.attention_mechanism != "diffusers":
         parser.error(
             f"--context_parallel_degree and --attention_mechanism {args.attention_mechanism}: one or the other"
@@ -331,6 +332,11 @@ def method_of(parser, args, frames: int) -> tuple[Method, list[str]]:
     else:
         notes.append(f"--validation_guidance {guidance:g}: of the teacher; a student takes none")
     return Method(steps, guidance, frames), notes
+
+
+def trains_on_clips(args, data: Data) -> bool:
+    """Whether training begins from latents of clips: LCM's does, unless it has prompts alone; DMD reads captions."""
+    return args.distillation_method == "lcm" and not any(dataset.sizes for dataset in data.datasets)
 
 
 # ---- Blocks of a rollout ----
@@ -939,6 +945,7 @@ def planned_setup(args, data, method, dtype: torch.dtype) -> Setup:
         for height, width in targets_in_shapes(args.validation_resolution, dataset.rules)
     ]
     frames, height, width = max(sizes, key=math.prod)
+    clips = max(dataset.num_frames for dataset in data.datasets) if trains_on_clips(args, data) else 0
     lengths = blocks_of(args, frames)
     shown = max(args.validation_resolution, key=math.prod)
     return Setup(
@@ -951,7 +958,8 @@ def planned_setup(args, data, method, dtype: torch.dtype) -> Setup:
         optimizer=optimizer_name(args), checkpointing=args.gradient_checkpointing,
         accumulation=args.gradient_accumulation_steps, block_lengths=tuple(lengths) if len(lengths) > 1 else (),
         ema={"cpu": "cpu", "accelerator": "gpu"}[args.ema_device] if args.use_ema else "none", caches=data.caches,
-        context_parallel=args.context_parallel_degree, fake_score="fake_score" in METHODS[args.distillation_method],
+        context_parallel=args.context_parallel_degree, fake_score=args.distillation_method == "dmd",
+        encoded=(args.vae_encode_batch_size, clips, height * factor, width * factor) if clips else None,
     )  # fmt: skip
 
 
@@ -1066,9 +1074,10 @@ def main(args, data, method, notes):
     # which trains on those that there are ----
     data = plan_buckets(args, data, accelerator, clip_size)
     prompts = ["", args.negative_prompt, args.validation_negative_prompt or "", *validation_prompts(args)]
+    readers = open_clip_readers(args, data) if lcm else open_caption_readers(args, data)
     encoder, readers = open_encoder(
-        args, data, (open_clip_readers if lcm else open_caption_readers)(args, data), encoders(args, device, weight_dtype), accelerator, prompts
-    )
+        args, data, readers, encoders(args, device, weight_dtype), accelerator, prompts
+    )  # fmt: skip
     uncond, empty = encoder.encode_text([args.negative_prompt]), encoder.encode_text([""])  # [1, L, C] each
     batches = open_batches(args, data, accelerator, readers, state["stream"], sharing)
     saver = Saver(

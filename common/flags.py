@@ -359,7 +359,9 @@ def parse_with_config(parser: argparse.ArgumentParser, argv, *, family: str, met
     args, settings = parser.parse_args(argv), {}
     if args.config:
         try:
-            settings = read_config(parser, Path(args.config), family, method, getattr(args, "distillation_method", None))
+            settings = read_config(
+                parser, Path(args.config), family, method, getattr(args, "distillation_method", None)
+            )
         except ValueError as error:
             parser.error(f"--config {error}")
         parser.set_defaults(**settings)
@@ -371,20 +373,21 @@ def parse_with_config(parser: argparse.ArgumentParser, argv, *, family: str, met
 
 
 def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method: str, given: str | None) -> dict:
-    """Settings of a config file, by flag name. `given` is the method that the command line names."""
+    """Settings of a config file, by flag name. `given` is the method that the command line names, if it does."""
     config = read_json(path)
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    if choice := actions.get("distillation_method"):  # a flag like others
-        named = config.get(choice.dest, method)
+    methods = (method,)
+    if choice := actions.get("distillation_method"):
+        methods, named = choice.choices, config.pop(choice.dest, None) or method
         method = given or read_setting(choice, choice.dest, named, str(path))
-        config[choice.dest] = method
     nested = config.pop("distillation_config", {})
-    nested = nested.get(method, nested) if isinstance(nested, dict) else nested  # under the method's name, or flat
+    if isinstance(nested, dict):  # under the method's name, beside other methods, or flat
+        nested = nested.get(method, {key: value for key, value in nested.items() if key not in methods})
     if not isinstance(nested, dict):
         raise ValueError(f"{path}: distillation_config is {nested!r}, and must be an object of settings")
     config |= nested
     for key, ours in (("model_family", family), ("distillation_method", method)):
-        if key not in actions and (value := config.pop(key, ours)) != ours:
+        if (value := config.pop(key, ours)) != ours:
             raise ValueError(f"{path}: {key} is {value!r}, and this script is for {ours!r}")
     if (flavour := config.pop("model_flavour", None)) is not None:
         known = FLAVOURS.get(family, {})
@@ -396,7 +399,7 @@ def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method
     if config.pop("delete_problematic_images", False) is not False:
         raise ValueError(f"{path}: delete_problematic_images: this program never deletes your files")
 
-    settings = {}
+    settings = {"distillation_method": method} if choice else {}
     for key, value in config.items():
         name = FLAG_OF_KEY.get(key, key)
         if name not in actions:
