@@ -1,6 +1,7 @@
-"""Distribution matching distillation of Wan 2.1 text-to-video.
+"""Distribution matching distillation of Wan 2.1 text-to-video, or latent consistency distillation.
 
-DMD (Yin et al. 2023, arXiv 2311.18828), DMD2 (2405.14867), CausVid (2412.07772), Self-Forcing (2506.08009).
+DMD (Yin et al. 2023, arXiv 2311.18828), DMD2 (2405.14867), CausVid (2412.07772), Self-Forcing (2506.08009), LCM (Luo et
+al. 2023, 2310.04378).
 
 Networks
     teacher      the frozen transformer: predicts v_real, the velocity (score) of the data, with guidance
@@ -22,6 +23,12 @@ Algorithm, for each batch of prompts; sigma = t / 1000, x_t = (1 - sigma) * x0 +
     x0 = x_t - sigma * v, so x_g - g lies from x_g towards x0_real - x0_fake; dividing by mean|x0_real - x_g| cancels
     sigma.
     No gradient goes from block to block: the cache of clean blocks has none.
+
+Latent consistency (--distillation_method lcm) has no fake score; instead of 2. to 4., t and t_prev being neighbours in a
+grid from noise to data:
+    2. clean samples  latents x0 of clips, or by prompts alone x_g of a rollout, without a gradient
+    3. teacher        x_t of x0 and fresh eps;  x_prev = x_t + (sigma_prev - sigma) * v_real
+    4. student        f(x, t) = x - sigma * v_student;  loss = |f(x_t, t) - stop(f(x_prev, t_prev))|^2 / sigma^2
 
 Blocks
     num_frame_per_block > 0 is self-forcing: the student makes the clip block by block, each seeing the clean blocks
@@ -588,7 +595,7 @@ def latent_statistics(vae) -> tuple[torch.Tensor, torch.Tensor]:
 def encode_pixels(vae, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     """Normalised latents, the posterior's mode as Wan itself takes. [B, 3, F, H, W] -> [B, C, (F - 1) / 4 + 1, h, w]
 
-    Encoders ask for it; DMD itself reads captions alone.
+    For latent consistency; DMD reads captions alone.
     """
     mean, std = latent_statistics(vae)
     latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
@@ -880,12 +887,12 @@ def regression_backward(args, method, networks, means, draws, cond, uncond, bloc
 def lcm_backward(args, method, networks, means, draws, cond, uncond, shape, exits, grid, latents):
     """Gradient of the student towards its own value one step further down the teacher's flow (LCM, on flow time).
 
-    f(x, t) = x - sigma * v_student leads from any point of the flow to its end. LCM's c_skip and c_out have no job, as
-    f(x, 0) = x already. The loss is that of velocities, |f - f_target|^2 / sigma^2, where samples of all t count alike.
-    `latents` are those of clips, or None; shape is (C, f, h, w), `exits` those of a rollout.
+    f(x, t) = x - sigma * v_student is to lead from any point of the flow to its end. It needs no c_skip and c_out, since
+    f(x, 0) = x already. The loss is between velocities, (x_t - f) / sigma, so that all timesteps count alike.
+    `latents` [B, C, f, h, w] are those of clips, or None; `shape` is (C, f, h, w), `exits` those of a rollout.
     """
     with torch.no_grad():
-        # 2. Clean samples: the clips, or with prompts alone the student's own
+        # 2. Clean samples: those of clips, or with prompts alone the student's own
         if latents is None:
             predict_block, _ = networks.student_calls(cond)
             (latents,) = roll_out(predict_block, None, draws.keyed_normal(*shape), method.steps, shape[1:2], exits)
@@ -898,10 +905,9 @@ def lcm_backward(args, method, networks, means, draws, cond, uncond, shape, exit
         v_teacher = networks.guided("teacher", x_t, t, cond, uncond, args.real_score_guidance_scale)
         x_prev = x_t + (sigma_prev - sigma) * v_teacher
 
-        # 4. Target: the straight way from x_t to where the student sees the end of the flow from x_prev
+        # 4. Student at x_t, and its distance to the target, which is the student itself at x_prev
         f_target = x_prev - sigma_prev * networks.velocity("student", x_prev, t_prev, cond)
         v_target = (x_t - f_target) / sigma
-
     loss = consistency_loss(networks.velocity("student", x_t, t, cond), v_target, args.loss_type, args.huber_c)
     with networks.acting("student"):
         (loss / args.gradient_accumulation_steps).backward()
@@ -1022,6 +1028,7 @@ def main(args, data, method, notes):
     # ---- Set-up ----
     accelerator, weight_dtype = start_run(args, notes)
     say, device, processes = accelerator.print, accelerator.device, accelerator.num_processes
+    roles, lcm = METHODS[args.distillation_method], args.distillation_method == "lcm"
     if args.plan is not None:
         setup = planned_setup(args, data, method, weight_dtype)
         say(plan_of(args, setup, pixel_frames(setup.frames, FRAMES_PER_LATENT), accelerator))
@@ -1032,18 +1039,17 @@ def main(args, data, method, notes):
         say(
             f"warning: {clips_per_step} clips a step, and the papers' recipes have {RECIPE_BATCH}: "
             f"{'raise' if clips_per_step < RECIPE_BATCH else 'lower'} --gradient_accumulation_steps, --train_batch_size "
-            "or the number of processes, or change --learning_rate and --fake_score_lr with it"
+            f"or the number of processes, or change --learning_rate{' and --fake_score_lr' * (not lcm)} with it"
         )
     repository = open_repository(args, accelerator)
 
     # ---- Networks ----
     scheduler = load_scheduler(args)
-    shift, lcm = schedule_shift(scheduler), args.distillation_method == "lcm"
+    shift = schedule_shift(scheduler)
     grid = flow_grid(method.steps, FLOW_STEPS, shift)
     lcm_grid = torch.tensor(flow_grid(method.steps, args.num_ddim_timesteps, shift), device=device)
     networks = load_networks(args, accelerator, weight_dtype)
     student, lora = networks.by_role["student"], args.model_type == "lora"
-    roles = METHODS[args.distillation_method]
     saved = {name: adapter_weights(student, name) if lora else networks.by_role[name] for name in roles}
     trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in saved.items()}
 
@@ -1070,8 +1076,8 @@ def main(args, data, method, notes):
     first_step = step = state["step"]
     updates = state.get("student_updates", 0)
 
-    # ---- Data: lists of samples, each with a caption and the size of its clip; the student makes clips, but for LCM,
-    # which trains on those that there are ----
+    # ---- Data: lists of samples, each with a caption and the size of its clip, for LCM also with the clip's latents or
+    # pixels; DMD's student makes clips ----
     data = plan_buckets(args, data, accelerator, clip_size)
     prompts = ["", args.negative_prompt, args.validation_negative_prompt or "", *validation_prompts(args)]
     readers = open_clip_readers(args, data) if lcm else open_caption_readers(args, data)

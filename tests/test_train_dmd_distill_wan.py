@@ -33,16 +33,10 @@ from common.networks import active_adapter, adapter_layers, precision_name
 from common.solvers import flow_grid, roll_out
 from common.tracking import Means
 from common.wan.causal import block_ends, first_tokens
-from tests.helpers import ROOT, folder_of_clips, short_wan_run
+from tests.helpers import ROOT, folder_of_clips, short_wan_run, without
 
 LORA, FULL, CAUSAL = "--lora_rank 4", "--model_type full", "--lora_rank 4 --num_frame_per_block 1"
 LCM = "--distillation_method lcm"
-
-
-def without(flags: list[str], name: str) -> list[str]:
-    """The flags without the one of this name and its value."""
-    place = flags.index(name)
-    return flags[:place] + flags[place + 2 :]
 
 
 @pytest.fixture
@@ -222,8 +216,8 @@ def test_steps_of_latent_consistency_equal_the_algorithm_restated_in_float64(run
 
 
 def test_consistency_leads_to_where_the_flow_of_a_gaussian_ends():
-    """Data of N(m, s^2) have a flow in closed form, which leads pure noise to m + s * eps; Euler's steps on the grid, by
-    diffusers' sampler, end nearby. The student is a line for each timestep of the grid."""
+    """Data of N(m, s^2) have a flow in closed form, which leads pure noise to m + s * eps. Euler's steps on the grid,
+    by diffusers' sampler, end near that. The student is a line for each timestep of the grid."""
     mean, deviation, grid = 0.7, 0.5, torch.tensor(flow_grid([1000.0, 522.0], 20, 3.0))
     lines = torch.zeros(len(grid), 2, requires_grad=True)
 

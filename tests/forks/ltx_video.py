@@ -77,9 +77,9 @@ def load_transformer(args, dtype: torch.dtype) -> LTXVideoTransformer3DModel:
     return transformer.requires_grad_(False).eval()
 
 
-def add_adapters(args, transformer: LTXVideoTransformer3DModel) -> LTXVideoTransformer3DModel:
+def add_adapters(args, transformer: LTXVideoTransformer3DModel, names) -> LTXVideoTransformer3DModel:
     modules = [name.strip() for name in args.lora_target_modules.split(",")]
-    for name in ("student", "fake_score"):
+    for name in names:
         config = LoraConfig(
             r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=modules
         )
