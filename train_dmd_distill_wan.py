@@ -474,8 +474,8 @@ def toy_recipe(args) -> dict:
     recipe = json.loads((TOY / "wan_recipe.json").read_text())
     data = {} if any(getattr(args, name) for name in SOURCES) else {"train_prompts": str(TOY / "wan_prompts.txt")}
     attention = "causal" if args.num_frame_per_block else "bidirectional"
-    method = recipe["lcm"] if args.distillation_method == "lcm" else {}
-    return data | recipe["shared"] | recipe[wanted_student(args)] | recipe[attention] | method
+    recipe |= recipe["lcm"] if args.distillation_method == "lcm" else {}
+    return data | recipe["shared"] | recipe[wanted_student(args)] | recipe[attention]
 
 
 def teacher_of(args) -> str:
