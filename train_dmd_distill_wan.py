@@ -279,11 +279,13 @@ def check_dmd_flags(parser, args):
     for name in NO_JOB:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name}: has no job in this script")
-    for name in itertools.chain(*(OWN_FLAGS[other] for other in METHODS if other != args.distillation_method)):
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name}: has no job with --distillation_method {args.distillation_method}")
-    if args.num_frame_per_block > 0 and args.distillation_method != "dmd":
-        parser.error(f"--num_frame_per_block {args.num_frame_per_block}: self-forcing is of --distillation_method dmd")
+    chosen = args.distillation_method
+    for method, names in OWN_FLAGS.items():
+        given = [name for name in names if getattr(args, name) != parser.get_default(name)]
+        if given and method != chosen:
+            parser.error(f"--{given[0]}: belongs to --distillation_method {method}, and this is {chosen}")
+    if args.num_frame_per_block > 0 and chosen == "lcm":
+        parser.error(f"--num_frame_per_block {args.num_frame_per_block}: self-forcing needs --distillation_method dmd")
     if args.context_parallel_degree > 1 and args.attention_mechanism != "diffusers":
         parser.error(
             f"--context_parallel_degree and --attention_mechanism {args.attention_mechanism}: one or the other"
