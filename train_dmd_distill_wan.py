@@ -1,6 +1,7 @@
-"""Distribution matching distillation of Wan 2.1 text-to-video.
+"""Distribution matching distillation of Wan 2.1 text-to-video, or latent consistency distillation.
 
-DMD (Yin et al. 2023, arXiv 2311.18828), DMD2 (2405.14867), CausVid (2412.07772), Self-Forcing (2506.08009).
+DMD (Yin et al. 2023, arXiv 2311.18828), DMD2 (2405.14867), CausVid (2412.07772), Self-Forcing (2506.08009), LCM (Luo et
+al. 2023, 2310.04378).
 
 Networks
     teacher      the frozen transformer: predicts v_real, the velocity (score) of the data, with guidance
@@ -22,6 +23,12 @@ Algorithm, for each batch of prompts; sigma = t / 1000, x_t = (1 - sigma) * x0 +
     x0 = x_t - sigma * v, so x_g - g lies from x_g towards x0_real - x0_fake; dividing by mean|x0_real - x_g| cancels
     sigma.
     No gradient goes from block to block: the cache of clean blocks has none.
+
+Latent consistency (--distillation_method lcm) has no fake score; instead of 2. to 4., t and t_prev being neighbours in a
+grid from noise to data:
+    2. clean samples  latents x0 of clips, or by prompts alone x_g of a rollout, without a gradient
+    3. teacher        x_t of x0 and fresh eps;  x_prev = x_t + (sigma_prev - sigma) * v_real
+    4. student        f(x, t) = x - sigma * v_student;  loss = |f(x_t, t) - stop(f(x_prev, t_prev))|^2 / sigma^2
 
 Blocks
     num_frame_per_block > 0 is self-forcing: the student makes the clip block by block, each seeing the clean blocks
@@ -58,7 +65,7 @@ from tqdm import tqdm
 
 from common.checkpoint import StopSignal, resume
 from common.data.buckets import check_frame_count, latent_frames, pixel_frames, target_size, targets_in_shapes
-from common.data.clips import clip_size, open_caption_readers
+from common.data.clips import clip_size, open_caption_readers, open_clip_readers
 from common.data.datasets import Data, open_data, plan_buckets
 from common.data.encoder import SampleEncoder, open_encoder
 from common.data.stream import open_batches
@@ -79,7 +86,7 @@ from common.flags import (
     parse_with_config,
     shared_defaults,
 )
-from common.losses import dmd_gradient, dmd_loss, fake_score_loss
+from common.losses import consistency_loss, dmd_gradient, dmd_loss, fake_score_loss
 from common.networks import (
     active_adapter,
     adapter_layers,
@@ -108,6 +115,7 @@ from common.solvers import (
     TIMESTEPS,
     block_lengths,
     denoising_steps,
+    expand_to,
     flow_grid,
     flow_trajectory,
     renoise,
@@ -122,11 +130,19 @@ LORA_RANK = 128  # the default of rank and alpha
 RECIPE_BATCH = 64  # samples of an optimizer step in the papers' recipes
 NO_JOB = (  # flags that scripts share and this one has no use for
     "eval_steps", "eval_samples", "evaluation_type", "evaluation_clip_model", "validation_preview",
-    "validation_preview_steps", "validation_preview_model", "text_encoder_2_precision", "random_flip", "center_crop",
-    "interpolation_type",
+    "validation_preview_steps", "validation_preview_model", "text_encoder_2_precision",
 )  # fmt: skip
+# Networks that a method trains, and flags that it alone has a use for
+METHODS = {"dmd": ("student", "fake_score"), "lcm": ("student",)}
+OWN_FLAGS = {
+    "dmd": ("generator_update_interval", "last_step_only", "fake_score_guidance_scale", "fake_score_lr",
+            "fake_score_weight_decay", "fake_score_betas", "fake_score_eps", "fake_score_grad_clip", "timestep_shift",
+            "min_timestep_ratio", "max_timestep_ratio", "ts_schedule", "ts_schedule_max", "min_score_timestep"),
+    "lcm": ("num_ddim_timesteps", "loss_type", "huber_c", "random_flip", "center_crop", "interpolation_type",
+            "cache_dir_vae", "vae_cache_disable"),  # DMD decodes no clip
+}  # fmt: skip
 LOG_EVERY = 10  # optimizer steps between logs; training itself waits for the device nowhere else
-MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "student_grad_norm", "fake_score_grad_norm"]
+MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "lcm_loss", "student_grad_norm", "fake_score_grad_norm"]
 MEANS += map(gap_name, GAP_RANGES)
 
 
@@ -169,6 +185,12 @@ def parse_args(argv=None):
     add("--ema_device", type=str, default="accelerator", choices=["accelerator", "cpu"], help="where the average is kept")
     add("--export_pipeline", action=Switch, help="full: write all of the pipeline, so that from_pretrained(OUTPUT_DIR) loads it; default: transformer and scheduler alone")
     add("--export_formats", type=str, default="diffusers", choices=["diffusers", "diffusers,comfyui"], metavar="FORMATS", help="diffusers, or diffusers,comfyui; of a LoRA: comfyui writes a second file, in the names of Wan's own code")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--distillation_method", type=str, choices=list(METHODS), help="dmd: distribution matching; lcm: latent consistency, with no fake score; default dmd")
+    add("--num_ddim_timesteps", type=int, default=50, help="lcm: N, even steps of the teacher's flow under its shift; the student's timesteps are added to them")
+    add("--loss_type", type=str, default="l2", choices=["l2", "huber"], help="lcm: mean of diff^2, or of sqrt(diff^2 + c^2) - c")
+    add("--huber_c", type=float, default=0.001, help="lcm: c of sqrt(diff^2 + c^2) - c; smaller is nearer to |diff|")
 
     add = parser.add_argument_group("distribution matching distillation").add_argument
     add("--dmd_denoising_steps", type=str, default="1000,757,522", metavar="STEPS", help="the student's timesteps, falling from 1000; or their number, evenly spaced and shifted by --flow_schedule_shift: 4 at shift 5 is 1000,937.5,833.3,625")
@@ -258,7 +280,7 @@ def wanted_student(args) -> str:
 def check_dmd_flags(parser, args):
     """Checks every rule of the student's and the method's flags. Returns args with their defaults, and notes."""
     toy, notes = args.pretrained_teacher_model is None, []
-    args = filled(args, model_type=wanted_student(args))
+    args = filled(args, model_type=wanted_student(args), distillation_method="dmd")
     if toy:
         notes.append(f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type}).")
     lora = {"lora_rank": LORA_RANK, "lora_alpha": LORA_RANK, "lora_dropout": 0.0, "lora_target_modules": LORA_TARGETS}
@@ -273,6 +295,13 @@ def check_dmd_flags(parser, args):
     for name in NO_JOB:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name}: has no job in this script")
+    chosen = args.distillation_method
+    for method, names in OWN_FLAGS.items():
+        given = [name for name in names if getattr(args, name) != parser.get_default(name)]
+        if given and method != chosen:
+            parser.error(f"--{given[0]}: belongs to --distillation_method {method}, and this is {chosen}")
+    if args.num_frame_per_block > 0 and chosen == "lcm":
+        parser.error(f"--num_frame_per_block {args.num_frame_per_block}: self-forcing needs --distillation_method dmd")
     if args.context_parallel_degree > 1 and args.attention_mechanism != "diffusers":
         parser.error(
             f"--context_parallel_degree and --attention_mechanism {args.attention_mechanism}: one or the other"
@@ -280,11 +309,11 @@ def check_dmd_flags(parser, args):
     check_ranges(
         parser, args,
         at_least_one=("lora_rank", "lora_alpha", "num_training_frames", "context_parallel_degree",
-                      "generator_update_interval", "ema_update_interval"),
+                      "generator_update_interval", "ema_update_interval", "num_ddim_timesteps"),
         not_negative=("num_frame_per_block", "fake_score_guidance_scale", "fake_score_weight_decay",
                       "causal_init_steps", "plan"),
         positive=("fake_score_lr", "fake_score_eps", "fake_score_grad_clip", "timestep_shift", "flow_schedule_shift",
-                  "causal_init_lr"),
+                  "causal_init_lr", "huber_c"),
         below_one=("lora_dropout", "ema_decay"), share=("min_timestep_ratio", "max_timestep_ratio"),
     )  # fmt: skip
     for name in ("causal_init_lr", "causal_init_guidance"):
@@ -341,6 +370,11 @@ def method_of(parser, args, frames: int) -> tuple[Method, list[str]]:
     else:
         notes.append(f"--validation_guidance {guidance:g}: of the teacher; a student takes none")
     return Method(steps, guidance, frames), notes
+
+
+def trains_on_clips(args, data: Data) -> bool:
+    """Whether training begins from latents of clips: LCM's does, unless it has prompts alone; DMD reads captions."""
+    return args.distillation_method == "lcm" and not any(dataset.sizes for dataset in data.datasets)
 
 
 # ---- Blocks of a rollout ----
@@ -484,6 +518,7 @@ def toy_recipe(args) -> dict:
     recipe = json.loads((TOY / "wan_recipe.json").read_text())
     data = {} if any(getattr(args, name) for name in SOURCES) else {"train_prompts": str(TOY / "wan_prompts.txt")}
     attention = "causal" if args.num_frame_per_block else "bidirectional"
+    recipe |= recipe["lcm"] if args.distillation_method == "lcm" else {}
     return data | recipe["shared"] | recipe[wanted_student(args)] | recipe[attention]
 
 
@@ -521,10 +556,10 @@ def load_transformer(args, dtype: torch.dtype) -> WanTransformer3DModel:
     return transformer.requires_grad_(False).eval()
 
 
-def add_adapters(args, transformer: WanTransformer3DModel) -> WanTransformer3DModel:
-    """The teacher itself, with two fp32 adapters that start at zero."""
+def add_adapters(args, transformer: WanTransformer3DModel, names: tuple[str, ...]) -> WanTransformer3DModel:
+    """The teacher itself, with fp32 adapters of these names that start at zero."""
     modules = [name.strip() for name in args.lora_target_modules.split(",")]
-    for name in ("student", "fake_score"):
+    for name in names:
         config = LoraConfig(
             r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=modules
         )
@@ -604,7 +639,7 @@ def latent_statistics(vae) -> tuple[torch.Tensor, torch.Tensor]:
 def encode_pixels(vae, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     """Normalised latents, the posterior's mode as Wan itself takes. [B, 3, F, H, W] -> [B, C, (F - 1) / 4 + 1, h, w]
 
-    Encoders ask for it; DMD itself reads captions alone.
+    For latent consistency; DMD reads captions alone.
     """
     mean, std = latent_statistics(vae)
     latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
@@ -791,7 +826,7 @@ def export(args, method, folder: Path, transformer, dtype: torch.dtype) -> tuple
 
 @dataclass(frozen=True)
 class Networks:
-    """Teacher, student and fake score by role. With LoRA they are one transformer, whose adapters take turns."""
+    """Teacher, student and DMD's fake score by role. With LoRA they are one transformer, whose adapters take turns."""
 
     by_role: dict[str, torch.nn.Module]
     causal: object | None  # calls the student block by block; None for a bidirectional one
@@ -921,17 +956,47 @@ def regression_backward(args, method, networks, means, draws, cond, uncond, bloc
             means.add("ode_loss", loss, share)
 
 
+def lcm_backward(args, method, networks, means, draws, cond, uncond, shape, exits, grid, latents):
+    """Gradient of the student towards its own value one step further down the teacher's flow (LCM, on flow time).
+
+    f(x, t) = x - sigma * v_student is to lead from any point of the flow to its end. It needs no c_skip and c_out, since
+    f(x, 0) = x already. The loss is between velocities, (x_t - f) / sigma, so that all timesteps count alike.
+    `latents` [B, C, f, h, w] are those of clips, or None; `shape` is (C, f, h, w), `exits` those of a rollout.
+    """
+    with torch.no_grad():
+        # 2. Clean samples: those of clips, or with prompts alone the student's own
+        if latents is None:
+            predict_block, _ = networks.student_calls(cond)
+            (latents,) = roll_out(predict_block, None, draws.keyed_normal(*shape), method.steps, shape[1:2], exits)
+
+        # 3. Noisy samples at timesteps of the grid, and the teacher's step to the next one
+        index = draws.integers(len(grid) - 1)
+        t, t_prev = grid[index], grid[index + 1]
+        sigma, sigma_prev = (expand_to(each / TIMESTEPS, latents) for each in (t, t_prev))
+        x_t = renoise(latents, t / TIMESTEPS, draws.normal(*shape))
+        v_teacher = networks.guided("teacher", x_t, t, cond, uncond, args.real_score_guidance_scale)
+        x_prev = x_t + (sigma_prev - sigma) * v_teacher
+
+        # 4. Student at x_t, and its distance to the target, which is the student itself at x_prev
+        f_target = x_prev - sigma_prev * networks.velocity("student", x_prev, t_prev, cond)
+        v_target = (x_t - f_target) / sigma
+    loss = consistency_loss(networks.velocity("student", x_t, t, cond), v_target, args.loss_type, args.huber_c)
+    with networks.acting("student"):
+        (loss / args.gradient_accumulation_steps).backward()
+    means.add("lcm_loss", loss)
+
+
 def load_networks(args, accelerator, weight_dtype) -> Networks:
-    """All three networks on the device, split between processes and compiled as the flags say."""
+    """All networks on the device, split between processes and compiled as the flags say."""
     where = "cpu" if args.quantize_via == "cpu" else accelerator.device
-    teacher = load_transformer(args, weight_dtype)
+    teacher, roles = load_transformer(args, weight_dtype), METHODS[args.distillation_method]
     if args.model_type == "lora":
         quantize(teacher, args.base_model_precision, where)
-        by_role = dict.fromkeys(("teacher", "student", "fake_score"), add_adapters(args, teacher))
+        by_role = dict.fromkeys(("teacher", *roles), add_adapters(args, teacher, roles))
     else:
         student = load_transformer(args, torch.float32).requires_grad_(True)
         quantize(teacher, args.base_model_precision, where)
-        by_role = {"teacher": teacher, "student": student, "fake_score": copy.deepcopy(student)}
+        by_role = {"teacher": teacher, "student": student} | {role: copy.deepcopy(student) for role in roles[1:]}
     causal = make_causal(by_role["student"]) if args.num_frame_per_block else None
     for network in {id(network): network for network in by_role.values()}.values():  # with LoRA one
         if wants_fsdp(accelerator):
@@ -943,8 +1008,8 @@ def load_networks(args, accelerator, weight_dtype) -> Networks:
             share_tokens(network, args.context_parallel_degree, accelerator, splits_rotary)
     speed_up(args, by_role.values(), BLOCKS, accelerator.print)
     if args.gradient_checkpointing:
-        by_role["student"].enable_gradient_checkpointing()
-        by_role["fake_score"].enable_gradient_checkpointing()
+        for role in roles:
+            by_role[role].enable_gradient_checkpointing()
     return Networks(by_role, causal, accelerator)
 
 
@@ -958,6 +1023,7 @@ def planned_setup(args, data, method, dtype: torch.dtype) -> Setup:
         for height, width in targets_in_shapes(args.validation_resolution, dataset.rules)
     ]
     frames, height, width = max(sizes, key=math.prod)
+    clips = max(dataset.num_frames for dataset in data.datasets) if trains_on_clips(args, data) else 0
     lengths = blocks_of(args, frames)
     shown = max(args.validation_resolution, key=math.prod)
     return Setup(
@@ -970,7 +1036,8 @@ def planned_setup(args, data, method, dtype: torch.dtype) -> Setup:
         optimizer=optimizer_name(args), checkpointing=args.gradient_checkpointing,
         accumulation=args.gradient_accumulation_steps, block_lengths=tuple(lengths) if len(lengths) > 1 else (),
         ema={"cpu": "cpu", "accelerator": "gpu"}[args.ema_device] if args.use_ema else "none", caches=data.caches,
-        context_parallel=args.context_parallel_degree,
+        context_parallel=args.context_parallel_degree, fake_score=args.distillation_method == "dmd",
+        encoded=(args.vae_encode_batch_size, clips, height * factor, width * factor) if clips else None,
     )  # fmt: skip
 
 
@@ -1033,6 +1100,7 @@ def main(args, data, method, notes):
     # ---- Set-up ----
     accelerator, weight_dtype = start_run(args, notes, splits=True)
     say, device, processes = accelerator.print, accelerator.device, accelerator.num_processes
+    roles, lcm = METHODS[args.distillation_method], args.distillation_method == "lcm"
     if args.plan is not None:
         setup = planned_setup(args, data, method, weight_dtype)
         say(plan_of(args, setup, pixel_frames(setup.frames, FRAMES_PER_LATENT), accelerator))
@@ -1043,18 +1111,18 @@ def main(args, data, method, notes):
         say(
             f"warning: {clips_per_step} clips a step, and the papers' recipes have {RECIPE_BATCH}: "
             f"{'raise' if clips_per_step < RECIPE_BATCH else 'lower'} --gradient_accumulation_steps, --train_batch_size "
-            "or the number of processes, or change --learning_rate and --fake_score_lr with it"
+            f"or the number of processes, or change --learning_rate{' and --fake_score_lr' * (not lcm)} with it"
         )
     repository = open_repository(args, accelerator)
 
     # ---- Networks ----
     scheduler = load_scheduler(args)
-    grid = flow_grid(method.steps, FLOW_STEPS, schedule_shift(scheduler))
+    shift = schedule_shift(scheduler)
+    grid = flow_grid(method.steps, FLOW_STEPS, shift)
+    lcm_grid = torch.tensor(flow_grid(method.steps, args.num_ddim_timesteps, shift), device=device)
     networks = load_networks(args, accelerator, weight_dtype)
     student, lora = networks.by_role["student"], args.model_type == "lora"
-    saved = {
-        name: adapter_weights(student, name) if lora else networks.by_role[name] for name in ("student", "fake_score")
-    }
+    saved = {name: adapter_weights(student, name) if lora else networks.by_role[name] for name in roles}
     trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in saved.items()}
 
     # ---- Optimizers and EMA ----
@@ -1063,12 +1131,13 @@ def main(args, data, method, notes):
         "student": make_optimizer(
             optimizer_name(args), trained["student"], args.learning_rate * (clips_per_step if args.scale_lr else 1),
             *betas_and_decay(args), args.adam_epsilon, device,
-        ),
-        "fake_score": make_optimizer(
+        )
+    }  # fmt: skip
+    if not lcm:
+        optimizers["fake_score"] = make_optimizer(
             "adamw8bit" if optimizer_name(args) == "adamw8bit" else "adamw", trained["fake_score"], args.fake_score_lr,
             args.fake_score_betas, args.fake_score_weight_decay, args.fake_score_eps, device,
-        ),
-    }  # fmt: skip
+        )  # fmt: skip
     init_rate = args.causal_init_lr / args.learning_rate
     lr_schedule = make_schedule(args, optimizers["student"], total_steps, args.causal_init_steps, init_rate)
     ema = weights_copy(saved["student"], "cpu" if args.ema_device == "cpu" else device) if args.use_ema else None
@@ -1079,12 +1148,13 @@ def main(args, data, method, notes):
     first_step = step = state["step"]
     updates = state.get("student_updates", 0)
 
-    # ---- Data: lists of samples, each with a caption and the size of its clip; the student makes clips ----
+    # ---- Data: lists of samples, each with a caption and the size of its clip, for LCM also with the clip's latents or
+    # pixels; DMD's student makes clips ----
     data = plan_buckets(args, data, accelerator, clip_size)
     prompts = ["", args.negative_prompt, args.validation_negative_prompt or "", *validation_prompts(args)]
+    readers = open_clip_readers(args, data) if lcm else open_caption_readers(args, data)
     encoder, readers = open_encoder(
-        args, data, open_caption_readers(args, data), encoders(args, device, weight_dtype), accelerator, prompts, state,
-        sharing,
+        args, data, readers, encoders(args, device, weight_dtype), accelerator, prompts, state, sharing
     )  # fmt: skip
     uncond, empty = encoder.encode_text([args.negative_prompt]), encoder.encode_text([""])  # [1, L, C] each
     batches = open_batches(args, data, accelerator, readers, state["stream"], sharing)
@@ -1118,7 +1188,7 @@ def main(args, data, method, notes):
 
     def validate():
         sheet = comparison.sheet(step)
-        if data.caches == "fill":  # training needs no text encoder, and never a VAE
+        if not data.trains_with_encoders:
             encoder.release()
         return sheet
 
@@ -1154,11 +1224,16 @@ def main(args, data, method, notes):
             )  # fmt: skip
 
             # 2. to 4.
+            if lcm:
+                latents = encoder.encode_images(samples).get("latents")
+                latents = None if latents is None else latents[:, :, : sum(blocks)].float()
+                lcm_backward(args, method, networks, means, draws, cond, uncond, shape, exits, lcm_grid, latents)
+                continue
             dmd_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, exits, student_turn)
 
         # 5. Optimizers
         turns = [("student", args.max_grad_norm)] if student_turn else []
-        turns += [] if regression_turn else [("fake_score", args.fake_score_grad_clip)]
+        turns += [] if regression_turn or lcm else [("fake_score", args.fake_score_grad_clip)]
         for name, most in turns:
             if not wants_fsdp(accelerator):  # whose backward() has averaged them
                 average_gradients(trained[name], processes, sharing)
@@ -1205,7 +1280,7 @@ def main(args, data, method, notes):
     end_run(
         args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal,
         stopped=stopping, student_updates=updates, validate=validate, export=export_student, report=report,
-        method="dmd", teacher=teacher_of(args), all_processes=all_processes,
+        method=args.distillation_method, teacher=teacher_of(args), all_processes=all_processes,
     )  # fmt: skip
 
 

@@ -374,14 +374,16 @@ def parse_with_config(
 ) -> tuple[Flags, list[str]]:
     """Parses the command line over the settings of --config and, where no teacher is named, over the toy's recipe.
 
-    `recipe(args)` returns the toy's own settings by flag name. Also returns notes on what the config says.
+    `recipe(args)` returns the toy's own settings by flag name. A script of several methods has --distillation_method,
+    and `method` is its default. Also returns notes on what the config says.
     """
     parser.add_argument("--config", type=str, help="JSON file with settings by key; flags win over it")
     show_defaults(parser)
     args, settings, notes = parser.parse_args(argv), {}, []
     if args.config:
         try:
-            settings = read_config(parser, Path(args.config), family, method, notes)
+            given = getattr(args, "distillation_method", None)
+            settings = read_config(parser, Path(args.config), family, method, given, notes)
         except ValueError as error:
             parser.error(f"--config {error}")
         parser.set_defaults(**settings)
@@ -394,14 +396,22 @@ def parse_with_config(
     return frozen(args), notes
 
 
-def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method: str, notes: list[str]) -> dict:
-    """Settings of a config file, by flag name."""
+def read_config(
+    parser: argparse.ArgumentParser, path: Path, family: str, method: str, given: str | None, notes: list[str]
+) -> dict:
+    """Settings of a config file, by flag name. `given` is the method that the command line names, if it does."""
     config = without_dashes(read_json(path), path)
-    nested = config.pop("distillation_config", None)
-    if "model_family" in config and nested is None and config.get("distillation_method") is None:
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    nested, named = config.pop("distillation_config", None), config.get("distillation_method")
+    if "model_family" in config and nested is None and (given or named) is None:
         notes.append(f"{path}: names no distillation_method; this script distils with {method}, and does nothing else")
+    methods = (method,)
+    if choice := actions.get("distillation_method"):
+        methods, named = choice.choices, config.pop(choice.dest, None) or method
+        method = given or read_setting(choice, choice.dest, named, str(path))
     nested = {} if nested is None else nested
-    nested = nested.get(method, nested) if isinstance(nested, dict) else nested  # under the method's name, or flat
+    if isinstance(nested, dict):  # under the method's name, beside other methods, or flat
+        nested = nested.get(method, {key: value for key, value in nested.items() if key not in methods})
     if not isinstance(nested, dict):
         raise ValueError(f"{path}: distillation_config is {nested!r}, and must be an object of settings")
     config |= nested
@@ -420,12 +430,11 @@ def read_config(parser: argparse.ArgumentParser, path: Path, family: str, method
         raise ValueError(f"{path}: delete_problematic_images: this program never deletes your files")
     check_diff2flow(config, str(path), notes)
 
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     known = [*actions, *(key for key, name in FLAG_OF_KEY.items() if name in actions)]
     config = settings_here(
         config, str(path), notes, known=known, not_here=NOT_HERE, neutral=NEUTRAL, without_effect=WITHOUT_EFFECT
     )
-    settings = {}
+    settings = {"distillation_method": method} if choice else {}
     for key, value in config.items():
         if key not in known:
             raise unknown_key(key, known, str(path))

@@ -357,6 +357,12 @@ class HookServer(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
 
+def without(flags: list[str], name: str) -> list[str]:
+    """The flags without the one of this name and its value."""
+    place = flags.index(name)
+    return flags[:place] + flags[place + 2 :]
+
+
 def short_wan_run(teacher: Path, folder: Path, output: str = "out", prompts: tuple[str, ...] = ("a red ball",)):
     """Flags of the shortest run of the Wan script, which is one step on three latent frames of 2x2 tokens."""
     path = folder / "prompts.txt"

@@ -168,6 +168,7 @@ def test_the_documents_advanced_settings_over_its_quickstart(tmp_path, wan_files
         ({"ts_schedule": "true"}, "ts_schedule is 'true', and must be of type bool"),
         ({"dmd_denoising_steps": ["1000"]}, "dmd_denoising_steps is ['1000'], and must be of type str"),
         ({"model_family": "sdxl"}, "model_family is 'sdxl', and this script is for 'wan'"),
+        ({"distillation_method": "dcm"}, "distillation_method is 'dcm', and must be one of dmd, lcm"),
         ({"model_flavour": "t2v-9b"}, "known for wan: t2v-480p-1.3b-2.1, t2v-480p-14b-2.1"),
         ({"num_frames": 80}, "--num_frames 80: must be 4k + 1, as 77 or 81"),
         ({"validation_num_video_frames": 120}, "--validation_num_video_frames 120: must be 4k + 1, as 117 or 121"),
@@ -188,6 +189,21 @@ def test_lists_and_flavours_of_wan(tmp_path, wan_files):
     args, *_ = parse_wan("--config", tmp_path / "config.json", "--train_data_dir", tmp_path / "clips")
     assert (args.dmd_denoising_steps, args.fake_score_betas) == ("1000,757,522", [0.5, 0.75])
     assert args.pretrained_teacher_model == "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+
+
+@pytest.mark.parametrize(("flags", "method"), [((), "lcm"), (("--distillation_method", "dmd"), "dmd")])
+def test_a_wan_config_names_the_method_and_has_a_block_for_each(flags, method, tmp_path, wan_files):
+    """The command line's method takes the block of its own."""
+    blocks = {"dmd": {"fake_score_lr": 3e-5}, "lcm": {"num_ddim_timesteps": 30, "loss_type": "huber"}}
+    config = {"distillation_method": "lcm", "distillation_config": blocks, "max_train_steps": 1}
+    config |= {"pretrained_model_name_or_path": "teacher", "num_training_frames": 21, "num_frames": 81}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args, *_ = parse_wan("--config", tmp_path / "config.json", "--train_data_dir", tmp_path / "clips", *flags)
+    found = (args.num_ddim_timesteps, args.loss_type, args.fake_score_lr)
+    assert (args.distillation_method, *found) == (
+        method,
+        *((30, "huber", 1e-5) if method == "lcm" else (50, "l2", 3e-5)),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -114,7 +114,9 @@ def test_a_block_of_under_120_lines_makes_a_fork_on_pixels(pixel_teacher, small_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("student", ["--lora_rank 4", "--model_type full --use_ema"])
+@pytest.mark.parametrize(
+    "student", ["--lora_rank 4", "--model_type full --use_ema", "--lora_rank 4 --distillation_method lcm"]
+)
 def test_the_block_of_ltx_video_makes_a_fork_of_the_wan_script(ltx_teacher, tmp_path, student, one_process):
     script = fork("train_dmd_distill_wan.py", "ltx_video.py", tmp_path)
     (tmp_path / "prompts.txt").write_text("a red ball\na blue ball\na green ball\n")
@@ -130,6 +132,20 @@ def test_the_block_of_ltx_video_makes_a_fork_of_the_wan_script(ltx_teacher, tmp_
         assert any("lora_B" in name for name in load_file(folder / "pytorch_lora_weights.safetensors"))
     assert np.asarray(Image.open(folder / "samples.png")).std() > 5
     assert (folder / "side_by_side.mp4").exists()
+
+
+def test_latents_of_ltx_video_s_clips_are_what_it_decodes(ltx_teacher, tmp_path):
+    script = fork("train_dmd_distill_wan.py", "ltx_video.py", tmp_path)
+    vae = AutoencoderKLLTXVideo.from_pretrained(ltx_teacher, subfolder="vae")
+    vae.latents_mean.fill_(0.3)
+    vae.latents_std.fill_(2.0)
+    pixels = torch.rand(1, 3, 9, 64, 64) * 2 - 1
+    with torch.no_grad():
+        raw = vae.encode(pixels).latent_dist.mode()
+        latents = script.encode_pixels(vae, pixels)["latents"]
+        torch.testing.assert_close(latents, (raw - 0.3) / 2)
+        expected = (vae.decode(raw).sample[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
+    torch.testing.assert_close(torch.tensor(script.decode(vae, latents)[0]), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_causal_student_of_ltx_video_is_refused(ltx_teacher, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The Wan script: a whole run in float64, whose gradient goes where, every setting's effect, resume and export."""
 
+import contextlib
 import itertools
 import json
 import re
@@ -13,7 +14,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel, WanVideoToVideoPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+    WanVideoToVideoPipeline,
+)
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 
@@ -21,13 +28,15 @@ import train_dmd_distill_wan as script
 from common.cache import text_key
 from common.data.clips import ClipReader, open_clip_readers, save_clip
 from common.data.sources import read_part
-from common.draws import sample_generator, tied_noise
+from common.draws import Draws, sample_generator, tied_noise
 from common.networks import active_adapter, adapter_layers, precision_name
-from common.solvers import roll_out
+from common.solvers import flow_grid, roll_out
+from common.tracking import Means
 from common.wan.causal import block_ends, first_tokens
-from tests.helpers import ROOT, folder_of_clips, short_wan_run
+from tests.helpers import ROOT, folder_of_clips, short_wan_run, without
 
 LORA, FULL, CAUSAL = "--lora_rank 4", "--model_type full", "--lora_rank 4 --num_frame_per_block 1"
+LCM = "--distillation_method lcm"
 
 
 @pytest.fixture
@@ -36,6 +45,8 @@ def parse(wan_teacher, tmp_path):
 
     def parsed(flags: str, output: str = "out"):
         usual = [*short_wan_run(wan_teacher, tmp_path, output), "--validation_prompt", "a red ball"]
+        if LCM in flags:
+            usual = without(usual, "--fake_score_lr")
         return script.parse_args([*usual, *flags.split()])
 
     return parsed
@@ -142,6 +153,138 @@ def test_training_steps_equal_the_algorithm_restated_in_float64(run, parse, wan_
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Latent consistency
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lcm_in_float64(folder, args, embeds, negative):
+    """Latent consistency of a full network with prompts alone, on clean samples: losses, and the student."""
+    teacher, student = (
+        WanTransformer3DModel.from_pretrained(folder, subfolder="transformer").double() for _ in range(2)
+    )
+    optimizer = torch.optim.AdamW(student.parameters(), args.learning_rate, eps=args.adam_epsilon, weight_decay=0.01)
+    even = (3 * u / (1 + 2 * u) for u in (i / args.num_ddim_timesteps for i in range(args.num_ddim_timesteps + 1)))
+    steps, grid = [1.0, 0.757, 0.522], sorted({*even, 0.757, 0.522})  # under the teacher's shift, 3
+    shape, losses = (4, 3, 4, 4), []
+
+    def x0_of(network, x, sigma, text):
+        return x - sigma * network(x, torch.tensor([1000 * sigma], dtype=torch.float32), text).sample
+
+    for step in range(args.max_train_steps):
+        rng = sample_generator(args.seed, step)
+        torch.rand((), generator=rng)  # of caption dropout
+        (exit_step,) = script.draw_exits(args.seed, step, 3, 1, False, False)
+        with torch.no_grad():
+            x0 = torch.zeros(1, dtype=torch.float64)
+            for sigma in steps[: exit_step + 1]:
+                x = (1 - sigma) * x0 + sigma * torch.randn(shape, generator=rng)[None].double()
+                x0 = x0_of(student, x, sigma, embeds)
+            place = 1 + torch.randint(len(grid) - 1, (), generator=rng)  # counted from noise there, from data here
+            sigma, lower = (grid[-place], grid[-place - 1])
+            x_t = (1 - sigma) * x0 + sigma * torch.randn(shape, generator=rng)[None].double()
+            cond, uncond = (x0_of(teacher, x_t, sigma, text) for text in (embeds, negative))
+            x0_teacher = uncond + args.real_score_guidance_scale * (cond - uncond)
+            eps_teacher = x0_teacher + (x_t - x0_teacher) / sigma
+            x_lower = (1 - lower) * x0_teacher + lower * eps_teacher
+            target = x0_of(student, x_lower, lower, embeds)
+        loss = ((x0_of(student, x_t, sigma, embeds) - target) / sigma).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        norm = torch.stack([p.grad.square().sum() for p in student.parameters()]).sum().sqrt()
+        for p in student.parameters():
+            p.grad *= min(1.0, 1.0 / (norm.item() + 1e-6))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, student.state_dict()
+
+
+def test_steps_of_latent_consistency_equal_the_algorithm_restated_in_float64(run, parse, wan_teacher, watch):
+    flags = f"{FULL} {LCM} --num_ddim_timesteps 5 --real_score_guidance_scale 2.5 --max_train_steps 4"
+    flags += " --adam_epsilon 1e-3 --validation_negative_prompt bad"
+    args, *_ = parse(flags)
+    pipe = WanPipeline.from_pretrained(wan_teacher)
+    with torch.no_grad():
+        embeds, negative = pipe.encode_prompt("a red ball", "bad", max_sequence_length=512)
+    losses, student = lcm_in_float64(wan_teacher, args, embeds.double(), negative.double())
+    ours = watch(script, "consistency_loss")
+    weights = run(flags)
+    torch.testing.assert_close([loss.item() for _, loss in ours], losses, rtol=2e-4, atol=0)
+    start = load_file(wan_teacher / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert weights.keys() == {"student"}  # there is no fake score
+    assert max((student[key] - start[key]).abs().max() for key in start) > 3e-3
+    assert max((weights["student"][key] - student[key]).abs().max() for key in start) < 3e-6
+
+
+def test_consistency_leads_to_where_the_flow_of_a_gaussian_ends():
+    """Data of N(m, s^2) have a flow in closed form, which leads pure noise to m + s * eps. Euler's steps on the grid,
+    by diffusers' sampler, end near that. The student is a line for each timestep of the grid."""
+    mean, deviation, grid = 0.7, 0.5, torch.tensor(flow_grid([1000.0, 522.0], 20, 3.0))
+    lines = torch.zeros(len(grid), 2, requires_grad=True)
+
+    def student(role, x, t, cond):
+        slope, offset = lines[(grid[None] == t[:, None]).int().argmax(1)].T[..., None, None, None, None]
+        return slope * x + offset
+
+    def teacher(role, x, t, cond, uncond, scale):
+        sigma = t.reshape(-1, 1, 1, 1, 1) / 1000
+        standard = (x - (1 - sigma) * mean) / ((1 - sigma) ** 2 * deviation**2 + sigma**2)
+        return sigma * standard - (mean + (1 - sigma) * deviation**2 * standard)  # E[eps | x] - E[x0 | x]
+
+    networks = SimpleNamespace(velocity=student, guided=teacher, acting=lambda role: contextlib.nullcontext())
+    args = Namespace(real_score_guidance_scale=1.0, loss_type="l2", huber_c=0.0, gradient_accumulation_steps=1)
+    means, device = Means(["lcm_loss"], "cpu"), torch.device("cpu")
+    optimizer = torch.optim.Adam([lines], 0.05, betas=(0.9, 0.99))
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
+    rng = torch.Generator().manual_seed(0)
+    for step in range(600):
+        latents = mean + deviation * torch.randn(32, 1, 1, 4, 4, generator=rng)
+        draws = Draws(0, range(32 * step, 32 * step + 32), device)
+        script.lcm_backward(args, None, networks, means, draws, {}, {}, (1, 1, 4, 4), [], grid, latents)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay.step()
+
+    ends = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1, 1)  # of eps
+    euler = FlowMatchEulerDiscreteScheduler()
+    euler.set_timesteps(sigmas=(grid[:-1] / 1000).tolist())
+    for t in euler.timesteps:
+        ends = euler.step(teacher("teacher", ends, t.expand(2), {}, {}, 1.0), t, ends).prev_sample
+    slope, offset = lines[0].tolist()
+    found, ends = [-offset, 1 - slope - offset], ends.flatten().tolist()
+    print(f"eps 0 and 1 end at {found}, by Euler at {ends}, by the flow at {[mean, mean + deviation]}")
+    assert found == pytest.approx(ends, abs=0.01)
+    assert found == pytest.approx([mean, mean + deviation], abs=0.1)
+
+
+def test_consistency_begins_from_the_latents_of_clips_where_there_are_clips(wan_teacher, tmp_path, watch):
+    """Which are cut, as a rollout is, to --num_training_frames."""
+    clips = folder_of_clips(tmp_path / "clips")
+    usual = without(without(short_wan_run(wan_teacher, tmp_path), "--train_prompts"), "--fake_score_lr")
+    flags = [*usual, "--train_data_dir", str(clips), "--disable_bucket_pruning", *LCM.split()]
+    began, encoded = watch(script, "lcm_backward"), watch(script, "encode_pixels")
+    script.main(*script.parse_args([*flags, "--num_training_frames", "2", "--lora_rank", "4"]))
+    *_, shape, exits, grid, latents = began[0][0]
+    assert latents.shape[2] == shape[1] == 2 and len(grid) == 50 + 1 + 2
+    assert any(torch.equal(latents, found["latents"][:, :, :2]) for _, found in encoded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--num_ddim_timesteps 2", "--loss_type huber", "--loss_type huber --huber_c 10", "--negative_prompt bad",
+        "--real_score_guidance_scale 5", "--causal_init_steps 1", "--flow_schedule_shift 9",
+    ],
+)  # fmt: skip
+def test_every_setting_of_consistency_has_its_effect(flags, run):
+    base = f"{LORA} {LCM} --adam_epsilon 1e-3 --max_train_steps 2"
+    base += " --loss_type huber" if "huber_c" in flags else ""
+    if base not in BASES:
+        BASES[base] = run(base)
+    assert not equal(BASES[base]["student"], run(f"{base} {flags}")["student"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Whose gradient goes where
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -218,7 +361,7 @@ def test_checkpointing_changes_no_gradient(flags, run, monkeypatch):
 
 def test_adapters_switch_without_touching_requires_grad(parse):
     args, *_ = parse(LORA)
-    network = script.add_adapters(args, script.load_transformer(args, torch.float32))
+    network = script.add_adapters(args, script.load_transformer(args, torch.float32), script.METHODS["dmd"])
     before = {name: p.requires_grad for name, p in network.named_parameters()}
     assert sum(before.values()) == 2 * 2 * 2 * (4 + 4 + 2)  # adapters, A and B, layers, modules
     for name in ("student", "teacher", "fake_score"):
@@ -229,7 +372,7 @@ def test_adapters_switch_without_touching_requires_grad(parse):
 
 def test_an_adapter_is_active_again_where_another_one_s_turn_ends(parse):
     args, *_ = parse(LORA)
-    network = script.add_adapters(args, script.load_transformer(args, torch.float32))
+    network = script.add_adapters(args, script.load_transformer(args, torch.float32), script.METHODS["dmd"])
     layers = adapter_layers(network)
     assert len(layers) == 20
     with active_adapter(layers, "student"):
@@ -263,6 +406,10 @@ def test_dropout_acts_where_there_is_a_gradient_alone(run, monkeypatch):
     monkeypatch.setattr(script, "predict", look)
     run(f"{LORA} --lora_dropout 0.5 --last_step_only")
     assert [grad for grad, _ in modes[:6]] == [False, False, True, False, False, True]
+    assert all(grad == training for grad, training in modes)
+    modes.clear()
+    run(f"{LORA} {LCM} --lora_dropout 0.5")
+    assert [grad for grad, _ in modes].count(True) == 1  # the target has none
     assert all(grad == training for grad, training in modes)
 
 
@@ -424,6 +571,12 @@ def test_defaults_that_follow_from_other_flags(parse):
         ("--context_parallel_degree 0", "must be at least 1"),
         ("--context_parallel_degree 3 --validation_resolution 32x32", "must divide a frame's tokens"),
         ("--context_parallel_degree 2 --attention_mechanism flash", "one or the other"),
+        (f"{LCM} --fake_score_lr 1e-4", "--fake_score_lr: belongs to --distillation_method dmd, and this is lcm"),
+        (f"{LCM} --no-ts_schedule", "--ts_schedule: belongs to --distillation_method dmd"),
+        ("--num_ddim_timesteps 20", "--num_ddim_timesteps: belongs to --distillation_method lcm"),
+        (f"{LCM} --num_frame_per_block 1", "--num_frame_per_block 1: self-forcing needs --distillation_method dmd"),
+        (f"{LCM} --num_ddim_timesteps 0", "must be at least 1"),
+        (f"{LCM} --huber_c 0", "--huber_c 0"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, message, parse, capsys):
@@ -661,6 +814,8 @@ def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, monk
         f"{LORA} --use_ema --generator_update_interval 2 --lora_dropout 0.1 --lr_scheduler cosine",
         f"{CAUSAL} --causal_init_steps 1 --gradient_accumulation_steps 2",
         f"{FULL} --use_ema --ema_update_interval 3",
+        f"{LORA} {LCM} --use_ema --lora_dropout 0.1 --causal_init_steps 1",
+        f"{FULL} {LCM} --gradient_accumulation_steps 2",
     ],
 )
 def test_killed_and_resumed_is_the_same_bit_for_bit(flags, run, monkeypatch):
@@ -671,7 +826,7 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(flags, run, monkeypatch):
         with pytest.raises(ValueError):  # no checkpoint of step 4
             run(f"{flags} --max_train_steps 4", "stopped")
     resumed = run(f"{flags} --max_train_steps 4 --resume_from_checkpoint latest", "stopped")
-    assert whole.keys() == resumed.keys() >= {"student", "fake_score"}
+    assert whole.keys() == resumed.keys() >= set(script.METHODS["lcm" if LCM in flags else "dmd"])
     for name in whole:
         assert equal(whole[name], resumed[name]), name
 
@@ -743,7 +898,17 @@ def opened(teacher, *flags, dtype=torch.float32, vae_dtype=torch.float32):
 
     Readers are those of clips, which the script itself does not need: a fork that trains on clips does.
     """
-    flags = ["--pretrained_teacher_model", teacher, "--max_train_steps", 99, "--num_frames", 9, *flags]
+    flags = [
+        "--pretrained_teacher_model",
+        teacher,
+        "--max_train_steps",
+        99,
+        "--num_frames",
+        9,
+        "--distillation_method",
+        "lcm",
+        *flags,
+    ]
     args, data, *_ = script.parse_args([str(flag) for flag in flags])
     loads, own = Counter(), script.encoders(args, OneProcess.device, dtype)
     encoders = replace(
@@ -907,6 +1072,7 @@ def test_stores_are_named_by_what_shaped_them(wan_teacher, clips, tmp_path):
         f"{FULL} --use_ema",
         pytest.param(f"{FULL} --export_pipeline", marks=pytest.mark.slow),
         f"{LORA} --dmd_denoising_steps 1000,800,700,100",
+        f"{FULL} {LCM} --use_ema",
     ],
 )
 def test_the_card_s_lines_sample_in_the_stock_pipeline_what_the_student_makes(

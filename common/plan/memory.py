@@ -1,4 +1,4 @@
-"""The memory that a run of distribution matching distillation will take, before any network is loaded.
+"""The memory that a run of the Wan script will take, before any network is loaded.
 
 Weights, gradients and optimizer states are counted on the networks, built on the meta device. Activations are measured:
 two and three blocks of the network go forward and backward on fake tensors, which have a shape and no content, while a
@@ -67,6 +67,8 @@ class Setup:
     caches: str = "fill"  # or full; or ondemand, off: the encoders stay
     shards: int = 1  # processes that FSDP splits trained networks over
     context_parallel: int = 1  # processes that share a clip's tokens
+    fake_score: bool = True  # DMD's; LCM has none
+    encoded: tuple[int, int, int, int] | None = None  # clips at a time, their frames, height and width in pixels
 
     @property
     def rank(self) -> int:
@@ -215,8 +217,9 @@ def activations(setup: Setup, shape: tuple[int, int, int, int], gradient: bool =
 
 
 @functools.lru_cache
-def vae_bytes(model: PlannedModel, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Bytes of the VAE's weights, in fp32, and the peak of decoding latents [B, C, f, h, w] on top of them."""
+def vae_bytes(model: PlannedModel, shape: tuple[int, ...], encodes: bool = False) -> tuple[int, int]:
+    """Bytes of the VAE's weights, in fp32, and on top of them the peak of decoding latents [B, C, f, h, w], or where it
+    `encodes` that of encoding pixels [B, 3, F, H, W]."""
     with torch.device("meta"):
         vae = model.vae().requires_grad_(False)
     weights = frozen_bytes(vae, torch.float32, "no_change")
@@ -224,7 +227,7 @@ def vae_bytes(model: PlannedModel, shape: tuple[int, ...]) -> tuple[int, int]:
         give_shapes(vae, torch.float32)
         x = torch.empty(shape)
         with Meter([*vae.parameters(), *vae.buffers(), x]) as meter, torch.no_grad():
-            vae.decode(x)
+            vae.encode(x) if encodes else vae.decode(x)
     return weights, meter.peak
 
 
@@ -247,22 +250,23 @@ def account(setup: Setup) -> dict[str, dict[str, int]]:
     base = counted(setup.model, setup.rank, setup.lora_targets)
     kind = f"LoRA of rank {setup.lora_rank}" if lora else "full"
     fake_optimizer = "adamw" if setup.optimizer == "lion" else setup.optimizer
+    base_of = ", base of all three" if setup.fake_score else ", base of both"
     weights = {
-        f"teacher{', base of all three' * lora}, {setup.base_precision.replace('no_change', str(setup.dtype)[6:])}":
+        f"teacher{base_of * lora}, {setup.base_precision.replace('no_change', str(setup.dtype)[6:])}":
             frozen_bytes(base, setup.dtype, setup.base_precision) // share,
         f"student, {kind}, {count / 1e6:.0f} M in fp32": 4 * count // share,
-        "fake score, likewise": 4 * count // share,
     }  # fmt: skip
-    states = {
-        f"student's {setup.optimizer} state": state_bytes(trained, setup.optimizer) // share,
-        f"fake score's {fake_optimizer} state": state_bytes(trained, fake_optimizer) // share,
-    }
+    states = {f"student's {setup.optimizer} state": state_bytes(trained, setup.optimizer) // share}
+    if setup.fake_score:
+        weights["fake score, likewise"] = 4 * count // share
+        states[f"fake score's {fake_optimizer} state"] = state_bytes(trained, fake_optimizer) // share
     weights |= {"EMA of the student": 4 * count // share} if setup.ema == "gpu" else {}
     block = next(m for m in counted(setup.model).modules() if type(m).__name__ == setup.model.block)
     block_bytes = sum(p.numel() for p in block.parameters()) * setup.dtype.itemsize
     gathered = {"two blocks that FSDP has gathered": 2 * block_bytes} if share > 1 else {}
 
-    # The student's turn keeps the rollout's graph during forwards of teacher and fake score; then comes its backward()
+    # The student's turn keeps the rollout's graph during forwards of teacher and fake score; then comes its backward().
+    # In LCM the teacher goes before the student, and nothing is kept meanwhile
     model, size, parallel = setup.model, (setup.height, setup.width), setup.context_parallel
     kept, on_top = (part // parallel for part in activations(setup, (setup.batch, setup.frames, *size)))
     scores = sum(activations(setup, (2 * setup.batch, setup.frames, *size), gradient=False)) // parallel
@@ -276,8 +280,10 @@ def account(setup: Setup) -> dict[str, dict[str, int]]:
         joined = 2 * frame * sum(setup.block_lengths)
         longest_block = activations(setup, (setup.batch, max(setup.block_lengths), *size))[1] // parallel
         on_top = max(on_top, longest_block + joined)
+    scores -= 0 if setup.fake_score else kept
     gradients = 4 * count // share
-    accumulated = 2 * gradients if setup.accumulation > 1 else 0  # student's and fake score's, through the next pass
+    # The student's, and a fake score's, through the next pass
+    accumulated = (1 + setup.fake_score) * gradients if setup.accumulation > 1 else 0
     turns = {
         "activations kept for backward()": kept,
         "backward() of one block, or a forward without it": max(on_top, scores),
@@ -287,9 +293,15 @@ def account(setup: Setup) -> dict[str, dict[str, int]]:
     stays = setup.caches in ("ondemand", "off")
     text_encoder = {"text encoder": text_encoder_bytes(setup)} if stays else {}
     idle_vae = {"VAE, after a validation": vae} if stays else {}
+    encoding = {}
+    if setup.encoded:
+        batch, *clip = setup.encoded
+        encoding = dict(zip(("VAE", "its encoding"), vae_bytes(model, (batch, 3, *clip), encodes=True), strict=True))
     phases = {"training": weights | states | turns | past | gathered | text_encoder | idle_vae}
     if setup.caches == "fill":
-        phases["filling the caches"] = weights | {"text encoder": text_encoder_bytes(setup)}
+        phases["filling the caches"] = weights | {"text encoder": text_encoder_bytes(setup)} | encoding
+    elif encoding and stays:
+        phases["encoding clips"] = weights | states | text_encoder | encoding
     sampling = sum(activations(setup, (setup.batch, *setup.validation), gradient=False))
     generation = {"VAE": vae, "its decoding, or a forward": max(decoding, sampling)}
     phases["validation"] = weights | states | text_encoder | generation

@@ -8,6 +8,7 @@ from diffusers import (
     AutoencoderKLLTXVideo,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
+    LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
 )
@@ -77,9 +78,9 @@ def load_transformer(args, dtype: torch.dtype) -> LTXVideoTransformer3DModel:
     return transformer.requires_grad_(False).eval()
 
 
-def add_adapters(args, transformer: LTXVideoTransformer3DModel) -> LTXVideoTransformer3DModel:
+def add_adapters(args, transformer: LTXVideoTransformer3DModel, names) -> LTXVideoTransformer3DModel:
     modules = [name.strip() for name in args.lora_target_modules.split(",")]
-    for name in ("student", "fake_score"):
+    for name in names:
         config = LoraConfig(
             r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=modules
         )
@@ -112,7 +113,7 @@ def encoders(args, device, dtype: torch.dtype) -> Encoders:
 
     return Encoders(
         load_vae=load_vae,
-        encode_pixels=lambda vae, pixels: {"latents": vae.encode(pixels).latent_dist.mode()},
+        encode_pixels=encode_pixels,
         load_text=load_text,
         encode_prompts=encode_prompts,
         latents_identity=lambda: {"vae": weights_identity(name, "vae", args.teacher_revision)},
@@ -121,6 +122,12 @@ def encoders(args, device, dtype: torch.dtype) -> Encoders:
             "dtype": dtype, "precision": precision_name(args.text_encoder_1_precision), "length": length,
         },
     )  # fmt: skip
+
+
+def encode_pixels(vae, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Normalised latents. [B, 3, F, H, W] -> [B, C, f, h, w]"""
+    latents, scale = vae.encode(pixels).latent_dist.mode(), vae.config.scaling_factor
+    return {"latents": LTXImageToVideoPipeline._normalize_latents(latents, vae.latents_mean, vae.latents_std, scale)}
 
 
 @torch.no_grad()

@@ -8,12 +8,13 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 import train_dmd_distill_wan as script
-from tests.helpers import launch, short_wan_run
+from tests.helpers import launch, short_wan_run, without
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = "train_dmd_distill_wan.py"
 FULL, CAUSAL = "--model_type full", "--lora_rank 4 --num_frame_per_block 1"
+LCM = "--distillation_method lcm"
 
 
 def user_flags(teacher, tmp_path, output) -> list[str]:
@@ -42,12 +43,17 @@ def test_a_run_leaves_clips_a_card_and_a_report_of_teacher_and_student(wan_teach
     assert (out / "samples.png").stat().st_size > 1000
 
 
-def test_two_processes_with_half_the_batch_equal_one(wan_teacher, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "fsdp"), [("--fake_score_eps 1e-3", False), (LCM, False), (f"{LCM} --use_ema --ema_decay 0.5", True)]
+)
+def test_two_processes_with_half_the_batch_equal_one(flags, fsdp, wan_teacher, tmp_path):
     """Bidirectional and full; gradients are averaged once a step, whatever was called in between."""
     one, two = (user_flags(wan_teacher, tmp_path, output) + FULL.split() for output in ("one", "two"))
-    epsilons = ["--adam_epsilon", "1e-3", "--fake_score_eps", "1e-3"]
-    script.main(*script.parse_args([*one, *epsilons, "--train_batch_size", "2"]))
-    launch(SCRIPT, *two, *epsilons, "--train_batch_size", 1, processes=2)
+    if LCM in flags:
+        one, two = (without(each, "--fake_score_lr") for each in (one, two))
+    usual = ["--adam_epsilon", "1e-3", *flags.split()]
+    script.main(*script.parse_args([*one, *usual, "--train_batch_size", "2"]))
+    launch(SCRIPT, *two, *usual, "--train_batch_size", 1, processes=2, fsdp=fsdp)
     one, two = (load_file(tmp_path / output / "checkpoint-2" / "student.safetensors") for output in ("one", "two"))
     start = load_file(wan_teacher / "transformer" / "diffusion_pytorch_model.safetensors")
     assert max((one[key] - start[key]).abs().max() for key in one) > 1e-3

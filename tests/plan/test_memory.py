@@ -37,7 +37,7 @@ from common.plan.memory import (
     state_bytes,
     trained_parameters,
 )
-from tests.helpers import short_wan_run
+from tests.helpers import folder_of_clips, short_wan_run, without
 
 WAN = {
     "patch_size": [1, 2, 2], "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16,
@@ -334,6 +334,8 @@ def parse(wan_teacher, tmp_path):
 
     def parsed(flags: str, teacher=wan_teacher):
         usual = [*short_wan_run(teacher, tmp_path), "--resolution", "64", "--validation_num_video_frames", "9"]
+        usual = without(usual, "--fake_score_lr") if "lcm" in flags else usual
+        usual = without(usual, "--train_prompts") if "--train_data_dir" in flags else usual
         return script.parse_args([*usual, "--validation_prompt", "ball", *flags.split()])
 
     return parsed
@@ -376,6 +378,7 @@ def test_a_plan_of_a_teacher_in_a_folder(parse, without_weights):
         ("--base_model_precision int8-quanto", {"base_precision": "int8-torchao"}),
         ("--text_encoder_1_precision int8-torchao", {"text_precision": "int8-torchao"}),
         ("--max_sequence_length 24", {"text_length": 24}),
+        ("--distillation_method lcm", {"fake_score": False}),
     ],
 )
 def test_flags_reach_the_plan(flags, expected, parse):
@@ -385,10 +388,42 @@ def test_flags_reach_the_plan(flags, expected, parse):
     assert {name: run[name] for name in expected} == expected
 
 
+def test_clips_that_consistency_trains_on_are_encoded(parse, tmp_path):
+    """By a VAE beside the text encoder; DMD reads their captions."""
+    clips = f"--train_data_dir {folder_of_clips(tmp_path / 'clips')}"
+    assert setup_of(parse(clips)).encoded is None
+    run = setup_of(parse(f"{clips} --distillation_method lcm --vae_encode_batch_size 2 --vae_cache_ondemand"))
+    assert run.encoded == (2, 9, 64, 64)
+    assert account(run)["encoding clips"]["its encoding"] > 2 * 3 * 9 * 64 * 64 * 4
+    filled = account(replace(run, caches="fill"))["filling the caches"]
+    assert min(filled[name] for name in ("VAE", "its encoding", "text encoder")) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["lora", "full"])
+def test_consistency_has_a_network_less(model_type):
+    """And the teacher's forward, with two prompts, is over when the student keeps what backward() needs."""
+    dmd, lcm = (account(tiny(model_type=model_type, accumulation=2, fake_score=fake)) for fake in (True, False))
+    assert [name for name in dmd["training"] if name.startswith("fake")] == [
+        "fake score, likewise",
+        "fake score's adamw state",
+    ]
+    assert not any(name.startswith("fake") for name in lcm["training"])
+    saved = {name: size - lcm["training"].get(name, 0) for name, size in dmd["training"].items()}
+    count = dmd["training"]["fake score, likewise"]
+    assert saved["gradients, beyond what has gone when they come"] == count
+    assert saved["backward() of one block, or a forward without it"] >= 0
+    assert sum(saved.values()) >= count * 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags", ["--lora_rank 4", "--lora_rank 4 --base_model_precision int8-torchao", "--model_type full"]
-)
+    "flags",
+    [
+        "--lora_rank 4", "--lora_rank 4 --base_model_precision int8-torchao", "--model_type full",
+        "--lora_rank 4 --distillation_method lcm", "--model_type full --distillation_method lcm",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_plan_s_weights_and_moments_are_those_of_a_run(flags, precision, parse, watch):
     """Each network's parameters and each optimizer's moments after a step of the script itself."""
@@ -397,7 +432,8 @@ def test_the_plan_s_weights_and_moments_are_those_of_a_run(flags, precision, par
     script.main(*parsed)
     networks = loads[0][1].by_role
     named = {id(p): (name, p) for network in networks.values() for name, p in network.named_parameters()}.values()
-    trained = {name: [p for p in networks[name].parameters() if p.requires_grad] for name in ("student", "fake_score")}
+    roles = script.METHODS["lcm" if "lcm" in flags else "dmd"]
+    trained = {name: [p for p in networks[name].parameters() if p.requires_grad] for name in roles}
     if parsed[0].model_type == "lora":  # two adapters on one network
         trained = {name: [p for key, p in named if name in key.split(".")] for name in trained}
     frozen = sum(stored_bytes(p) for _, p in named if not p.requires_grad)
