@@ -372,7 +372,7 @@ def parquet(path: str):
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise ValueError(f"{path} is parquet: to read it, `pip install pyarrow`") from None
+        raise ValueError(f"{path} is parquet: to read it, `pip install -r common/requirements.txt`") from None
     try:
         return ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors

@@ -87,7 +87,7 @@ def test_a_package_that_is_missing_is_named(tmp_path, refused, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"x")
     for name in ("pyarrow", "pyarrow.parquet", "datasets"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert "pip install pyarrow" in refused("--train_data_dir", tmp_path)
+    assert "pip install -r common/requirements.txt" in refused("--train_data_dir", tmp_path)
     assert "nobody/nothing is no local folder; from the hub: `pip install datasets`" in refused(
         "--dataset_name", "nobody/nothing"
     )
