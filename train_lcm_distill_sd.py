@@ -428,7 +428,7 @@ def export(args, folder: Path, unet, scheduler, dtype: torch.dtype) -> tuple[lis
         load += f'pipeline.load_lora_weights("{folder}", weight_name="{files[0]}")\n'
     else:
         unet.save_pretrained(folder)
-        copy.deepcopy(unet).to(torch.float16).save_pretrained(folder, variant="fp16")
+        copy.deepcopy(unet).half().save_pretrained(folder, variant="fp16")
         files = ["config.json", "diffusion_pytorch_model*.safetensors*"]
         load += f'unet = UNet2DConditionModel.from_pretrained("{folder}", dtype={dtype})\n'
         load += f'pipeline = {PIPELINE.__name__}.from_pretrained("{base}", unet=unet, {", ".join(parts)})\n'
