@@ -96,7 +96,8 @@ def test_the_documents_lcm_config_trains_on_small_images(tmp_path, sdxl_teacher,
     done = launch("train_lcm_distill_sdxl.py", "--config", tmp_path / "config.json", **environment)
     assert f"--data_backend_config: {file} is taken" in done.stdout and "no checkpoint in" in done.stdout
     assert "aspect_bucket_rounding 16: decimals are 1 to 9" in done.stdout
-    assert "--validation_guidance 0: trained is 2 to 13, 2 is taken" in done.stdout
+    assert "w_min 1, w_max 12: the w of the" in done.stdout  # SimpleTuner takes them for the guidance scale
+    assert "guidance_scale=1," in done.stdout  # 0 and 1 are both without: a LoRA has it inside
     assert "3 images are below minimum_image_size" in done.stdout and "caches: 9 latents" in done.stdout
     assert "for 2 steps of 4 samples" in done.stdout and "Traceback" not in done.stderr
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]

@@ -57,8 +57,8 @@ def test_kill_and_resume(sd_teacher, shards, tmp_path, kind):
 
 
 def test_kill_while_filling_leaves_whole_files(sd_teacher, tmp_path, capsys):
-    flags = short_flags(sd_teacher, toy_shards(tmp_path / "many", 6, 40), tmp_path / "o", "--max_train_steps", 1)
-    flags += ["--vae_encode_batch_size", "2"]
+    flags = short_flags(sd_teacher, toy_shards(tmp_path / "many", 6, 40), tmp_path / "o", "--max_train_steps", 60)
+    flags += ["--vae_encode_batch_size", "2", "--checkpointing_steps", "0"]  # an epoch: all is cached
     store, log = tmp_path / "o" / "cache" / "vae", tmp_path / "log"
     process = start(flags, log)
     wait_until(lambda: list(store.rglob("*.safetensors")), process.is_alive, log.read_text)
