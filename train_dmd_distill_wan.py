@@ -435,7 +435,11 @@ def check_blocks(parser, args, data: Data) -> tuple[Data, int, list[str]]:
     notes, datasets = [], []
     try:
         for dataset in data.datasets:
-            frames, said = fit_to_blocks(f"{dataset.id}: num_frames", dataset.num_frames, args)
+            name, most = f"{dataset.id}: num_frames", pixel_frames(args.num_training_frames, FRAMES_PER_LATENT)
+            frames, said = fit_to_blocks(name, dataset.num_frames, args)
+            if args.distillation_method == "lcm" and frames > most:  # nothing of a clip is encoded in vain
+                said = [f"{name} {frames}: cut to --num_training_frames {args.num_training_frames}, {most} frames"]
+                frames = most
             datasets.append(replace(dataset, num_frames=frames))
             notes += said
         shown = args.validation_num_video_frames or args.num_frames
@@ -730,7 +734,7 @@ def causal_usage(args, frames: int, channels: int, steps: list[float]) -> str:
     blocks = block_lengths(frames, args.num_frame_per_block, args.independent_first_frame)
     height, width = args.validation_resolution[0]
     return (
-        "from common.solvers import roll_out\nfrom common.wan.causal import BlockCausal\n\n"
+        "# In a checkout of the repository that trained it:\nfrom common.solvers import roll_out\nfrom common.wan.causal import BlockCausal\n\n"
         f"steps, blocks = {steps}, {blocks}\n"
         f'text, _ = pipeline.encode_prompt("your prompt", max_sequence_length={args.max_sequence_length})\n'
         "predict, remember = BlockCausal(pipeline.transformer).calls(\n"
@@ -765,7 +769,8 @@ def export(args, method, folder: Path, transformer, dtype: torch.dtype) -> tuple
     base, source = teacher_of(args), text_source(args)["model"]
     dtypes = dtype if dtype == torch.float32 else f'{{"vae": torch.float32, "default": {dtype}}}'
     parts, after = ["scheduler=scheduler", f"dtype={dtypes}"], ""
-    load = f'scheduler = FlowMatchLCMScheduler.from_pretrained("{folder}", subfolder="scheduler")\n{line}'
+    sampler = f'scheduler = FlowMatchLCMScheduler.from_pretrained("{folder}", subfolder="scheduler")\n{line}'
+    load = ""
     if args.teacher_revision:
         parts.append(f'revision="{args.teacher_revision}"')
     if source != base:
@@ -795,15 +800,20 @@ def export(args, method, folder: Path, transformer, dtype: torch.dtype) -> tuple
         )
         parts.append("transformer=transformer")
         if args.export_pipeline:
-            pipeline = PIPELINE.from_pretrained(base, transformer=transformer, scheduler=scheduler, **hub_options(args))
+            replaced = {"transformer": transformer, "scheduler": scheduler}
+            if source != base:
+                replaced["tokenizer"] = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
+                replaced["text_encoder"] = UMT5EncoderModel.from_pretrained(source, subfolder="text_encoder")
+            pipeline = PIPELINE.from_pretrained(base, **replaced, **hub_options(args))
             pipeline.save_pretrained(folder)
             files += ["model_index.json", *(name for name, part in pipeline.components.items() if part is not None)]
+            load, base, parts = "", folder, ["scheduler=scheduler", f"dtype={dtypes}"]
     frames, (height, width) = method.validation_frames, args.validation_resolution[0]
     usage = (
         "import functools\n\nimport torch\n"
         "from diffusers import FlowMatchLCMScheduler, WanPipeline, WanTransformer3DModel\n"
         "from diffusers.utils import encode_video\nfrom transformers import AutoTokenizer, UMT5EncoderModel\n\n"
-        f'{load}pipeline = WanPipeline.from_pretrained("{base}", {", ".join(parts)})\n{after}'
+        f'{sampler}{load}pipeline = WanPipeline.from_pretrained("{base}", {", ".join(parts)})\n{after}'
         'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")\n'
     )
     if args.num_frame_per_block:  # the pipeline would show it the whole clip at once
@@ -973,7 +983,7 @@ def lcm_backward(args, method, networks, means, draws, cond, uncond, shape, exit
         index = draws.integers(len(grid) - 1)
         t, t_prev = grid[index], grid[index + 1]
         sigma, sigma_prev = (expand_to(each / TIMESTEPS, latents) for each in (t, t_prev))
-        x_t = renoise(latents, t / TIMESTEPS, draws.normal(*shape))
+        x_t = renoise(latents.float(), t / TIMESTEPS, draws.normal(*shape))
         v_teacher = networks.guided("teacher", x_t, t, cond, uncond, args.real_score_guidance_scale)
         x_prev = x_t + (sigma_prev - sigma) * v_teacher
 
@@ -1226,7 +1236,6 @@ def main(args, data, method, notes):
             # 2. to 4.
             if lcm:
                 latents = encoder.encode_images(samples).get("latents")
-                latents = None if latents is None else latents[:, :, : sum(blocks)].float()
                 lcm_backward(args, method, networks, means, draws, cond, uncond, shape, exits, lcm_grid, latents)
                 continue
             dmd_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, exits, student_turn)

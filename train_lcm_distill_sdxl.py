@@ -475,7 +475,7 @@ def export(args, folder: Path, unet, scheduler, dtype: torch.dtype) -> tuple[lis
     call = [f"num_inference_steps={4 if 4 in shown else shown[-1]}", f"guidance_scale={scale:g}"]
     call += [f"height={height}", f"width={width}"]
     if args.model_type == "lora" and scale > 1.0 and args.validation_negative_prompt:
-        call.append(f"negative_prompt={json.dumps(args.validation_negative_prompt)}")
+        call.append(f"negative_prompt={args.validation_negative_prompt!r}")
     usage = (
         "import torch\n"
         f"from diffusers import AutoencoderKL, LCMScheduler, {PIPELINE.__name__}, UNet2DConditionModel\n\n{load}"
@@ -620,7 +620,6 @@ def main(args, data, notes):
     # ---- Set-up ----
     accelerator, weight_dtype = start_run(args, notes, gradient_accumulation_steps=args.gradient_accumulation_steps)
     say, device, lora = accelerator.print, accelerator.device, args.model_type == "lora"
-    repository = open_repository(args, accelerator)
 
     # ---- Noise schedule, solver, networks ----
     scheduler = load_scheduler(args)
@@ -630,6 +629,7 @@ def main(args, data, notes):
         solver = DDIMSolver(abar, args.num_ddim_timesteps, prediction_type, most_steps).to(device)
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    repository = open_repository(args, accelerator)
     teacher, student, target = load_networks(args, accelerator, weight_dtype)
     trained = [p for p in student.parameters() if p.requires_grad]
     average = target  # of a full student; a LoRA has an average of its adapters, where it has one

@@ -191,7 +191,7 @@ def check_precision(parser, args) -> list[str]:
     wanted = {name: getattr(args, name) for name in names if getattr(args, name) != "no_change"}
     if wanted and importlib.util.find_spec("torchao") is None:
         name, precision = next(iter(wanted.items()))
-        parser.error(f"--{name} {precision}: needs torchao, which is not installed: pip install -r common/requirements.txt")
+        parser.error(f"--{name} {precision}: torchao is not installed: pip install -r common/requirements.txt")
     aliased = {name: given for name, given in wanted.items() if precision_name(given) != given}
     return [f"--{name} {given}: an alias, {precision_name(given)} is in use" for name, given in aliased.items()]
 

@@ -265,7 +265,7 @@ def test_consistency_begins_from_the_latents_of_clips_where_there_are_clips(wan_
     script.main(*script.parse_args([*flags, "--num_training_frames", "2", "--lora_rank", "4"]))
     *_, shape, exits, grid, latents = began[0][0]
     assert latents.shape[2] == shape[1] == 2 and len(grid) == 50 + 1 + 2
-    assert any(torch.equal(latents, found["latents"][:, :, :2]) for _, found in encoded)
+    assert any(torch.equal(latents, found["latents"]) for _, found in encoded)  # no more of a clip is encoded
 
 
 @pytest.mark.slow
