@@ -492,11 +492,31 @@ def test_pictures_stay_in_the_trained_range_of_guidance(flags, w, lcm):
     assert any("--validation_guidance 0" in note for note in notes) == (w == 2.0)
 
 
-@pytest.mark.parametrize(("flags", "guidance_scale"), [("--validation_guidance 0", 3.0), ("--model_type lora", 1.0)])
+@pytest.mark.parametrize(
+    ("flags", "guidance_scale"),
+    [
+        ("--validation_guidance 0", 3.0), ("--model_type lora", 1.0), ("--model_type lora --validation_guidance 0", 1.0),
+        ("--model_type lora --validation_guidance 1.5", 1.5),
+    ],
+)  # fmt: skip
 def test_pictures_of_a_student_have_its_own_guidance(flags, guidance_scale, lcm, watch):
     calls = watch(script, "generate")
     lcm.run(f"--w_min 2 --w_max 4 {flags}")
     assert [arguments[7] for arguments, _ in calls] == [guidance_scale]
+
+
+def test_guidance_on_top_of_a_loras_own_changes_its_pictures_and_is_warned_about(lcm, watch):
+    """The teacher's stay at what the LoRA learns."""
+    calls = watch(script, "generate")
+    for guidance in (1, 3.4):
+        _, _, notes = lcm.parse(f"--lora_rank 2 --validation_guidance {guidance}")
+        assert any("--validation_guidance 3.4: the LoRA's pictures have it on top" in n for n in notes) == (
+            guidance > 1
+        )
+        lcm.run(f"--lora_rank 2 --validation_guidance {guidance}", benchmark=True, out=str(guidance))
+    pictures = [np.asarray(pictures[0]).astype(int) for _, pictures in calls]  # student, teacher, student, teacher
+    assert np.abs(pictures[0] - pictures[2]).max() > 5 and np.array_equal(pictures[1], pictures[3])
+    assert [arguments[7] for arguments, _ in calls] == [1.0, 11.0, 3.4, 11.0]
 
 
 def test_lora_type_means_a_lora(lcm):
