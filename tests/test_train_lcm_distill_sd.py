@@ -495,7 +495,7 @@ def test_pictures_stay_in_the_trained_range_of_guidance(flags, w, lcm):
 @pytest.mark.parametrize(
     ("flags", "guidance_scale"),
     [
-        ("--validation_guidance 0", 3.0), ("--model_type lora", 1.0), ("--model_type lora --validation_guidance 0", 1.0),
+        ("--validation_guidance 0", 3.0), ("--lora_rank 2", 1.0), ("--lora_rank 2 --validation_guidance 0", 1.0),
         ("--model_type lora --validation_guidance 1.5", 1.5),
     ],
 )  # fmt: skip
