@@ -139,7 +139,8 @@ PIXELS = ("random_flip", "center_crop", "interpolation_type", "cache_dir_vae", "
 OWN_FLAGS = {
     "dmd": ("generator_update_interval", "last_step_only", "fake_score_guidance_scale", "fake_score_lr",
             "fake_score_weight_decay", "fake_score_betas", "fake_score_eps", "fake_score_grad_clip", "timestep_shift",
-            "min_timestep_ratio", "max_timestep_ratio", "ts_schedule", "ts_schedule_max", "min_score_timestep"),
+            "min_timestep_ratio", "max_timestep_ratio", "ts_schedule", "ts_schedule_max", "min_score_timestep",
+            "num_frame_per_block"),
     "lcm": ("num_ddim_timesteps", "loss_type", "huber_c", *PIXELS),  # DMD decodes no clip
 }  # fmt: skip
 LOG_EVERY = 10  # optimizer steps between logs; training itself waits for the device nowhere else
@@ -300,8 +301,8 @@ def check_dmd_flags(parser, args):
         if method != chosen:
             error = f"belongs to --distillation_method {method}, and this is {chosen}"
             notes += refuse_flags(parser, args, names, error, f"by --distillation_method {chosen}")
-    if args.num_frame_per_block > 0 and chosen == "lcm":
-        parser.error(f"--num_frame_per_block {args.num_frame_per_block}: self-forcing needs --distillation_method dmd")
+    if chosen == "lcm":  # whose student has no blocks, also where a config is meant for both methods
+        args = Flags(**vars(args) | {"num_frame_per_block": 0})
     if args.context_parallel_degree > 1 and args.attention_mechanism != "diffusers":
         parser.error(
             f"--context_parallel_degree and --attention_mechanism {args.attention_mechanism}: one or the other"

@@ -231,6 +231,17 @@ def test_a_config_says_what_the_script_or_the_method_does_not_use(tmp_path, wan_
     assert told(*clips, *unset) == [script.removesuffix(", validation_preview")]
 
 
+def test_the_documents_wan_config_with_latent_consistency(tmp_path, wan_files):
+    """Which the document advises for the 14B model: settings of DMD alone, and blocks, have no effect."""
+    config = wan_config("dmd_wan") | wan_files
+    config["distillation_config"] |= {"timestep_shift": 7.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args, data, method, notes = parse_wan("--config", tmp_path / "config.json", "--distillation_method", "lcm")
+    unused = "not used by --distillation_method lcm: timestep_shift, num_frame_per_block"
+    assert f"{tmp_path / 'config.json'}: {unused}" in notes and args.num_frame_per_block == 0
+    assert (data.datasets[0].num_frames, method.validation_frames) == (121, 121)  # no blocks have to divide them
+
+
 def test_what_only_the_command_line_has_is_refused_beside_a_config(tmp_path, wan_files, capsys):
     config = {"pretrained_model_name_or_path": "teacher", "max_train_steps": 1, "fake_score_lr": 3e-5}
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_training_frames": 21}))

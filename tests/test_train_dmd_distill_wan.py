@@ -576,7 +576,7 @@ def test_defaults_that_follow_from_other_flags(parse):
         ("--num_ddim_timesteps 20", "--num_ddim_timesteps: belongs to --distillation_method lcm"),
         (f"{LCM} --random_flip", "--random_flip: is of clips, and there are prompts alone"),
         (f"{LCM} --cache_dir_vae x", "--cache_dir_vae: is of clips, and there are prompts alone"),
-        (f"{LCM} --num_frame_per_block 1", "--num_frame_per_block 1: self-forcing needs --distillation_method dmd"),
+        (f"{LCM} --num_frame_per_block 1", "--num_frame_per_block: belongs to --distillation_method dmd"),
         (f"{LCM} --num_ddim_timesteps 0", "must be at least 1"),
         (f"{LCM} --huber_c 0", "--huber_c 0"),
     ],
