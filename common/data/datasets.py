@@ -43,7 +43,8 @@ from common.data.sources import (
 from common.schema import Key, check_settings, not_supported, read_json
 
 SOURCES = ("train_shards_path_or_url", "data_backend_config", "train_data_dir", "dataset_name", "train_prompts")
-BESIDE = {"train_data_dir": "local", "train_shards_path_or_url": "webdataset"}  # the type of an entry whose data it has
+# Flags that may name the data of an entry of a dataset file, and the type that it has then
+BESIDE = {"train_data_dir": "local", "train_shards_path_or_url": "webdataset"}
 MOST_COUNTED = 100_000  # images whose headers are read for the table of buckets
 NOTHING = {
     "image": f"no images ({', '.join(IMAGE_MEMBERS)})",
@@ -88,7 +89,7 @@ class Data:
     caches: str  # "fill" before training, "ondemand", or "off"
     samples: int | None  # of an epoch; None where they cannot be counted
     keeps_latents: bool = True  # else texts alone are cached
-    held_out: tuple[Dataset, ...] = ()  # of --eval_steps; where there are none, samples of the datasets above are
+    held_out: tuple[Dataset, ...] = ()  # for --eval_steps; without any, it takes samples of the above
     cache_dir_text: str | None = None
     write_batch_size: int | None = None  # texts in a file of their cache
 
@@ -170,8 +171,7 @@ def find_source(
 
 def beside_file(names: list[str]) -> str | None:
     """The flag of a folder or of shards, where these names are that and a dataset file."""
-    others = [name for name in names if name != "data_backend_config"]
-    return others[0] if len(names) == 2 and len(others) == 1 and others[0] in BESIDE else None
+    return next((name for name in BESIDE if {name, "data_backend_config"} == set(names)), None)
 
 
 def open_source(args, name: str, source: str, rules: Rules, frames_per_latent: int | None) -> Dataset:

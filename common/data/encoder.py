@@ -70,14 +70,14 @@ class SampleEncoder:
         missing = [i for i, row in enumerate(rows) if row is None]
         for start in range(0, len(missing), self.vae_batch_size):
             chunk = missing[start : start + self.vae_batch_size]
-            for i, row in zip(chunk, self.encode_pixels([samples[i] for i in chunk]), strict=True):
+            for i, row in zip(chunk, self.records_of([samples[i] for i in chunk]), strict=True):
                 rows[i] = row
                 if self.latents is not None:
                     self.latents[samples[i].dataset].put(samples[i].key, row)
         return self.stack(rows)
 
-    def encode_pixels(self, samples: list[Sample]) -> list[dict[str, torch.Tensor]]:
-        """The record of each of these samples of one bucket: its latents, and its size_ids."""
+    def records_of(self, samples: list[Sample]) -> list[dict[str, torch.Tensor]]:
+        """What is cached of each of these samples of one bucket: its latents by the VAE, and its size_ids."""
         pixels = torch.stack([sample.pixels for sample in samples]).to(self.device, non_blocking=True)
         encoded = self.encoders.encode_pixels(self.vae, pixels.float() / 127.5 - 1.0)
         return [
@@ -90,7 +90,7 @@ class SampleEncoder:
         """These samples with latents in place of pixels, for what no cache keeps; the encoders are freed again."""
         found = []
         for sample in samples:
-            (row,) = self.encode_pixels([sample])
+            (row,) = self.records_of([sample])
             latents = {name: values.cpu() for name, values in row.items()}
             found.append(replace(sample, latents=latents, pixels=None))
             self.encode_text([sample.caption])
