@@ -84,6 +84,7 @@ from common.flags import (
     hide_flags,
     make_parser,
     parse_with_config,
+    refuse_flags,
     shared_defaults,
 )
 from common.losses import consistency_loss, dmd_gradient, dmd_loss, fake_score_loss
@@ -134,12 +135,13 @@ NO_JOB = (  # flags that scripts share and this one has no use for
 )  # fmt: skip
 # Networks that a method trains, and flags that it alone has a use for
 METHODS = {"dmd": ("student", "fake_score"), "lcm": ("student",)}
+PIXELS = ("random_flip", "center_crop", "interpolation_type", "cache_dir_vae", "vae_cache_disable")  # of decoded clips
 OWN_FLAGS = {
     "dmd": ("generator_update_interval", "last_step_only", "fake_score_guidance_scale", "fake_score_lr",
             "fake_score_weight_decay", "fake_score_betas", "fake_score_eps", "fake_score_grad_clip", "timestep_shift",
-            "min_timestep_ratio", "max_timestep_ratio", "ts_schedule", "ts_schedule_max", "min_score_timestep"),
-    "lcm": ("num_ddim_timesteps", "loss_type", "huber_c", "random_flip", "center_crop", "interpolation_type",
-            "cache_dir_vae", "vae_cache_disable"),  # DMD decodes no clip
+            "min_timestep_ratio", "max_timestep_ratio", "ts_schedule", "ts_schedule_max", "min_score_timestep",
+            "num_frame_per_block"),
+    "lcm": ("num_ddim_timesteps", "loss_type", "huber_c", *PIXELS),  # DMD decodes no clip
 }  # fmt: skip
 LOG_EVERY = 10  # optimizer steps between logs; training itself waits for the device nowhere else
 MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "lcm_loss", "student_grad_norm", "fake_score_grad_norm"]
@@ -253,8 +255,9 @@ def parse_args(argv=None):
                 f"--validation_resolution {width}x{height}: --context_parallel_degree must divide a frame's tokens"
             )
     data, frames, block_notes = check_blocks(parser, args, data)
-    if args.frame_interval != parser.get_default("frame_interval") and all(d.sizes for d in data.datasets):
-        parser.error(f"--frame_interval {args.frame_interval}: is of clips, and there are prompts alone")
+    if all(dataset.sizes for dataset in data.datasets):
+        names = ("frame_interval", *(PIXELS if args.distillation_method == "lcm" else ()))
+        notes += refuse_flags(parser, args, names, "is of clips, and there are prompts alone", "with prompts alone")
     method, method_notes = method_of(parser, args, frames)
     args = filled(args, report_steps=[len(method.steps)])
     notes = [
@@ -292,16 +295,14 @@ def check_dmd_flags(parser, args):
         parser.error("--export_pipeline: is for a full student; a LoRA loads into its teacher's pipeline")
     if args.model_type == "full" and "comfyui" in args.export_formats:
         parser.error("--export_formats comfyui: is a layout of LoRA files")
-    for name in NO_JOB:
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name}: has no job in this script")
+    notes += refuse_flags(parser, args, NO_JOB, "has no job in this script", "by this script")
     chosen = args.distillation_method
     for method, names in OWN_FLAGS.items():
-        given = [name for name in names if getattr(args, name) != parser.get_default(name)]
-        if given and method != chosen:
-            parser.error(f"--{given[0]}: belongs to --distillation_method {method}, and this is {chosen}")
-    if args.num_frame_per_block > 0 and chosen == "lcm":
-        parser.error(f"--num_frame_per_block {args.num_frame_per_block}: self-forcing needs --distillation_method dmd")
+        if method != chosen:
+            error = f"belongs to --distillation_method {method}, and this is {chosen}"
+            notes += refuse_flags(parser, args, names, error, f"by --distillation_method {chosen}")
+    if chosen == "lcm":  # whose student has no blocks, also where a config is meant for both methods
+        args = Flags(**vars(args) | {"num_frame_per_block": 0})
     if args.context_parallel_degree > 1 and args.attention_mechanism != "diffusers":
         parser.error(
             f"--context_parallel_degree and --attention_mechanism {args.attention_mechanism}: one or the other"

@@ -23,10 +23,7 @@ from common.keys import (
     FAMILY_OF_NAME,
     FLAG_OF_KEY,
     FLAVOURS,
-    NEUTRAL,
-    NOT_HERE,
-    WITHOUT_EFFECT,
-    settings_here,
+    config_here,
 )
 from common.networks import ATTENTION, PRECISIONS, check_precision, dynamo_backend
 from common.optim import DECAYS, optimizer_defaults
@@ -375,10 +372,12 @@ def parse_with_config(
     """Parses the command line over the settings of --config and, where no teacher is named, over the toy's recipe.
 
     `recipe(args)` returns the toy's own settings by flag name. A script of several methods has --distillation_method,
-    and `method` is its default. Also returns notes on what the config says.
+    and `method` is its default. Also returns notes on what the config says. The parser remembers the config's
+    `settings` and the script's `own_defaults`, over which both are put.
     """
     parser.add_argument("--config", type=str, help="JSON file with settings by key; flags win over it")
     show_defaults(parser)
+    parser.own_defaults = {action.dest: action.default for action in parser._actions}
     args, settings, notes = parser.parse_args(argv), {}, []
     if args.config:
         try:
@@ -393,7 +392,21 @@ def parse_with_config(
     if args.pretrained_teacher_model is None and recipe:
         parser.set_defaults(**recipe(frozen(args)) | settings)
         args = parser.parse_args(argv)
+    parser.settings = settings
     return frozen(args), notes
+
+
+def refuse_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, names, error: str, user: str) -> list[str]:
+    """Refuses flags that have no job where the command line gives them; returns a note where a config does.
+
+    A config may be that of another script or method, and still fit; on the command line such a flag is a mistake.
+    """
+    given = [name for name in names if getattr(args, name) != parser.own_defaults[name]]
+    for name in given:
+        if getattr(args, name) != parser.get_default(name):  # which is the config's value, where it has one
+            parser.error(f"--{name}: {error}")
+    unused = [name for name in given if name in parser.settings]
+    return [f"{args.config}: not used {user}: {', '.join(unused)}"] if unused else []
 
 
 def read_config(
@@ -414,7 +427,7 @@ def read_config(
         nested = nested.get(method, {key: value for key, value in nested.items() if key not in methods})
     if not isinstance(nested, dict):
         raise ValueError(f"{path}: distillation_config is {nested!r}, and must be an object of settings")
-    config |= nested
+    config = {key: value for key, value in (config | nested).items() if value is not None}
     for key, ours in (("model_family", family), ("distillation_method", method)):
         value = config.pop(key, None)
         if FAMILY_OF_NAME.get(str(value), value) not in (None, ours):
@@ -424,23 +437,21 @@ def read_config(
         if flavour not in known:
             names = ", ".join(known) or "none"
             raise ValueError(f"{path}: model_flavour is {flavour!r}, known for {family}: {names}")
-        if config.get("pretrained_model_name_or_path") is None:
+        if "pretrained_model_name_or_path" not in config:
             config.setdefault("pretrained_teacher_model", known[flavour])
-    if config.pop("delete_problematic_images", False) is not False:
+    if config.pop("delete_problematic_images", False):
         raise ValueError(f"{path}: delete_problematic_images: this program never deletes your files")
     check_diff2flow(config, str(path), notes)
 
     known = [*actions, *(key for key, name in FLAG_OF_KEY.items() if name in actions)]
-    config = settings_here(
-        config, str(path), notes, known=known, not_here=NOT_HERE, neutral=NEUTRAL, without_effect=WITHOUT_EFFECT
-    )
+    config = config_here(config, str(path), notes, known=known)
     settings = {"distillation_method": method} if choice else {}
     for key, value in config.items():
         if key not in known:
             raise unknown_key(key, known, str(path))
         name = FLAG_OF_KEY.get(key, key)
         action = actions[name]
-        if value is None or value is False and (action.type, action.default) == (str, None):  # the flag's default
+        if value is False and (action.type, action.default) == (str, None):  # the flag's default
             continue
         settings[name] = read_setting(action, key, value, str(path))
     return settings

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from functools import partial
 
-from common.schema import nearest
+from common.schema import nearest, not_supported
 
 # Config keys whose flag has another name.
 FLAG_OF_KEY = {
@@ -47,7 +47,13 @@ FLAVOURS = {
     },
 }
 
-# What is not here, by what to use instead. A value that turns it off passes; of the keys in NEUTRAL these values do.
+
+def by_key(instead: Mapping[str, str]) -> dict[str, str]:
+    """{key: what to use instead} of a table with several keys a row."""
+    return {key: text for keys, text in instead.items() for key in keys.split()}
+
+
+# What is not here, and what to use instead, if anything. What is off passes: in NEUTRAL are a key's values for that.
 INSTEAD = {
     "pretrained_vae_model_name_or_path": "a teacher's folder with that VAE",
     "accelerate_config fsdp_enable": "accelerate config",
@@ -73,16 +79,12 @@ INSTEAD = {
     "parquet_caption_column parquet_filename_column": "the parquet block of a dataset",
     "prediction_type rescale_betas_zero_snr": "the teacher's scheduler_config.json",
     "flow_use_beta_schedule flow_use_uniform_schedule flow_custom_timesteps flow_sigmoid_scale": "timestep_shift",
-    "text_cache_disable": "vae_cache_disable, which is of texts, too",
     "text_cache_ondemand": "vae_cache_ondemand, which is of texts, too",
     "validation_disable_unconditional": "validation_prompt",
     "num_validation_images": "validation_prompt_library",
     "validation_randomize": "validation_seed",
     "validation_epoch_interval validate_after_epoch": "validation_step_interval",
     "validation_disable": "validation_step_interval 0",
-}
-NOT_HERE = {key: instead for keys, instead in INSTEAD.items() for key in keys.split()}
-NOT_HERE |= dict.fromkeys(
     """
     assistant_lora_path context_parallel_size control controlnet crepa_enabled custom_tracker deepspeed_config
     delete_nsfw_images delete_unwanted_images diff2flow_loss diffusion_blocks_config ema_warmup_steps
@@ -92,13 +94,14 @@ NOT_HERE |= dict.fromkeys(
     optimizer_cpu_offload_method peft_lora_mode post_checkpoint_script post_upload_script publishing_config
     quantization_config refiner_training scheduled_sampling_max_step_offset scheduled_sampling_probability
     scheduled_sampling_ramp_steps scheduled_sampling_reflexflow scheduled_sampling_start_step
-    sdxl_validation_pipeline_mode slider_lora_target snr_gamma text_encoder_3_precision text_encoder_4_precision
-    timestep_bias_strategy train_text_encoder tread_config trust_remote_code twinflow_enabled urepa_enabled use_dora
-    use_soft_min_snr validation_adapter_path validation_guidance_rescale validation_guidance_skip_layers
-    validation_input validation_method validation_noise_scheduler validation_using_datasets variant xm_enabled
-    """.split(),
-    "",
-)
+    sdxl_validation_pipeline_mode slider_lora_target snr_gamma text_cache_disable text_encoder_3_precision
+    text_encoder_4_precision timestep_bias_strategy train_text_encoder tread_config trust_remote_code
+    twinflow_enabled urepa_enabled use_dora use_soft_min_snr validation_adapter_path validation_guidance_rescale
+    validation_guidance_skip_layers validation_input validation_method validation_noise_scheduler
+    validation_using_datasets variant xm_enabled
+    """: "",
+}
+NOT_HERE = by_key(INSTEAD)
 NEUTRAL = {
     "data_backend_sampling": ("auto-weighting",), "flow_sigmoid_scale": (1,), "lora_format": ("diffusers",),
     "lora_init_type": ("default",), "lr_num_cycles": (1,), "model_card_private": (True,),
@@ -106,7 +109,8 @@ NEUTRAL = {
     "validation_method": ("simpletuner-local",), "context_parallel_size": (1,),
 }  # fmt: skip
 
-# Patterns of keys that change nothing that is learnt: speed, memory, looks; or that belong to something not here.
+# Patterns of keys that pass with a note: of speed, memory and looks, and details of what is not here; some of these
+# (lr_power, huber_schedule) would change what is learnt there.
 WITHOUT_EFFECT = """
     *_scheduler_timestep_spacing accelerate_extra_args accelerator_cache_clear_interval
     allow_dataset_oversubscription aspect_bucket_disable_rebuild aspect_bucket_worker_count assistant_lora_* audio_*
@@ -146,16 +150,20 @@ def settings_here(
     """
     kept, unused = {}, []
     for key, value in settings.items():
-        off = value in neutral[key] if key in neutral else value in ("", "none", "no", [], {}) or not value
+        off = value in neutral[key] if key in neutral else not value or value in ("none", "no")
+        matches = any(fnmatch(key, pattern) for pattern in without_effect)
         if key in known:
             kept[key] = value
         elif key in not_here:
             if not off:
-                raise ValueError(f"{where}: {key}: not supported" + f", use {not_here[key]}" * bool(not_here[key]))
-        elif key in without_effect or any(map(partial(fnmatch, key), without_effect)) and nearest(key, known) is None:
+                raise not_supported(where, key, not_here[key])
+        elif key in without_effect or (matches and nearest(key, known) is None):  # not a slip of a known key
             unused += [] if off else [key]
         else:
             kept[key] = value
     if unused:
         notes.append(f"{where}: not used here: {', '.join(unused)}")
     return kept
+
+
+config_here = partial(settings_here, not_here=NOT_HERE, neutral=NEUTRAL, without_effect=WITHOUT_EFFECT)

@@ -57,6 +57,10 @@ def has_type(value, kind: type) -> bool:
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
+def not_supported(where: str, what: str, instead: str = "") -> ValueError:
+    return ValueError(f"{where}: {what}: not supported" + (f", use {instead}" if instead else ""))
+
+
 def unknown_key(key: str, known: Iterable[str], where: str) -> ValueError:
     near = nearest(key, known)
     return ValueError(f"{where}: unknown key {key!r}" + (f", did you mean {near!r}?" if near else ""))

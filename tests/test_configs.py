@@ -206,6 +206,55 @@ def test_a_wan_config_names_the_method_and_has_a_block_for_each(flags, method, t
     )
 
 
+def test_a_config_says_what_the_script_or_the_method_does_not_use(tmp_path, wan_files):
+    """As a note, where the command line's flag is refused: a config may be that of another method."""
+    config = {"distillation_config": {"fake_score_lr": 3e-5, "timestep_shift": 5.0, "loss_type": "huber"}}
+    config |= {"random_flip": True, "eval_steps_interval": 50, "evaluation_type": "clip", "validation_preview": True}
+    config |= {"pretrained_evaluation_model_name_or_path": "clip", "frame_interval": 2, "max_train_steps": 1}
+    config |= {"pretrained_model_name_or_path": "teacher", "num_training_frames": 21, "eval_samples": 8}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    (tmp_path / "prompts.txt").write_text("a red ball")
+
+    def told(*flags):
+        *_, notes = parse_wan("--config", path, *flags)
+        return [note.removeprefix(f"{path}: not used ") for note in notes if f"{path}: not used " in note]
+
+    script = "by this script: eval_steps, evaluation_type, evaluation_clip_model, validation_preview"
+    clips, prompts = ("--train_data_dir", tmp_path / "clips"), ("--train_prompts", tmp_path / "prompts.txt")
+    lcm = ("--distillation_method", "lcm")
+    assert told(*clips) == [script, "by --distillation_method dmd: loss_type, random_flip"]
+    assert told(*clips, *lcm) == [script, "by --distillation_method lcm: fake_score_lr, timestep_shift"]
+    assert told(*prompts)[2:] == ["with prompts alone: frame_interval"]
+    assert told(*prompts, *lcm)[2:] == ["with prompts alone: frame_interval, random_flip"]
+    unset = ("--no-random_flip", "--loss_type", "l2", "--no-validation_preview")
+    assert told(*clips, *unset) == [script.removesuffix(", validation_preview")]
+
+
+def test_the_documents_wan_config_with_latent_consistency(tmp_path, wan_files):
+    """Which the document advises for the 14B model: settings of DMD alone, and blocks, have no effect."""
+    config = wan_config("dmd_wan") | wan_files
+    config["distillation_config"] |= {"timestep_shift": 7.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args, data, method, notes = parse_wan("--config", tmp_path / "config.json", "--distillation_method", "lcm")
+    unused = "not used by --distillation_method lcm: timestep_shift, num_frame_per_block"
+    assert f"{tmp_path / 'config.json'}: {unused}" in notes and args.num_frame_per_block == 0
+    assert (data.datasets[0].num_frames, method.validation_frames) == (121, 121)  # no blocks have to divide them
+
+
+def test_what_only_the_command_line_has_is_refused_beside_a_config(tmp_path, wan_files, capsys):
+    config = {"pretrained_model_name_or_path": "teacher", "max_train_steps": 1, "fake_score_lr": 3e-5}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_training_frames": 21}))
+    flags = ["--config", tmp_path / "config.json", "--train_data_dir", tmp_path / "clips"]
+    for more, named in (
+        (("--distillation_method", "lcm", "--fake_score_lr", 4e-5), "--fake_score_lr: belongs to --distillation_meth"),
+        (("--validation_preview",), "--validation_preview: has no job in this script"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_wan(*flags, *more)
+        assert named in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # SDXL
 # ---------------------------------------------------------------------------------------------------------------------

@@ -76,6 +76,17 @@ OFF = {
 }  # fmt: skip
 
 
+def test_null_is_the_default(parse, refused):
+    null = dict.fromkeys(
+        ("num_validation_images", "lora_format", "delete_problematic_images", "seed", "diff2flow_loss")
+    )
+    null |= {"distillation_config": {"w_max": None}, "model_flavour": None, "pretrained_model_name_or_path": None}
+    args, notes = parse(null | {"model_flavour": "base-1.0"})
+    assert (args.seed, args.w_max, args.pretrained_teacher_model) == (42, 15.0, FLAVOURS["sdxl"]["base-1.0"])
+    assert notes == []
+    assert "this program never deletes your files" in refused({"delete_problematic_images": "false"})
+
+
 @pytest.mark.parametrize("script", [sd_script, sdxl_script])
 def test_what_is_not_here_passes_where_it_is_off(parse, script):
     assert parse(OFF, script=script)[1] == []
@@ -100,6 +111,7 @@ def test_what_changes_no_weights_passes_with_one_note(parse):
     [
         ({"snr_gamma": 5.0}, "snr_gamma: not supported"),
         ({"use_ema": True}, "use_ema: not supported, use ema_decay, of the consistency target"),
+        ({"text_cache_disable": True}, "text_cache_disable: not supported"),
         ({"validation_epoch_interval": 1}, "validation_epoch_interval: not supported, use validation_step_interval"),
         ({"num_validation_images": 4}, "num_validation_images: not supported, use validation_prompt_library"),
         ({"lora_init_type": "pissa"}, "lora_init_type: not supported"),
@@ -120,6 +132,7 @@ def test_what_changes_no_weights_passes_with_one_note(parse):
 def test_a_key_that_is_not_here_is_never_taken_for_another(refused, config, sentence):
     message = refused(config)
     assert message.startswith(sentence) or sentence.startswith("did you mean") and message.endswith(sentence)
+    assert "text_cache" not in message or message == sentence  # nothing stands in for it: texts are always cached
     assert "did you mean" in sentence or "did you mean" not in message
 
 

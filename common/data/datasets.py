@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import which
@@ -39,10 +40,11 @@ from common.data.sources import (
     split_prompts,
     split_table,
 )
-from common.schema import Key, check_settings, read_json
+from common.schema import Key, check_settings, not_supported, read_json
 
 SOURCES = ("train_shards_path_or_url", "data_backend_config", "train_data_dir", "dataset_name", "train_prompts")
-BESIDE = {"train_data_dir": {"type": "local"}, "train_shards_path_or_url": {"type": "webdataset"}}  # a dataset file
+# Flags that may name the data of an entry of a dataset file, and the type that it has then
+BESIDE = {"train_data_dir": "local", "train_shards_path_or_url": "webdataset"}
 MOST_COUNTED = 100_000  # images whose headers are read for the table of buckets
 NOTHING = {
     "image": f"no images ({', '.join(IMAGE_MEMBERS)})",
@@ -66,7 +68,7 @@ class Dataset:
     frame_interval: int = 1
     instance_prompt: str | None = None  # the caption of all samples
     sizes: tuple[tuple[int, int], ...] = ()  # of prompts alone: height and width of clips that they could have
-    probability: float = 1.0  # repeats count so often
+    probability: float = 1.0  # a factor of the epoch's visits
 
     @property
     def visits(self) -> float:
@@ -87,7 +89,7 @@ class Data:
     caches: str  # "fill" before training, "ondemand", or "off"
     samples: int | None  # of an epoch; None where they cannot be counted
     keeps_latents: bool = True  # else texts alone are cached
-    held_out: tuple[Dataset, ...] = ()  # those of which --eval_steps takes the loss, if not of the ones above
+    held_out: tuple[Dataset, ...] = ()  # for --eval_steps; without any, it takes samples of the above
     cache_dir_text: str | None = None
     write_batch_size: int | None = None  # texts in a file of their cache
 
@@ -111,10 +113,10 @@ def open_data(
             found = read_backend(args, Path(source), rules, frames_per_latent, beside, notes)
         else:
             rules = complete_rules(rules, "--", notes)
-            found = Backend([open_source(args, name, source, rules, frames_per_latent)])
+            found = [open_source(args, name, source, rules, frames_per_latent)], [], {}
     except ValueError as error:
         parser.error(str(error))
-    datasets, texts = found.datasets, found.texts
+    datasets, held_out, texts = found
     remote = not all(is_local(part) for dataset in datasets for part in dataset.parts)
     if args.shard_cache_dir:
         os.environ["WDS_CACHE"] = args.shard_cache_dir  # for all that read shards, in reader processes too
@@ -122,7 +124,8 @@ def open_data(
         try:
             os.makedirs(cache, exist_ok=True)
         except OSError as error:
-            parser.error(f"--shard_cache_dir {cache}: {error.strerror}")
+            named = "--shard_cache_dir" if args.shard_cache_dir else "the environment variable WDS_CACHE:"
+            parser.error(f"{named} {cache}: {error.strerror}")
     caches = "ondemand" if args.vae_cache_ondemand else "off" if remote else "fill"
     if caches == "off":
         notes.append("The shards are not local: nothing is cached. --vae_cache_ondemand keeps what is encoded.")
@@ -132,32 +135,43 @@ def open_data(
             "--max_train_steps or --max_train_samples: one is needed, shards that are not local are not counted"
         )
     data = Data(
-        f"--{name}", tuple(datasets), caches, samples, not args.vae_cache_disable, tuple(found.held_out),
+        f"--{name}", tuple(datasets), caches, samples, not args.vae_cache_disable, tuple(held_out),
         cache_dir_text=texts.get("cache_dir", args.cache_dir_text), write_batch_size=texts.get("write_batch_size"),
     )  # fmt: skip
     return data, notes
 
 
-def find_source(parser: argparse.ArgumentParser, args: argparse.Namespace, notes: list[str]) -> tuple[str, str, dict]:
-    """Name and value of the flag that names the data; one on the command line wins over a config's.
+def find_source(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, notes: list[str]
+) -> tuple[str, str, str | None]:
+    """Name and value of the flag that names the data; one on the command line wins over a config's, and says so.
 
-    A folder or shards beside a dataset file are those of its one entry without any: {flag: settings of the entry}.
+    A folder or shards may be given beside a dataset file, for its one entry without data; their flag is then the third.
     """
-    given = [name for name in SOURCES if getattr(args, name, None)]
-    given = [name for name in given if getattr(args, name) != parser.get_default(name)] or given
-    usual = Path(args.output_dir, "multidatabackend.json")  # where the quickstarts put it
-    beside = {name: {"instance_data_dir": getattr(args, name)} | kind for name, kind in BESIDE.items() if name in given}
-    if "data_backend_config" in given and len(given) == 2 and beside:
+    named = [name for name in SOURCES if getattr(args, name, None)]
+    line = [name for name in named if getattr(args, name) != parser.get_default(name)]
+    config = [name for name in named if name in parser.settings and name not in line]
+    given = line or config or named  # named by neither: of the toy's recipe
+    if len(line) == 1 and beside_file(line + config) and one_without_data(args.data_backend_config):
+        given = line + config
+    notes += [f"--{name} {getattr(args, name)} of the config is not used" for name in config if name not in given]
+    if beside := beside_file(given):
         return "data_backend_config", args.data_backend_config, beside
     if len(given) > 1:
         parser.error(f"--{given[0]} and --{given[1]}: one or the other")
     if given:
-        return given[0], getattr(args, given[0]), {}
+        return given[0], getattr(args, given[0]), None
+    usual = Path(args.output_dir, "multidatabackend.json")  # where the quickstarts put it
     if usual.is_file():
         notes.append(f"--data_backend_config: {usual} is taken, as no other data are named.")
-        return "data_backend_config", str(usual), {}
+        return "data_backend_config", str(usual), None
     flags = [f"--{name}" for name in SOURCES if hasattr(args, name)]
     parser.error(f"{flags[0]}: needed with --pretrained_teacher_model; or {', '.join(flags[1:])}")
+
+
+def beside_file(names: list[str]) -> str | None:
+    """The flag of a folder or of shards, where these names are that and a dataset file."""
+    return next((name for name in BESIDE if {name, "data_backend_config"} == set(names)), None)
 
 
 def open_source(args, name: str, source: str, rules: Rules, frames_per_latent: int | None) -> Dataset:
@@ -202,7 +216,7 @@ def open_shards(spec: str) -> list[str]:
 
 def open_table_or_folder(args, name: str, source: str, rules: Rules, frames: dict) -> Dataset:
     """A folder of images, of clips or of parquet files, a parquet file, or a dataset on the hub."""
-    columns, kind, path = (args.image_column, args.caption_column), "video" if frames else "image", Path(source)
+    columns, kind, path = (args.image_column, (args.caption_column,)), "video" if frames else "image", Path(source)
     if path.is_file():
         return Dataset(path.name, split_table([source], *columns), rules, **frames)
     if not path.is_dir():
@@ -224,8 +238,14 @@ def open_table_or_folder(args, name: str, source: str, rules: Rules, frames: dic
 # Dataset file
 # ---------------------------------------------------------------------------------------------------------------------
 
+TYPES = {  # keys that an entry of a type needs, and its caption strategies; None: captions as a shard has them
+    "local": (("instance_data_dir",), ("textfile", "filename", "instanceprompt", "parquet")),
+    "webdataset": (("instance_data_dir",), (None, "textfile", "filename", "instanceprompt")),
+    "huggingface": (("dataset_name",), ("huggingface", "instanceprompt")),
+    "csv": (("csv_file", "csv_caption_column"), ("csv", "instanceprompt")),
+}
 KEYS = {
-    "id": Key(str), "type": Key(("local", "webdataset", "huggingface", "csv")),
+    "id": Key(str), "type": Key(tuple(TYPES)),
     "dataset_type": Key(("image", "video", "eval", "text_embeds")), "disabled": Key(bool),
     "instance_data_dir": Key(str), "repeats": Key(int, least=0), "probability": Key(float), "resolution": Key(float),
     "resolution_type": Key(RESOLUTION_TYPES), "aspect_bucket_rounding": Key(int), "minimum_image_size": Key(float),
@@ -234,58 +254,50 @@ KEYS = {
     "caption_strategy": Key(("textfile", "filename", "instanceprompt", "parquet", "huggingface", "csv")),
     "metadata_backend": Key(("discovery", "parquet", "huggingface")), "skip_file_discovery": Key(str),
     "cache_dir_vae": Key(str), "cache_dir": Key(str), "default": Key(bool), "write_batch_size": Key(int, least=1),
-    "num_frames": Key(int), "frame_interval": Key(int), "instance_prompt": Key(str),
+    "num_frames": Key(int), "min_frames": Key(int), "frame_interval": Key(int), "instance_prompt": Key(str),
     "disable_multiline_split": Key(bool), "parquet": Key(dict), "dataset_name": Key(str), "dataset_config": Key(str),
     "split": Key(str), "revision": Key(str), "image_column": Key(str), "caption_column": Key(object),
     "csv_file": Key(str), "csv_caption_column": Key(str), "csv_url_column": Key(str), "csv_cache_dir": Key(str),
 }  # fmt: skip
 SKIPS = ("vae", "text", "aspect", "metadata")  # words of skip_file_discovery
-NEEDED = {  # by an entry's type; None: captions as a shard has them
-    "local": (("instance_data_dir",), ("textfile", "filename", "instanceprompt", "parquet")),
-    "webdataset": (("instance_data_dir",), (None, "textfile", "filename", "instanceprompt")),
-    "huggingface": (("dataset_name",), ("huggingface", "instanceprompt")),
-    "csv": (("csv_file", "csv_caption_column"), ("csv", "instanceprompt")),
-}
-
-
-@dataclass
-class Backend:
-    """What a dataset file says."""
-
-    datasets: list[Dataset] = field(default_factory=list)
-    held_out: list[Dataset] = field(default_factory=list)
-    texts: dict = field(default_factory=dict)  # its entry for texts
 
 
 def read_backend(
-    args, path: Path, rules: Rules, frames_per_latent: int | None, beside: dict, notes: list[str]
-) -> Backend:
-    """A file's enabled entries. What an entry leaves out the flags say, and `beside` where one has its data."""
-    found, texts = Backend(), []
+    args, path: Path, rules: Rules, frames_per_latent: int | None, beside: str | None, notes: list[str]
+) -> tuple[list[Dataset], list[Dataset], dict]:
+    """A file's enabled datasets, those that are held out, and its entry for texts.
+
+    What an entry leaves out the flags say; of one without data `beside` is the flag that has them.
+    """
+    datasets, held_out, texts = [], [], []
     entries = list(enabled_entries(path, notes))
-    for flag, settings in beside.items():
-        bare = entry_without_data(flag, path, [entry for _, entry in entries])
-        bare |= settings | bare
+    if beside:
+        bare = without_data(entries)
+        if len(bare) != 1:
+            raise ValueError(f"--{beside}: {path} has {len(bare)} datasets without instance_data_dir, and needs one")
+        bare[0].update({"type": BESIDE[beside], "instance_data_dir": getattr(args, beside)} | bare[0])
     for where, entry in entries:
         if entry.get("dataset_type") == "text_embeds":
             texts.append(entry)
             continue
         dataset = open_entry(args, entry, rules, frames_per_latent, where, notes)
         if entry.get("dataset_type") != "eval":
-            found.datasets.append(dataset)
-        elif frames_per_latent is None and args.eval_steps:
-            found.held_out.append(dataset)
+            datasets.append(dataset)
+        elif frames_per_latent is not None:
+            notes.append(f"{where}: dataset_type eval: has no job in this script")
+        elif args.eval_steps:
+            held_out.append(dataset)
         else:
             notes.append(f"{where}: dataset_type eval: has no job without --eval_steps")
-    if not found.datasets:
+    if not datasets:
         raise ValueError(f"{path}: no dataset in it that is enabled")
-    ids = Counter(dataset.id for dataset in (*found.datasets, *found.held_out))
+    ids = Counter(dataset.id for dataset in (*datasets, *held_out))
     if twice := [name for name, count in ids.items() if count > 1]:
         raise ValueError(f"{path}: two datasets have the id {twice[0]!r}")
     texts = [entry for entry in texts if entry.get("default")] or texts
     if len(texts) > 1:
         raise ValueError(f"{path}: {len(texts)} entries of dataset_type text_embeds: make one of them the default")
-    return replace(found, texts=texts[0] if texts else {})
+    return datasets, held_out, texts[0] if texts else {}
 
 
 def enabled_entries(path: Path, notes: list[str]):
@@ -301,29 +313,37 @@ def enabled_entries(path: Path, notes: list[str]):
             yield where, entry_here(entry, KEYS, where, notes)
 
 
-def entry_without_data(flag: str, path: Path, entries: list[dict]) -> dict:
-    """The one entry of a file whose data a flag names."""
+def without_data(entries: Iterable[tuple[str, dict]]) -> list[dict]:
+    """Those of the enabled entries that name no data."""
     sources = {"instance_data_dir", "dataset_name", "csv_file"}
-    bare = [each for each in entries if not sources & each.keys() and each.get("dataset_type") != "text_embeds"]
-    if len(bare) != 1:
-        raise ValueError(f"--{flag}: {path} has {len(bare)} datasets without instance_data_dir, and needs one")
-    return bare[0]
+    return [entry for _, entry in entries if not sources & entry.keys() and entry.get("dataset_type") != "text_embeds"]
+
+
+def one_without_data(path: str) -> bool:
+    """Whether this is a dataset file, and exactly one of its entries names no data."""
+    try:
+        return len(without_data(enabled_entries(Path(path), []))) == 1
+    except ValueError:
+        return False
 
 
 def open_entry(args, entry: dict, rules: Rules, frames_per_latent: int | None, where: str, notes: list[str]) -> Dataset:
+    entry = {"type": "local"} | entry
     frames = frames_of(args, entry, f"{where}: ", frames_per_latent)
     kind = "video" if frames else "image"
     if entry.get("dataset_type", kind) not in (kind, "eval"):
         raise ValueError(f"{where}: dataset_type is {entry['dataset_type']!r}, and this script trains on {kind}s")
-    if unused := [key for key in ("num_frames", "frame_interval") if key in entry and not frames]:
+    if unused := [key for key in ("num_frames", "min_frames", "frame_interval") if key in entry and not frames]:
         raise ValueError(f"{where} has {unused[0]}, and images have no frames")
+    if frames and entry.get("min_frames", 0) > frames["num_frames"]:
+        raise not_supported(where, f"min_frames {entry['min_frames']} above num_frames {frames['num_frames']}")
     skip = tuple(entry.get("skip_file_discovery", "").replace(",", " ").split())
     if odd := [word for word in skip if word not in SKIPS]:
         raise ValueError(f"{where}: skip_file_discovery has {odd[0]!r}, and must be some of {', '.join(SKIPS)}")
     rules = complete_rules(with_settings(rules, entry, f"{where}: ", notes), f"{where}: ", notes)
     if not 0 < entry.get("probability", 1) < float("inf"):
         raise ValueError(f"{where}: probability is {entry['probability']}, and must be above 0")
-    strategy, source = check_captions(entry, where), entry[NEEDED[entry.get("type", "local")][0][0]]
+    strategy, source = check_captions(entry, where), entry[TYPES[entry["type"]][0][0]]
     try:
         parts = parts_of(args, entry, strategy, kind)
     except ValueError as error:
@@ -335,7 +355,7 @@ def open_entry(args, entry: dict, rules: Rules, frames_per_latent: int | None, w
     return Dataset(
         entry.get("id", source), parts, rules, entry.get("repeats", 0),
         strategy if strategy in ("textfile", "text", "filename") else None,
-        entry.get("cache_dir_vae", None if entry.get("type") == "huggingface" else entry.get("cache_dir")), skip,
+        entry.get("cache_dir_vae", None if entry["type"] == "huggingface" else entry.get("cache_dir")), skip,
         instance_prompt=entry["instance_prompt"] if strategy == "instanceprompt" else None,
         probability=entry.get("probability", 1.0), **frames,
     )  # fmt: skip
@@ -343,11 +363,13 @@ def open_entry(args, entry: dict, rules: Rules, frames_per_latent: int | None, w
 
 def check_captions(entry: dict, where: str) -> str | None:
     """An entry's caption_strategy, which its type must have, as the entry must have all keys that both need."""
-    needed, strategies = NEEDED[entry.get("type", "local")]
+    needed, strategies = TYPES[entry["type"]]
     strategy = entry.get("caption_strategy", strategies[0])
     if strategy not in strategies:
-        known, kind = ", ".join(filter(None, strategies)), entry.get("type", "local")
-        raise ValueError(f"{where}: caption_strategy is {strategy!r}, and must be one of {known} with type {kind}")
+        known = ", ".join(filter(None, strategies))
+        raise ValueError(
+            f"{where}: caption_strategy is {strategy!r}, and must be one of {known} with type {entry['type']}"
+        )
     needed += {"instanceprompt": ("instance_prompt",), "parquet": ("parquet",)}.get(strategy, ())
     if missing := [key for key in needed if not entry.get(key)]:
         raise ValueError(f"{where} has no {missing[0]}")
@@ -356,13 +378,12 @@ def check_captions(entry: dict, where: str) -> str | None:
 
 def parts_of(args, entry: dict, strategy: str | None, kind: str) -> list:
     """What an entry's samples are in."""
-    source = entry.get("type", "local")
-    if source == "webdataset":
+    if entry["type"] == "webdataset":
         return open_shards(entry["instance_data_dir"])
-    if source == "csv":
+    if entry["type"] == "csv":
         columns = entry["csv_caption_column"], entry.get("csv_url_column", "url")
         return split_csv(Path(entry["csv_file"]), *columns, entry.get("csv_cache_dir"), kind)
-    if source == "huggingface":
+    if entry["type"] == "huggingface":
         if kind == "video":
             raise ValueError("type huggingface: datasets on the hub are read for images alone")
         options = {key: entry[key] for key in ("revision",) if key in entry}
@@ -426,7 +447,7 @@ def plan_buckets(args, data: Data, accelerator, size_of=image_size) -> Data:
         for i, (counts, _, _) in found.items():
             samples.update({bucket: count * data.datasets[i].visits for bucket, count in counts.items()})
         for i, (counts, small, stride) in found.items():
-            if not getattr(args, "disable_bucket_pruning", False):
+            if not args.disable_bucket_pruning:
                 merged[i] = merge_small(list(counts), samples, args.train_batch_size)
             lines += bucket_table(data.datasets[i], counts, small, stride, merged[i])
     if accelerator.num_processes > 1:

@@ -70,23 +70,28 @@ class SampleEncoder:
         missing = [i for i, row in enumerate(rows) if row is None]
         for start in range(0, len(missing), self.vae_batch_size):
             chunk = missing[start : start + self.vae_batch_size]
-            pixels = torch.stack([samples[i].pixels for i in chunk]).to(self.device, non_blocking=True)
-            encoded = self.encoders.encode_pixels(self.vae, pixels.float() / 127.5 - 1.0)
-            for row, i in enumerate(chunk):
-                rows[i] = {name: values[row] for name, values in encoded.items()}
-                rows[i]["size_ids"] = torch.tensor(samples[i].size_ids)
+            for i, row in zip(chunk, self.records_of([samples[i] for i in chunk]), strict=True):
+                rows[i] = row
                 if self.latents is not None:
-                    self.latents[samples[i].dataset].put(samples[i].key, rows[i])
+                    self.latents[samples[i].dataset].put(samples[i].key, row)
         return self.stack(rows)
+
+    def records_of(self, samples: list[Sample]) -> list[dict[str, torch.Tensor]]:
+        """What is cached of each of these samples of one bucket: its latents by the VAE, and its size_ids."""
+        pixels = torch.stack([sample.pixels for sample in samples]).to(self.device, non_blocking=True)
+        encoded = self.encoders.encode_pixels(self.vae, pixels.float() / 127.5 - 1.0)
+        return [
+            {name: values[row] for name, values in encoded.items()} | {"size_ids": torch.tensor(sample.size_ids)}
+            for row, sample in enumerate(samples)
+        ]
 
     @torch.no_grad()
     def encoded(self, samples: list[Sample]) -> list[Sample]:
-        """Samples of no cached dataset, with latents of their own; the encoders are freed again."""
+        """These samples with latents in place of pixels, for what no cache keeps; the encoders are freed again."""
         found = []
         for sample in samples:
-            pixels = sample.pixels[None].to(self.device).float() / 127.5 - 1.0
-            latents = {name: values[0].cpu() for name, values in self.encoders.encode_pixels(self.vae, pixels).items()}
-            latents["size_ids"] = torch.tensor(sample.size_ids)
+            (row,) = self.records_of([sample])
+            latents = {name: values.cpu() for name, values in row.items()}
             found.append(replace(sample, latents=latents, pixels=None))
             self.encode_text([sample.caption])
         self.release()

@@ -24,6 +24,7 @@ from common.data.shards import (
     VIDEO_MEMBERS,
     count_keys,
     is_local,
+    named_fault,
     read_shard,
     shard_pictures,
 )
@@ -54,7 +55,7 @@ class Rows:
     start: int  # row group, or first row
     samples: int
     image_column: str
-    caption_column: str | tuple[str, ...]  # of several each is an alternative
+    caption_columns: tuple[str, ...]  # whose texts are alternatives
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def part_fingerprint(part) -> str:
         stamps = [repr(part.prompts if isinstance(part, Prompts) else part.links)]
     elif isinstance(part, Rows):
         stamp = file_stamp(Path(part.path)) if part.table is None else part.table._fingerprint
-        stamps = [f"{stamp} {part.start} {part.samples} {part.image_column} {part.caption_column}"]
+        captions = part.caption_columns[0] if len(part.caption_columns) == 1 else part.caption_columns
+        stamps = [f"{stamp} {part.start} {part.samples} {part.image_column} {captions}"]
     else:
         stamps = [file_stamp(Path(part))]
     return hashlib.blake2b("\n".join(stamps).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
@@ -165,22 +167,24 @@ def split_folder(folder: str, captions: dict[str, str | list[str]] | None = None
 
     The parts follow from the names alone. Names are mixed first, because neighbours are often alike.
     """
-    if captions is None:
-        names = []
-        for place, folders, files in os.walk(folder):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            found = [name for name in files if has_kind(name, kind) and not name.startswith(".")]
-            if kind == "video" and not found and place != folder and frame_files(Path(place)):
-                found = [""]  # the subfolder itself is a clip
-            names += [Path(place, name).relative_to(folder).as_posix() for name in found]
-    else:
-        names = list(captions)
-        if odd := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
-            raise ValueError(f"{folder}: {odd[0]}: must be a path inside this folder")
-    names.sort()
+    names = sorted(names_in(folder, kind) if captions is None else captions)
+    if odd := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise ValueError(f"{folder}: {odd[0]}: must be a path inside this folder")
     names = [names[i] for i in np.random.default_rng(len(names)).permutation(len(names))]
     captions = captions or {}
     return [Files(folder, tuple((names[i], captions.get(names[i])) for i in part)) for part in split(len(names))]
+
+
+def names_in(folder: str, kind: str) -> list[str]:
+    """Paths inside a folder of all its images or clips; a subfolder with an image for each frame is a clip itself."""
+    names = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found = [name for name in files if has_kind(name, kind) and not name.startswith(".")]
+        if kind == "video" and not found and place != folder and frame_files(Path(place)):
+            found = [""]
+        names += [Path(place, name).relative_to(folder).as_posix() for name in found]
+    return names
 
 
 def split(count: int) -> list[range]:
@@ -220,17 +224,14 @@ def read_metadata(folder: str, caption_column: str) -> dict[str, str | list[str]
 def read_captions_table(folder: str, block: dict, kind: str) -> dict[str, list[str]]:
     """Captions by path inside the folder, from the file of a `parquet` block, which may itself be in the folder.
 
-    It is parquet or JSON lines. Where its names have no extension, the folder's own files with these stems are meant.
+    It is parquet or JSON. Where its names have no extension, the folder's own files with these stems are meant.
     """
     path = Path(block["path"]) if Path(block["path"]).is_file() else Path(folder, block["path"])
     file_column, fallback = block["filename_column"], block.get("fallback_caption_column")
     columns = column_names(block["caption_column"], "caption_column")
     wanted = [file_column, *columns, *([fallback] if fallback else [])]
     if path.suffix in (".jsonl", ".json"):
-        try:
-            rows = [dict(json.loads(line)) for line in path.read_bytes().splitlines() if line.strip()]
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from None
+        rows = json_rows(path)
         found = list(dict.fromkeys(key for row in rows for key in row))
     else:
         table = parquet(str(path))
@@ -240,13 +241,32 @@ def read_captions_table(folder: str, block: dict, kind: str) -> dict[str, list[s
         check_column("parquet: ", column, str(path), found)
     stems = {}
     if not block.get("identifier_includes_extension"):
-        names = [name for part in split_folder(folder, kind=kind) for name, _ in part.files]
-        stems = {str(Path(name).with_suffix("")): name for name in names}
+        for name in sorted(names_in(folder, kind)):
+            stems.setdefault(str(Path(name).with_suffix("")), []).append(name)
     captions = {}
     for row in rows:
         name = str(row.get(file_column))
-        captions[stems.get(name, name)] = alternatives(row, columns) or alternatives(row, (fallback,))
+        name, *others = stems.get(name, [name])
+        if others:
+            raise ValueError(f"{path}: {name} or {others[0]}: identifier_includes_extension must be true to say which")
+        captions[name] = alternatives(row, columns) or alternatives(row, (fallback,))
     return captions
+
+
+def json_rows(path: Path) -> list[dict]:
+    """Rows of a JSON file: of a list, or an object in each line."""
+    wanted = "must be a JSON list of objects, or have an object in each line"
+    try:
+        data = path.read_bytes()
+        listed = data.lstrip().startswith(b"[")
+        rows = json.loads(data) if listed else [json.loads(line) for line in data.splitlines() if line.strip()]
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {wanted}: {error}") from None
+    if odd := [row for row in rows if not isinstance(row, dict)]:
+        raise ValueError(f"{path}: {wanted}, and has {odd[0]!r}")
+    return rows
 
 
 def column_names(value, key: str) -> tuple[str, ...]:
@@ -327,8 +347,8 @@ def read_links(part: Links):
         path = Path(part.folder, f"{hashlib.blake2b(link.encode(), digest_size=16).hexdigest()}.{extension}")
         try:
             data = path.read_bytes() if path.is_file() else fetch(link, path)
-        except Exception:  # of sockets, TLS, HTTP and the disk: each has its own
-            yield link, "address that cannot be fetched"
+        except Exception as error:  # of sockets, TLS, HTTP and the disk: each has its own
+            yield link, named_fault(link, "address that cannot be fetched", error)
             continue
         yield f"/{path.stem}", {extension: data, "json": json.dumps({"caption": captions}).encode()}
 
@@ -379,18 +399,20 @@ def parquet(path: str):
         raise ValueError(f"{path} is no parquet file: {error}") from None
 
 
-def split_table(paths: list[str], image_column: str, caption_column: str) -> list[Rows]:
+def split_table(paths: list[str], image_column: str, caption_columns: tuple[str, ...]) -> list[Rows]:
     parts = []
     for path in paths:
         file = parquet(path)
-        check_columns(path, file.schema_arrow.names, image_column, caption_column)
+        check_columns(path, file.schema_arrow.names, image_column, caption_columns)
         for group in range(file.num_row_groups):
-            parts.append(Rows(path, None, group, file.metadata.row_group(group).num_rows, image_column, caption_column))
+            parts.append(
+                Rows(path, None, group, file.metadata.row_group(group).num_rows, image_column, caption_columns)
+            )
     return parts
 
 
 def split_hub_dataset(
-    name: str, config: str | None, cache_dir: str | None, image_column: str, caption_column: str | tuple[str, ...],
+    name: str, config: str | None, cache_dir: str | None, image_column: str, caption_columns: tuple[str, ...],
     split_name: str = "train", flag: str = "--", **options,
 ) -> list[Rows]:  # fmt: skip
     try:
@@ -401,14 +423,14 @@ def split_hub_dataset(
         table = datasets.load_dataset(name, config, split=split_name, cache_dir=cache_dir, **options)
     except Exception as error:  # of the network, the hub, the dataset: each has its own
         raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}") from None
-    check_columns(name, table.column_names, image_column, caption_column, flag)
+    check_columns(name, table.column_names, image_column, caption_columns, flag)
     table = table.cast_column(image_column, datasets.Image(decode=False))
-    return [Rows(name, table, part.start, len(part), image_column, caption_column) for part in split(len(table))]
+    return [Rows(name, table, part.start, len(part), image_column, caption_columns) for part in split(len(table))]
 
 
-def check_columns(name: str, columns: list[str], image_column: str, caption_column, flag: str = "--"):
+def check_columns(name: str, columns: list[str], image_column: str, caption_columns: tuple[str, ...], flag="--"):
     check_column(f"{flag}image_column ", image_column, name, columns)
-    for column in [caption_column] if isinstance(caption_column, str) else caption_column:
+    for column in caption_columns:
         check_column(f"{flag}caption_column ", column, name, columns)
 
 
@@ -420,14 +442,13 @@ def check_column(flag: str, column: str, name: str, columns: list[str]):
 def read_rows(part: Rows):
     try:
         if part.table is None:
-            columns = [part.image_column, part.caption_column]
+            columns = [part.image_column, *part.caption_columns]
             batches = parquet(part.path).iter_batches(64, row_groups=[part.start], columns=columns)
             rows = (row for batch in batches for row in batch.to_pylist())
         else:
             rows = (part.table[part.start + i] for i in range(part.samples))
         for number, row in enumerate(rows):
-            several, image = isinstance(part.caption_column, tuple), row[part.image_column]
-            caption = alternatives(row, part.caption_column) if several else row[part.caption_column]
+            image, caption = row[part.image_column], alternatives(row, part.caption_columns)
             data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
             if data is None and path and has_kind(path, "image"):  # beside the file
                 beside = Path(Path(part.path).parent, path)

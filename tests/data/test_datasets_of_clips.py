@@ -134,11 +134,49 @@ def test_a_dataset_of_clips_as_simpletuner_has_it(tmp_path, folder):
     path.write_text(json.dumps([first, alike, held]))
     run = parse("--data_backend_config", path, *SMALL)
     assert [dataset.num_frames for dataset in run.data.datasets] == [9, 81]
-    assert [note.partition(": ")[2] for note in run.notes] == [
-        "'c': dataset_type eval: has no job without --eval_steps"
-    ]
+    assert [note.partition(": ")[2] for note in run.notes] == ["'c': dataset_type eval: has no job in this script"]
     first, alike = ([sample.caption for sample in readable(dataset, run)] for dataset in run.data.datasets)
     assert "a walk" in first and alike == ["a clip of sks"] * 3
+
+
+def test_an_entry_may_not_want_longer_clips_than_are_taken(tmp_path, folder, refused):
+    """Longer than its own num_frames, or than those of the command line."""
+    path = tmp_path / "data.json"
+    for frames, line, taken in (({"num_frames": 81}, (), 81), ({}, (), 81), ({}, ("--num_frames", 121), 121)):
+        path.write_text(json.dumps({"instance_data_dir": str(folder), "video": {"min_frames": 125} | frames}))
+        message = refused("--data_backend_config", path, *SMALL, *line)
+        assert f"min_frames 125 above num_frames {taken}: not supported" in message
+    run = parse("--data_backend_config", path, *SMALL, "--num_frames", 125)
+    assert run.data.datasets[0].num_frames == 125
+
+
+def test_a_configs_dataset_file_takes_the_folder_of_the_command_line(tmp_path, folder, refused):
+    """As the DMD document has it; where the file has no place for it the command line wins, and a note says so."""
+    path, config = tmp_path / "data.json", tmp_path / "config.json"
+    printed = json.loads((ROOT / "tests/configs/dmd_wan.dataset.json").read_text())
+    path.write_text(json.dumps(printed))
+    config.write_text(json.dumps({"data_backend_config": str(path)}))
+    both = ["--config", config, "--train_data_dir", folder]
+    run = parse(*both)
+    assert (run.data.source, run.data.datasets[0].num_frames) == ("--data_backend_config", 121)
+    assert run.data.datasets[0].id == str(folder) and not any("is not used" in note for note in run.notes)
+    config.write_text(json.dumps({"train_data_dir": str(folder)}))  # the other way round
+    assert parse("--config", config, "--data_backend_config", path).data.datasets[0].num_frames == 121
+    config.write_text(json.dumps({"data_backend_config": str(path), "train_data_dir": str(folder)}))  # or both in it
+    assert parse("--config", config).data.datasets[0].num_frames == 121
+
+    config.write_text(json.dumps({"data_backend_config": str(path)}))
+    for content in (json.dumps(printed | {"instance_data_dir": "gone"}), json.dumps([printed, printed]), "no JSON"):
+        path.write_text(content)
+        run = parse(*both)
+        assert (run.data.source, run.data.datasets[0].num_frames) == ("--train_data_dir", 81)
+        assert f"--data_backend_config {path} of the config is not used" in run.notes
+    path.unlink()
+    assert f"--data_backend_config {path} of the config is not used" in parse(*both).notes
+    (tmp_path / "prompts.txt").write_text("a walk")
+    path.write_text(json.dumps(printed))
+    run = parse("--config", config, "--train_prompts", tmp_path / "prompts.txt")
+    assert run.data.datasets[0].sizes and f"--data_backend_config {path} of the config is not used" in run.notes
 
 
 def test_captions_of_clips_in_tables(tmp_path, folder, refused):

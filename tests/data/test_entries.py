@@ -44,6 +44,7 @@ def captions_of(run) -> dict:
         ({"dataset_type": "caption"}, "dataset_type caption: not supported, use --train_prompts"),
         ({"conditioning_data": "other"}, "conditioning_data: not supported"),
         ({"caption_shuffle": {"enable": True}}, "caption_shuffle: not supported"),
+        ({"text_cache_disable": True}, "text_cache_disable: not supported"),
         ({"vae_cache_clear_each_epoch": True}, "vae_cache_clear_each_epoch: not supported, use --vae_cache_disable"),
         ({"minimum_aspect_ratio": 0.5}, "minimum_aspect_ratio: not supported"),
         ({"delete_unwanted_images": True}, "delete_unwanted_images: not supported"),
@@ -51,7 +52,7 @@ def captions_of(run) -> dict:
         ({"train_batch_size": 4}, "train_batch_size: not supported, use --train_batch_size"),
         ({"video": {"num_frames": 81, "frame_interval": 25}}, "video: frame_interval: not supported"),
         ({"video": {"max_frames": 81}}, "max_frames: not supported"),
-        ({"video": {"num_frames": 81, "min_frames": 100}}, "min_frames 100: not supported above num_frames"),
+        ({"video": {"min_frames": 100}}, "has min_frames, and images have no frames"),
         ({"video": 81}, "video is 81, and must be an object of settings"),
         ({"huggingface": {"filter_func": {"collection": "x"}}}, "filter_func: not supported"),
         (
@@ -72,6 +73,7 @@ def captions_of(run) -> dict:
 def test_what_is_not_here_is_one_sentence(tmp_path, folder, refused, changes, named):
     message = refused("--data_backend_config", backend(tmp_path, entry(folder, **changes)))
     assert named in message and "multidatabackend.json: 'images'" in message and "mean 'caption_s" not in message
+    assert "text_cache" not in message or message.endswith(named)  # nothing stands in for it: texts are always cached
 
 
 def test_what_is_off_passes_and_what_has_no_effect_is_noted(tmp_path, folder):
@@ -167,6 +169,31 @@ def test_captions_in_a_table(tmp_path, folder, refused, name):
     )
 
 
+def test_captions_in_a_list_of_json(tmp_path, folder, refused):
+    """Or in its lines; what is neither is an error that says what is needed."""
+    table, block = tmp_path / "captions.json", {"filename_column": "id", "caption_column": "text"}
+    tabled = entry(folder, caption_strategy="parquet", parquet=block | {"path": str(tmp_path / "captions.json")})
+    rows = [{"id": "wide_one", "text": "a wide one"}, {"id": "sub/square_one", "text": "a square"}]
+    for text in (json.dumps(rows, indent=1), "\n".join(map(json.dumps, rows))):
+        table.write_text(text)
+        assert captions_of(opened(tmp_path, tabled)) == {"wide_one": ["a wide one"], "square_one": ["a square"]}
+    for text in (json.dumps(rows[0], indent=1), json.dumps([rows]), "[1]", '"text"'):
+        table.write_text(text)
+        message = refused("--data_backend_config", backend(tmp_path, tabled))
+        assert f"{table}: must be a JSON list of objects, or have an object in each line" in message
+
+
+def test_a_name_without_extension_is_of_one_file_alone(tmp_path, folder, refused):
+    quadrants(64, 64).save(folder / "wide_one.jpg")
+    rows = [{"id": "sub/square_one", "text": "a square"}]
+    block = {"path": str(table_file(tmp_path, "captions.jsonl", rows)), "filename_column": "id"}
+    tabled = entry(folder, caption_strategy="parquet", parquet=block | {"caption_column": "text"})
+    assert captions_of(opened(tmp_path, tabled)) == {"square_one": ["a square"]}  # which is not in doubt
+    table_file(tmp_path, "captions.jsonl", [*rows, {"id": "wide_one", "text": "a wide one"}])
+    message = refused("--data_backend_config", backend(tmp_path, tabled))
+    assert "captions.jsonl: wide_one.jpg or wide_one.png: identifier_includes_extension must be true" in message
+
+
 def test_metadata_of_a_folder_stays_inside_it(folder, refused):
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "../secret.png", "text": "x"}))
     assert "../secret.png: must be a path inside this folder" in refused("--train_data_dir", folder)
@@ -230,17 +257,21 @@ def csv_entry(tmp_path, text: str, **changes) -> dict:
     return base | {"caption_strategy": "csv", "csv_cache_dir": str(tmp_path / "kept"), "resolution": 64} | changes
 
 
-def test_a_csv_file_of_addresses(tmp_path, pictures, monkeypatch):
+def test_a_csv_file_of_addresses(tmp_path, pictures, monkeypatch, capsys):
     monkeypatch.setattr(sources, "HTTPS", urllib.request.build_opener())
     pictures.pictures = {"/a": encoded(quadrants(64, 96)), "/b.png": encoded(quadrants(64, 64))}
     rows = [f'{pictures.url}/a,"one, with a comma"', f"{pictures.url}/b.png,two", f"{pictures.url}/a,again"]
-    rows += [f"{pictures.url}/gone,x", f"{pictures.url}/away,x"]
+    rows += [f"{pictures.url}/gone?sesame,x", f"{pictures.url}/away,x"]
     run = opened(tmp_path, csv_entry(tmp_path, "url,text\n" + "\n".join(rows), crop=False))
     accelerator = Accelerator()
     plan_buckets(run.args, run.data, accelerator)
     assert pictures.asked == [] and accelerator.said == []  # nothing is fetched for the table of buckets
+    capsys.readouterr()
     found = samples_of(run)
     assert found.pop("faults") == {"address that cannot be fetched": 2}
+    gone, away = capsys.readouterr().out.splitlines()
+    assert gone.startswith(f"{pictures.url}/gone?...: address that cannot be fetched: HTTP Error 404")
+    assert away.startswith(f"{pictures.url}/away: address that cannot be fetched: ") and "sesame" not in gone
     assert sorted(sample.captions for sample in found.values()) == [["one, with a comma", "again"], ["two"]]
     assert run.data.samples == 4 and len(list((tmp_path / "kept").iterdir())) == 2
     pictures.asked.clear()

@@ -400,6 +400,9 @@ def test_a_cache_that_cannot_be_made_is_refused(tmp_path, refused, monkeypatch):
     (tmp_path / "file").touch()
     message = refused("--train_shards_path_or_url", "pipe:cat x", "--shard_cache_dir", tmp_path / "file")
     assert f"--shard_cache_dir {tmp_path}/file: File exists" in message
+    monkeypatch.setenv("WDS_CACHE", str(tmp_path / "file"))
+    message = refused("--train_shards_path_or_url", "pipe:cat x")
+    assert f"error: the environment variable WDS_CACHE: {tmp_path}/file: File exists" in message
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from hashlib import blake2b
 
 import pytest
 
@@ -101,7 +102,8 @@ def test_a_dataset_of_the_hub(refused, monkeypatch):
     assert module.asked == [(("me/mine", "small"), {"split": "train", "cache_dir": None})]
     parts = run.data.datasets[0].parts
     found = [members for part in parts for _, members in read_part(part)]
-    assert [json.loads(members["json"])["caption"] for members in found] == [f"{i}" for i in range(130)]
+    assert [json.loads(members["json"])["caption"] for members in found] == [[f"{i}"] for i in range(130)]
+    assert part_fingerprint(parts[1]) == blake2b(b"abc 3 3 image text", digest_size=8).hexdigest()  # as caches have it
     assert (
         count_epoch(run.data.datasets) == 130
         and len({part_fingerprint(part) for part in run.data.datasets[0].parts}) == 44
