@@ -53,19 +53,22 @@ def is_local(part) -> bool:
     return not isinstance(part, str) or scheme_of(part) not in READ_BY
 
 
-def expand_shards(spec: str) -> list[str]:
+def expand_shards(spec: str, inside: tuple[Path, ...] = ()) -> list[str]:
     """Paths and URLs of a list as webdataset has it: `::` between entries, braces, ${NAME} for the variable WDS_NAME.
 
     An entry may be a pattern (data/*.tar), a folder, or a file in which each line is such a list: @file, .txt, .list;
-    or one in webdataset's own YAML.
+    or one in webdataset's own YAML. `inside` are the files that led here.
     """
     shards = []
     for entry in expand_line(spec):
-        path, entries = Path(entry.removeprefix("@")), [entry]
-        if is_local(entry) and (entry.startswith("@") or path.suffix in (".txt", ".list", ".yaml", ".yml")):
-            lines = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_list(path)
-            entries = [each for line in lines for each in expand_line(line)]
-        shards += [shard for each in entries for shard in find_tars(each)]
+        path = Path(entry.removeprefix("@"))
+        if not is_local(entry) or not (entry.startswith("@") or path.suffix in (".txt", ".list", ".yaml", ".yml")):
+            shards += find_tars(entry)
+            continue
+        if path in inside:
+            raise ValueError(f"{path}: a list of shards that names itself")
+        for line in read_yaml(path) if path.suffix in (".yaml", ".yml") else read_list(path):
+            shards += expand_shards(line, (*inside, path))
     return shards
 
 

@@ -438,6 +438,10 @@ def test_a_list_in_a_file(tmp_path, shards):
         assert open_shards(f"{shards[7]}::{path}") == [shards[7], *shards[:4]]
     (tmp_path / "without_suffix").write_text(f"{folder}/[01].tar\n{folder}/2.tar")
     assert open_shards(f"@{tmp_path}/without_suffix") == shards[:3]
+    (tmp_path / "outer.txt").write_text(f"@{tmp_path}/without_suffix\n{shards[7]}::{tmp_path}/shards.list")
+    assert open_shards(str(tmp_path / "outer.txt")) == [*shards[:3], shards[7], *shards[:4]]  # of lists
+    (tmp_path / "loop.txt").write_text(f"{shards[0]}\n@{tmp_path}/loop.list")
+    (tmp_path / "loop.list").write_text(f"{tmp_path}/loop.txt")
     (tmp_path / "empty.txt").write_text("# nothing\n")
     (tmp_path / "of_nothing").mkdir()
     for spec, named in (
@@ -446,6 +450,7 @@ def test_a_list_in_a_file(tmp_path, shards):
         (tmp_path / "*.tar", "no tar files in it"),
         (f"@{tmp_path}/none", "No such file"),
         (tmp_path / "none.txt", "No such file"),
+        (tmp_path / "loop.txt", "loop.txt: a list of shards that names itself"),
         ("az://account/0.tar", "does not exist .1 of 1.; no URL of az: can be read"),
         (f"{folder}/{{6..9}}.tar", "8.tar does not exist .2 of 4."),
     ):
