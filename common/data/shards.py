@@ -204,12 +204,14 @@ class Program:
             data = self.process.stdout.read(min(size, again) or size)
             self.place += len(data)
             self.given = max(self.given, self.place)
-            if data and not again or not data and not self.failed():
-                return data
             if not data:
+                if not self.failed():
+                    return data
                 time.sleep(self.delays.pop(0))
                 self.close()
                 self.start()
+            elif not again:
+                return data
 
     def failed(self) -> bool:
         """Whether the program failed, and is to be started again."""
