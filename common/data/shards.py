@@ -237,7 +237,7 @@ class Program:
 
 
 def fetch(shard: str, folder: str) -> Path:
-    """Path of a shard in the cache. A process that lacks it fetches it, and others that lack it wait.
+    """Path of a shard in the cache. A process that lacks it fetches it; others that lack it wait, and fail with it.
 
     webdataset's FileCache takes shards of one name in two folders for one, and keeps half of a shard.
     """
@@ -249,14 +249,24 @@ def fetch(shard: str, folder: str) -> Path:
         with open(f"{path}.part", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
             if not path.exists():
+                if not has_its_name(file):
+                    raise OSError("another process has just failed to read it")
                 file.truncate(0)
                 with Program(shard) as program:
                     shutil.copyfileobj(program, file, 1 << 20)
                     if program.error:
+                        os.unlink(file.name)
                         raise OSError(program.error)
                 file.flush()
                 os.replace(file.name, path)
     return path
+
+
+def has_its_name(file) -> bool:
+    """Whether an open file is still the one of its name. Who had the lock before may have renamed or removed it."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    return False
 
 
 @functools.cache

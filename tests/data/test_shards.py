@@ -1,6 +1,7 @@
 """Where shards come from, how they are named, and what is wrong with some."""
 
 import bz2
+import fcntl
 import gzip
 import http.server
 import lzma
@@ -393,6 +394,36 @@ def test_many_that_want_a_shard_fetch_it_once(tmp_path, shards, cache):
     for each in readers:
         each.join()
     assert found == [keys_of(shards[0])] * 4 and (tmp_path / "runs").read_text() == "run\n"
+
+
+def test_those_that_wait_for_a_shard_fail_with_it(tmp_path, cache):
+    shard, found = f"pipe:echo run >> {tmp_path}/runs; sleep 0.5; exit 3", []
+    readers = [threading.Thread(target=lambda: found.extend(causes(shard))) for _ in range(4)]
+    for each in readers:
+        each.start()
+    for each in readers:
+        each.join()
+    assert found == ["unreadable shard"] * 4 and (tmp_path / "runs").read_text() == "run\n"
+    assert causes(shard) == found[:1] and (tmp_path / "runs").read_text() == "run\n" * 2  # later it is tried again
+
+
+def test_a_shard_that_is_damaged_and_gone_is_not_written_to(tmp_path, shards, cache, monkeypatch):
+    """What a process waits for is renamed when it is whole, and removed by one that cannot read it."""
+    found, waiting, flock = [], threading.Event(), fcntl.flock
+    shard = f"pipe:echo run >> {tmp_path}/runs; cat {shards[0]}"
+    path = fetch(shard, str(cache))
+    path.rename(f"{path}.part")
+    with open(f"{path}.part") as file:
+        flock(file, fcntl.LOCK_EX)
+        monkeypatch.setattr(fcntl, "flock", lambda *given: waiting.set() or flock(*given))
+        reader = threading.Thread(target=lambda: found.extend(causes(shard)))
+        reader.start()
+        waiting.wait()
+        os.replace(file.name, path)
+        path.unlink()
+    reader.join()
+    assert found == ["unreadable shard"] and (tmp_path / "runs").read_text() == "run\n"
+    assert keys_of(shard) == keys_of(shards[0])
 
 
 def test_a_cache_that_cannot_be_made_is_refused(tmp_path, refused, monkeypatch):
