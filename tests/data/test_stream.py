@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -348,6 +349,21 @@ def test_readers_outlive_a_stop_but_not_the_training_process(shards, tmp_path, m
     while any(Path("/proc", pid).exists() for pid in readers) and time.monotonic() - start < 9:
         time.sleep(0.1)
     assert time.monotonic() - start < 3
+
+
+def test_readers_end_with_their_loader(shards, tmp_path):
+    """Those that wait for a slow shard, too, and not those of another loader that was opened in the meantime."""
+    others = set(active_children())
+    slow = batches([f"pipe:touch {tmp_path}/$$; exec sleep 20"] * 8, workers=2)
+    readers = set(active_children()) - others
+    while len(list(tmp_path.iterdir())) < 2:
+        time.sleep(0.01)
+    later = batches(shards, workers=2)
+    captions(later, 1)
+    start = time.monotonic()
+    del slow
+    assert time.monotonic() - start < 3 and len(readers) == 2 and not readers & set(active_children())
+    assert captions(later, 20)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
