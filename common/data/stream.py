@@ -209,8 +209,8 @@ class Batches:
     When a bucket's first sample has waited too long, the bucket's samples are repeated to make a batch.
     """
 
-    def __init__(self, stream: ShardStream, workers: int):
-        self.stream, self.parts = stream, max(workers, 1)
+    def __init__(self, stream: ShardStream, workers: int, say=print):
+        self.stream, self.parts, self.say = stream, max(workers, 1), say
         self.starts, self.used, self.faults = dict(stream.starts), set(stream.used), Counter()
         self.read_since = {lane: deque() for lane in self.starts}  # (position, cursor) of samples since starts[lane]
         self.reads, self.padded = 0, set()
@@ -262,7 +262,7 @@ class Batches:
         """Says once of each bucket that its batches have repeated samples."""
         if bucket not in self.padded:
             self.padded.add(bucket)
-            print(
+            self.say(
                 f"bucket {'x'.join(map(str, reversed(bucket)))}: fewer than {self.stream.batch_size} samples among "
                 f"{PATIENCE * self.stream.batch_size}, its batches are filled by repeating them"
             )
@@ -301,7 +301,7 @@ def open_batches(args, data, accelerator, readers: list[ImageReader], state, sha
         shards, readers, seed=args.seed, batch_size=args.train_batch_size, lanes=lanes, state=state,
         process=accelerator.process_index // sharing, processes=processes, source=data.source,
     )  # fmt: skip
-    return Batches(stream, workers)
+    return Batches(stream, workers, say)
 
 
 def gather_states(batches, accelerator, sharing: int = 1) -> tuple[dict, Counter]:
