@@ -22,6 +22,7 @@ import torch
 from accelerate.tracking import get_available_trackers
 from PIL import Image
 
+from common.data.shards import hide_secrets
 from common.schema import Key, check_settings, read_json
 
 GAP_RANGES = ((0, 250), (250, 500), (500, 750), (750, 1000))  # timesteps
@@ -70,7 +71,16 @@ GIF_SIDE, GIF_MILLISECONDS = 256, 60  # longest side of a clip in TensorBoard, a
 
 def public_settings(args) -> dict:
     """Flags for trackers and the model card, as given or filled in, without secrets. A file is shown by its path."""
-    return {name: value for name, value in vars(args).items() if name not in SECRETS}
+    return {
+        name: public_word(value) if isinstance(value, str) else value
+        for name, value in vars(args).items()
+        if name not in SECRETS
+    }
+
+
+def public_word(word: str) -> str:
+    """A word of the command line without what opens the URLs, and the commands of pipe:, that are in it."""
+    return hide_secrets(word) if "://" in word or "pipe:" in word.lower() else word
 
 
 def installed(tracker: str) -> bool:

@@ -207,6 +207,14 @@ def test_settings_are_the_flags_but_for_secrets():
     assert args.hub_token == "hf_secret"
 
 
+def test_settings_have_nothing_that_opens_the_data():
+    given = {"train_shards_path_or_url": "a.tar::pipe:curl -H 'X-Api: pw' https://me:pw@host/0.tar", "seed": 3}
+    given |= {"validation_prompt": "which key fits?it does", "cache_dir": None, "report_steps": [1, 2]}
+    hidden = public_settings(SimpleNamespace(**given))
+    assert hidden.pop("train_shards_path_or_url") == "a.tar::pipe:curl -H ... https://...@host/0.tar"
+    assert hidden == {name: value for name, value in given.items() if name != "train_shards_path_or_url"}
+
+
 def test_a_folder_of_old_runs_is_no_tracker(tmp_path, monkeypatch):
     """wandb leaves a folder of its own name where a run was started, which Python imports."""
     (tmp_path / "trackio").mkdir()

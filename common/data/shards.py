@@ -39,13 +39,22 @@ GONE = (1, 22)  # its statuses, before it has written anything, that say that th
 
 TAR = re.compile(r"\.(tar|tar\.gz|tar\.bz2|tar\.xz|tgz)$")
 SECRET = re.compile(
-    r"""(://)[^/@\s]+(?=@)|(\?)[^\s'"]+|((?:bearer|basic|token|password|secret|key|--user|\s-u)[\s:='"]+)[^\s'"]+""",
-    re.I,
+    r"""(://)[^/\s]+(?=@)  # who logs in
+    | (\?|&(?=[^\s&=]+=))[^\s'"]+  # a query
+    | ((?:--[a-z-]*(?:user|header|cookie)|\s-(?-i:[a-zA-Z]*?[uUHb]))[\s=\\]*)  # an option of curl or wget, and its word
+      (?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\])+
+    | ((?:bearer|basic|token|password|secret|key)[\s:='"]+)[^\s'"]+""",
+    re.IGNORECASE | re.VERBOSE,
 )
 
 
 def scheme_of(shard: str) -> str:
     return shard.partition(":")[0].lower()
+
+
+def hide_secrets(text: str) -> str:
+    """The text of a URL or of a command without what opens it."""
+    return SECRET.sub(lambda found: f"{found[found.lastindex]}...", text)
 
 
 def is_local(part) -> bool:
@@ -279,7 +288,7 @@ def named_fault(shard: str, cause: str, error: str | Exception) -> str:
     """The cause, after it was printed with the shard's name and what went wrong, but without secrets of a URL."""
     words = [shard, cause, str(error).partition("\n")[0]]
     if not is_local(shard):
-        words = [SECRET.sub(lambda found: f"{found[found.lastindex]}...", word) for word in words]
+        words = map(hide_secrets, words)
     say(": ".join(words))
     return cause
 

@@ -19,7 +19,7 @@ import pytest
 from common.data import shards as shards_module
 from common.data.datasets import open_shards
 from common.data.samples import BadSample
-from common.data.shards import command_of, expand_shards, read_shard
+from common.data.shards import command_of, expand_shards, fetch, hide_secrets, read_shard
 from common.data.sources import count_samples
 from tests.data.helpers import (
     backend,
@@ -307,6 +307,40 @@ def test_a_shard_that_cannot_be_read_is_named_at_once(tmp_path, shards, capsys, 
     assert failed.startswith(f"pipe:cat {shards[0]}; ") and failed.endswith("failed: its command ended with status 3")
     assert "hidden" not in missing + failed
     assert "/0.tar: truncated shard: curl: (18) transfer closed" in broken
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://me:pw@host/0.tar",
+        "https://me:p@pw@host/0.tar",
+        "https://host/0.tar?X-Amz-Date=1&X-Amz-Signature=pw",
+        "pipe:curl https://host/0.tar&sig=pw",
+        "pipe:curl -H 'Authorization: Bearer pw' https://host/0.tar",
+        "pipe:curl -H 'X-Api: pw' https://host/0.tar",
+        'pipe:curl -H "X-Api: \\"pw\\"" https://host/0.tar',
+        "pipe:curl -HX-Api:'pw' https://host/0.tar",
+        "pipe:curl -sSLH X-Api:\\ pw https://host/0.tar",
+        'pipe:bash -c "curl -H \\"X-Api: pw\\" https://host/0.tar"',
+        "pipe:wget --header='X-Api: pw' -O - https://host/0.tar",
+        "pipe:curl --proxy-header 'X-Api: pw' https://host/0.tar",
+        "pipe:curl --cookie sid=pw https://host/0.tar",
+        "pipe:curl -u me:pw https://host/0.tar",
+        "pipe:curl -ume:pw https://host/0.tar",
+        "pipe:curl -fsSLu 'me:pw' https://host/0.tar",
+        "pipe:curl --user=me:pw https://host/0.tar",
+        "pipe:AWS_SECRET_ACCESS_KEY=pw aws s3 cp s3://host/0.tar -",
+    ],
+)
+def test_secrets_are_hidden_and_nothing_else(text):
+    hidden = hide_secrets(text)
+    assert "pw" not in hidden and "..." in hidden
+    assert "//host/0.tar" in hidden or "@host/0.tar" in hidden or "bash" in hidden  # whose quotes are in quotes
+
+
+def test_what_is_no_secret_is_not_hidden():
+    command = "pipe:tar -xOf 'a b.tar' 2>&1 && aws s3 cp s3://a/{0..1}.tar - | head -c 10 || sh -c 'x; y'"
+    assert hide_secrets(command) == command
 
 
 def test_a_member_that_is_too_large_is_named_as_such(tmp_path, monkeypatch):
