@@ -292,11 +292,19 @@ def png(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Makes an error of a redirect, which would take the headers, and in them the token, to another host."""
+
+    def redirect_request(self, *_):
+        return None
+
+
 class Hook:
     """Posts messages to one address by a thread of its own."""
 
     def __init__(self, address: Address):
         self.address, self.lost = address, 0
+        self.opener = urllib.request.build_opener(NoRedirects, urllib.request.HTTPSHandler(context=address.ssl))
         self.waiting = queue.Queue(MOST_WAITING)
         threading.Thread(target=self.post_all, daemon=True).start()
 
@@ -321,13 +329,13 @@ class Hook:
         body, kind = discord_request(message, address.prefix) if address.discord else json_request(message)
         request = urllib.request.Request(address.url, body, address.headers | {"Content-Type": kind})
         try:
-            urllib.request.urlopen(request, timeout=TIMEOUT, context=address.ssl).close()
+            self.opener.open(request, timeout=TIMEOUT).close()
         except urllib.error.HTTPError as error:
             pause = float(error.headers.get("Retry-After", "inf"))
             if error.code != 429 or pause > TIMEOUT:
                 raise
             time.sleep(pause)  # too many messages: once more
-            urllib.request.urlopen(request, timeout=TIMEOUT, context=address.ssl).close()
+            self.opener.open(request, timeout=TIMEOUT).close()
 
 
 class Webhook:

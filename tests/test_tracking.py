@@ -6,6 +6,7 @@ Whatever answers at that URL neither stops nor slows a run.
 import argparse
 import base64
 import email
+import http.server
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -336,6 +338,32 @@ def test_a_hook_that_is_busy_is_asked_once_more(seconds, lost, server, file):
     hook = Webhook(file(webhook_url=server.url, webhook_type="discord"))
     hook.send("end", step=1, of=1, stopped=False)
     assert hook.close() == lost and len(server.received) == 2 - lost
+
+
+def test_a_redirect_is_a_lost_message(file):
+    """Another host would get the token."""
+    asked = []
+
+    class Moved(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):  # noqa: N802
+            self.send_response(302)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def do_GET(self):  # noqa: N802
+            asked.append(self.headers["X-API-Key"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Moved) as moved:
+        threading.Thread(target=moved.serve_forever, args=(0.02,), daemon=True).start()
+        hook = Webhook(file(webhook_url=f"http://127.0.0.1:{moved.server_address[1]}/hook", auth_token="secret"))
+        hook.send("end", step=1, of=1, stopped=False)
+        assert hook.close() == 1 and asked == []
+        moved.shutdown()
 
 
 def test_the_address_tells_discord_from_others(file):
