@@ -92,25 +92,34 @@ def installed(tracker: str) -> bool:
 
 
 def tracker_names(report_to: str) -> list[str]:
-    """Trackers that --report_to means, for accelerate's `log_with`; `all` means those that are installed."""
+    """Trackers that --report_to means, for accelerate's `log_with`; `all` means those that are ready for use."""
     names = [] if report_to == "none" else report_to.split(",")
-    return [name for name in TRACKERS if installed(name)] if "all" in names else names
+    if "all" in names:
+        return [name for name in TRACKERS if installed(name) and not (name == "wandb" and wandb_refuses())]
+    return names
 
 
-def check_trackers(parser, report_to: str):
+def check_trackers(parser, report_to: str) -> list[str]:
+    """Ends with an error where a tracker that is named cannot be used. Returns notes on what `all` leaves out."""
     for name in tracker_names(report_to):
         if name not in TRACKERS:
             parser.error(f"--report_to {report_to}: must be of {', '.join(TRACKERS)}, all, or none")
         if not installed(name):
             parser.error(f"--report_to {report_to}: {name} is not installed: pip install {TRACKERS[name]}")
-        if name == "wandb" and int(os.environ.get("RANK", 0)) == 0 and (reason := wandb_refuses()):
+        if name == "wandb" and (reason := wandb_refuses()):
             parser.error(f"--report_to {report_to}: {reason}")
+    if "all" in report_to.split(",") and installed("wandb") and (reason := wandb_refuses()):
+        return [f"--report_to {report_to}: without wandb: {reason}"]
+    return []
 
 
+@functools.cache
 def wandb_refuses() -> str | None:
     """Why wandb would refuse a run, or ask for a key, once the caches are filled; None where it would not."""
     import wandb
 
+    if int(os.environ.get("RANK", 0)) > 0:
+        return None  # the first process reports
     if wandb.setup().settings.mode not in ("online", "shared"):
         return None  # nobody logs in
     otherwise = "or set WANDB_MODE=offline, which keeps its files on this machine"
