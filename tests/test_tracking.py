@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import wandb
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
@@ -113,7 +114,15 @@ def wandb_records(path) -> list:
     return records
 
 
-def test_a_run_in_wandb(tmp_path, monkeypatch):
+@pytest.fixture
+def fresh_wandb():
+    """wandb keeps the environment of its first use in a process."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def test_a_run_in_wandb(tmp_path, monkeypatch, fresh_wandb):
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     report(tmp_path / "out", "wandb")
