@@ -84,7 +84,7 @@ def public_word(word: str) -> str:
 
 
 def installed(tracker: str) -> bool:
-    """Whether the package is there, as accelerate says, and can be imported, as a folder `wandb` of old runs can."""
+    """Whether the package is installed, and can be imported. A folder `wandb` of old runs can be imported, too."""
     try:
         return tracker in map(str, get_available_trackers()) and bool(importlib.import_module(tracker))
     except ImportError:
@@ -200,7 +200,6 @@ def gif_summary(frames: np.ndarray, name: str):
 
 LEVELS = ("debug", "info", "error")  # debug: previews of half-done samples, too; error: errors alone
 LEVEL_OF_NAME = {"warning": "error", "critical": "error"}  # SimpleTuner's levels that are none of ours
-DEFAULT = "debug"  # a user who asks for previews gets them
 WEBHOOK_KEYS = {
     "webhook_url": Key(str), "callback_url": Key(str), "webhook_type": Key(("discord", "raw")), "level": Key(LEVELS),
     "log_level": Key((*LEVELS, *LEVEL_OF_NAME)), "message_prefix": Key(str), "auth_token": Key(str),
@@ -245,7 +244,8 @@ def read_address(settings: dict, path: str) -> Address:
     key = "callback_url" if "callback_url" in settings else "webhook_url"
     if key not in settings:
         raise ValueError(f"{path}: has no webhook_url")
-    url, level = settings[key], settings.get("log_level", settings.get("level", DEFAULT))
+    url = settings[key]
+    level = settings.get("log_level", settings.get("level", "debug"))  # a user who asks for previews gets them
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{path}: {key} is {url!r}, and must be http:// or https://")
     discord = settings.get("webhook_type", "discord" if url.startswith(DISCORD) else "raw") == "discord"
