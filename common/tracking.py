@@ -141,7 +141,8 @@ class Tracking:
             for name, value in public_settings(args).items()
         }
         named = {"name": args.tracker_run_name}
-        accelerator.init_trackers(args.tracker_project_name, settings, {"wandb": named, "trackio": named})
+        by_wandb = named | {"settings": {"x_disable_meta": True}}  # which has the command line, with a token in it
+        accelerator.init_trackers(args.tracker_project_name, settings, {"wandb": by_wandb, "trackio": named})
 
     def values(self, values: dict, step: int):
         self.accelerator.log(values, step=step)

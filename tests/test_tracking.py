@@ -125,6 +125,7 @@ def fresh_wandb():
 def test_a_run_in_wandb(tmp_path, monkeypatch, fresh_wandb):
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token", "hf_secret"])
     report(tmp_path / "out", "wandb")
 
     (folder,) = tmp_path.glob("wandb/offline-run-*")
