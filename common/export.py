@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from common.tracking import public_settings
+from common.tracking import public_settings, public_word
 
 
 def write_model_card(
@@ -28,12 +28,12 @@ def write_model_card(
 
 
 def hide_secrets(argv: list[str]) -> list[str]:
-    """The command line with *** for the hub's token."""
+    """The command line with *** for the hub's token, and without what opens the data."""
     hidden, secret = [], False
     for word in argv:
         name, equals, _ = word.partition("=")
         is_token = name.startswith("--hub_t")  # argparse takes abbreviations
-        hidden.append("***" if secret else f"{name}=***" if equals and is_token else word)
+        hidden.append("***" if secret else f"{name}=***" if equals and is_token else public_word(word))
         secret = is_token and not equals
     return hidden
 

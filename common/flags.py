@@ -300,9 +300,8 @@ def check_shared_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error("--push_checkpoints_to_hub: needs --push_to_hub")
     if args.validation_prompt_library and not Path(args.validation_prompt_library).is_file():
         parser.error(f"--validation_prompt_library {args.validation_prompt_library}: no such file")
-    check_trackers(parser, args.report_to)
     check_webhook(parser, args.webhook_config)
-    notes = check_precision(parser, args)
+    notes = check_trackers(parser, args.report_to) + check_precision(parser, args)
     if args.optimizer == "optimi-lion" and (unused := [name for name in MOMENTS if getattr(args, name) is not None]):
         names = ", ".join(f"--{name}" for name in unused)
         notes.append(

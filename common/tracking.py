@@ -22,6 +22,7 @@ import torch
 from accelerate.tracking import get_available_trackers
 from PIL import Image
 
+from common.data.shards import hide_secrets
 from common.schema import Key, check_settings, read_json
 
 GAP_RANGES = ((0, 250), (250, 500), (500, 750), (750, 1000))  # timesteps
@@ -70,11 +71,20 @@ GIF_SIDE, GIF_MILLISECONDS = 256, 60  # longest side of a clip in TensorBoard, a
 
 def public_settings(args) -> dict:
     """Flags for trackers and the model card, as given or filled in, without secrets. A file is shown by its path."""
-    return {name: value for name, value in vars(args).items() if name not in SECRETS}
+    return {
+        name: public_word(value) if isinstance(value, str) else value
+        for name, value in vars(args).items()
+        if name not in SECRETS
+    }
+
+
+def public_word(word: str) -> str:
+    """A word of the command line without what opens the URLs, and the commands of pipe:, that are in it."""
+    return hide_secrets(word) if "://" in word or "pipe:" in word.lower() else word
 
 
 def installed(tracker: str) -> bool:
-    """Whether the package is there, as accelerate says, and can be imported, as a folder `wandb` of old runs can."""
+    """Whether the package is installed, and can be imported. A folder `wandb` of old runs can be imported, too."""
     try:
         return tracker in map(str, get_available_trackers()) and bool(importlib.import_module(tracker))
     except ImportError:
@@ -82,25 +92,34 @@ def installed(tracker: str) -> bool:
 
 
 def tracker_names(report_to: str) -> list[str]:
-    """Trackers that --report_to means, for accelerate's `log_with`; `all` means those that are installed."""
+    """Trackers that --report_to means, for accelerate's `log_with`; `all` means those that are ready for use."""
     names = [] if report_to == "none" else report_to.split(",")
-    return [name for name in TRACKERS if installed(name)] if "all" in names else names
+    if "all" in names:
+        return [name for name in TRACKERS if installed(name) and not (name == "wandb" and wandb_refuses())]
+    return names
 
 
-def check_trackers(parser, report_to: str):
+def check_trackers(parser, report_to: str) -> list[str]:
+    """Ends with an error where a tracker that is named cannot be used. Returns notes on what `all` leaves out."""
     for name in tracker_names(report_to):
         if name not in TRACKERS:
             parser.error(f"--report_to {report_to}: must be of {', '.join(TRACKERS)}, all, or none")
         if not installed(name):
             parser.error(f"--report_to {report_to}: {name} is not installed: pip install {TRACKERS[name]}")
-        if name == "wandb" and int(os.environ.get("RANK", 0)) == 0 and (reason := wandb_refuses()):
+        if name == "wandb" and (reason := wandb_refuses()):
             parser.error(f"--report_to {report_to}: {reason}")
+    if "all" in report_to.split(",") and installed("wandb") and (reason := wandb_refuses()):
+        return [f"--report_to {report_to}: without wandb: {reason}"]
+    return []
 
 
+@functools.cache
 def wandb_refuses() -> str | None:
     """Why wandb would refuse a run, or ask for a key, once the caches are filled; None where it would not."""
     import wandb
 
+    if int(os.environ.get("RANK", 0)) > 0:
+        return None  # the first process reports
     if wandb.setup().settings.mode not in ("online", "shared"):
         return None  # nobody logs in
     otherwise = "or set WANDB_MODE=offline, which keeps its files on this machine"
@@ -122,7 +141,8 @@ class Tracking:
             for name, value in public_settings(args).items()
         }
         named = {"name": args.tracker_run_name}
-        accelerator.init_trackers(args.tracker_project_name, settings, {"wandb": named, "trackio": named})
+        by_wandb = named | {"settings": {"x_disable_meta": True}}  # which has the command line, with a token in it
+        accelerator.init_trackers(args.tracker_project_name, settings, {"wandb": by_wandb, "trackio": named})
 
     def values(self, values: dict, step: int):
         self.accelerator.log(values, step=step)
@@ -181,7 +201,6 @@ def gif_summary(frames: np.ndarray, name: str):
 
 LEVELS = ("debug", "info", "error")  # debug: previews of half-done samples, too; error: errors alone
 LEVEL_OF_NAME = {"warning": "error", "critical": "error"}  # SimpleTuner's levels that are none of ours
-DEFAULT = "debug"  # a user who asks for previews gets them
 WEBHOOK_KEYS = {
     "webhook_url": Key(str), "callback_url": Key(str), "webhook_type": Key(("discord", "raw")), "level": Key(LEVELS),
     "log_level": Key((*LEVELS, *LEVEL_OF_NAME)), "message_prefix": Key(str), "auth_token": Key(str),
@@ -226,7 +245,8 @@ def read_address(settings: dict, path: str) -> Address:
     key = "callback_url" if "callback_url" in settings else "webhook_url"
     if key not in settings:
         raise ValueError(f"{path}: has no webhook_url")
-    url, level = settings[key], settings.get("log_level", settings.get("level", DEFAULT))
+    url = settings[key]
+    level = settings.get("log_level", settings.get("level", "debug"))  # a user who asks for previews gets them
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{path}: {key} is {url!r}, and must be http:// or https://")
     discord = settings.get("webhook_type", "discord" if url.startswith(DISCORD) else "raw") == "discord"
@@ -282,11 +302,19 @@ def png(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Makes an error of a redirect, which would take the headers, and in them the token, to another host."""
+
+    def redirect_request(self, *_):
+        return None
+
+
 class Hook:
     """Posts messages to one address by a thread of its own."""
 
     def __init__(self, address: Address):
         self.address, self.lost = address, 0
+        self.opener = urllib.request.build_opener(NoRedirects, urllib.request.HTTPSHandler(context=address.ssl))
         self.waiting = queue.Queue(MOST_WAITING)
         threading.Thread(target=self.post_all, daemon=True).start()
 
@@ -311,13 +339,13 @@ class Hook:
         body, kind = discord_request(message, address.prefix) if address.discord else json_request(message)
         request = urllib.request.Request(address.url, body, address.headers | {"Content-Type": kind})
         try:
-            urllib.request.urlopen(request, timeout=TIMEOUT, context=address.ssl).close()
+            self.opener.open(request, timeout=TIMEOUT).close()
         except urllib.error.HTTPError as error:
             pause = float(error.headers.get("Retry-After", "inf"))
             if error.code != 429 or pause > TIMEOUT:
                 raise
             time.sleep(pause)  # too many messages: once more
-            urllib.request.urlopen(request, timeout=TIMEOUT, context=address.ssl).close()
+            self.opener.open(request, timeout=TIMEOUT).close()
 
 
 class Webhook:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shlex
 import sys
 from types import SimpleNamespace
 
@@ -51,6 +52,18 @@ def test_a_webhooks_url_is_not_in_the_card(tmp_path, monkeypatch):
     write_model_card(args, teacher="a/b", title="", tags=[], usage="", results="")
     text = (tmp_path / "README.md").read_text()
     assert "hook.json" in text and "https://secret" not in text
+
+
+@pytest.mark.parametrize("flag", ["--train_shards_path_or_url {}", "--train_shards_path_or_url={}"])
+@pytest.mark.parametrize("url", ["pipe:curl -H 'Authorization: Bearer pw' x", "https://me:pw@host/0.tar?sig=pw"])
+def test_what_opens_the_data_is_not_in_the_card(url, flag, tmp_path, monkeypatch):
+    words = [word.format(url) for word in flag.split()]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, "--validation_prompt", "a key: 'gold'?yes"])
+    args = SimpleNamespace(output_dir=str(tmp_path), train_shards_path_or_url=url)
+    write_model_card(args, teacher="a/b", title="", tags=[], usage="", results="")
+    text = (tmp_path / "README.md").read_text()
+    assert "pw" not in text and text.count(url.partition(":")[0] + ":") == 2
+    assert shlex.quote("a key: 'gold'?yes") in text  # words of a prompt are no secrets
 
 
 @pytest.mark.parametrize("flag", ["--hub_token", "--hub_tok", "--hub_to", "--hub_t"])  # argparse takes abbreviations

@@ -203,6 +203,17 @@ def test_a_tracker_that_is_not_installed_is_known_before_anything_loads(capsys, 
     assert parse("--report_to", "all")[0].report_to == "all" and tracking.tracker_names("all") == ["tensorboard"]
 
 
+def test_all_trackers_are_those_that_are_ready(capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "installed", lambda name: name != "trackio")
+    monkeypatch.setattr(tracking, "wandb_refuses", lambda: "wandb has no login")
+    assert "--report_to all: without wandb: wandb has no login" in parse("--report_to", "all")[1]
+    assert tracking.tracker_names("all") == ["tensorboard"]
+    assert "--report_to wandb: wandb has no login" in refused(capsys, "--report_to", "wandb")
+    monkeypatch.setattr(tracking, "wandb_refuses", lambda: None)
+    assert not any("wandb" in note for note in parse("--report_to", "all")[1])
+    assert tracking.tracker_names("all") == ["tensorboard", "wandb"]
+
+
 def test_rules_of_sizes():
     parser = new_parser()
     words = ["--center_crop", "--bucket_alignment", "8", "--aspect_bucket_rounding", "16"]

@@ -6,6 +6,7 @@ Whatever answers at that URL neither stops nor slows a run.
 import argparse
 import base64
 import email
+import http.server
 import io
 import json
 import os
@@ -14,12 +15,14 @@ import ssl
 import struct
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import wandb
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
@@ -111,9 +114,18 @@ def wandb_records(path) -> list:
     return records
 
 
-def test_a_run_in_wandb(tmp_path, monkeypatch):
+@pytest.fixture
+def fresh_wandb():
+    """wandb keeps the environment of its first use in a process."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def test_a_run_in_wandb(tmp_path, monkeypatch, fresh_wandb):
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token", "hf_secret"])
     report(tmp_path / "out", "wandb")
 
     (folder,) = tmp_path.glob("wandb/offline-run-*")
@@ -205,6 +217,14 @@ def test_settings_are_the_flags_but_for_secrets():
     args = SimpleNamespace(**FLAGS)
     assert public_settings(args) == {name: value for name, value in FLAGS.items() if name != "hub_token"}
     assert args.hub_token == "hf_secret"
+
+
+def test_settings_have_nothing_that_opens_the_data():
+    given = {"train_shards_path_or_url": "a.tar::pipe:curl -H 'X-Api: pw' https://me:pw@host/0.tar", "seed": 3}
+    given |= {"validation_prompt": "which key fits?it does", "cache_dir": None, "report_steps": [1, 2]}
+    hidden = public_settings(SimpleNamespace(**given))
+    assert hidden.pop("train_shards_path_or_url") == "a.tar::pipe:curl -H ... https://...@host/0.tar"
+    assert hidden == {name: value for name, value in given.items() if name != "train_shards_path_or_url"}
 
 
 def test_a_folder_of_old_runs_is_no_tracker(tmp_path, monkeypatch):
@@ -328,6 +348,32 @@ def test_a_hook_that_is_busy_is_asked_once_more(seconds, lost, server, file):
     hook = Webhook(file(webhook_url=server.url, webhook_type="discord"))
     hook.send("end", step=1, of=1, stopped=False)
     assert hook.close() == lost and len(server.received) == 2 - lost
+
+
+def test_a_redirect_is_a_lost_message(file):
+    """Another host would get the token."""
+    asked = []
+
+    class Moved(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):  # noqa: N802
+            self.send_response(302)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def do_GET(self):  # noqa: N802
+            asked.append(self.headers["X-API-Key"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Moved) as moved:
+        threading.Thread(target=moved.serve_forever, args=(0.02,), daemon=True).start()
+        hook = Webhook(file(webhook_url=f"http://127.0.0.1:{moved.server_address[1]}/hook", auth_token="secret"))
+        hook.send("end", step=1, of=1, stopped=False)
+        assert hook.close() == 1 and asked == []
+        moved.shutdown()
 
 
 def test_the_address_tells_discord_from_others(file):

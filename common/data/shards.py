@@ -39,8 +39,12 @@ GONE = (1, 22)  # its statuses, before it has written anything, that say that th
 
 TAR = re.compile(r"\.(tar|tar\.gz|tar\.bz2|tar\.xz|tgz)$")
 SECRET = re.compile(
-    r"""(://)[^/@\s]+(?=@)|(\?)[^\s'"]+|((?:bearer|basic|token|password|secret|key|--user|\s-u)[\s:='"]+)[^\s'"]+""",
-    re.I,
+    r"""(://)[^/\s]+(?=@)  # who logs in
+    | (\?|&(?=[^\s&=]+=))[^\s'"]+  # a query
+    | ((?:--[a-z-]*(?:user|header|cookie)|\s-(?-i:[a-zA-Z]*?[uUHb]))[\s=\\]*)  # an option of curl or wget, and its word
+      (?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\])+
+    | ((?:bearer|basic|token|password|secret|key)[\s:='"]+)[^\s'"]+""",
+    re.IGNORECASE | re.VERBOSE,
 )
 
 
@@ -48,24 +52,32 @@ def scheme_of(shard: str) -> str:
     return shard.partition(":")[0].lower()
 
 
+def hide_secrets(text: str) -> str:
+    """The text of a URL or of a command without what opens it."""
+    return SECRET.sub(lambda found: f"{found[found.lastindex]}...", text)
+
+
 def is_local(part) -> bool:
     """Whether a shard, or another part of a dataset, is read from this machine's files."""
     return not isinstance(part, str) or scheme_of(part) not in READ_BY
 
 
-def expand_shards(spec: str) -> list[str]:
+def expand_shards(spec: str, inside: tuple[Path, ...] = ()) -> list[str]:
     """Paths and URLs of a list as webdataset has it: `::` between entries, braces, ${NAME} for the variable WDS_NAME.
 
     An entry may be a pattern (data/*.tar), a folder, or a file in which each line is such a list: @file, .txt, .list;
-    or one in webdataset's own YAML.
+    or one in webdataset's own YAML. `inside` are the files that led here.
     """
     shards = []
     for entry in expand_line(spec):
-        path, entries = Path(entry.removeprefix("@")), [entry]
-        if is_local(entry) and (entry.startswith("@") or path.suffix in (".txt", ".list", ".yaml", ".yml")):
-            lines = read_yaml(path) if path.suffix in (".yaml", ".yml") else read_list(path)
-            entries = [each for line in lines for each in expand_line(line)]
-        shards += [shard for each in entries for shard in find_tars(each)]
+        path = Path(entry.removeprefix("@"))
+        if not is_local(entry) or not (entry.startswith("@") or path.suffix in (".txt", ".list", ".yaml", ".yml")):
+            shards += find_tars(entry)
+            continue
+        if path in inside:
+            raise ValueError(f"{path}: a list of shards that names itself")
+        for line in read_yaml(path) if path.suffix in (".yaml", ".yml") else read_list(path):
+            shards += expand_shards(line, (*inside, path))
     return shards
 
 
@@ -201,12 +213,14 @@ class Program:
             data = self.process.stdout.read(min(size, again) or size)
             self.place += len(data)
             self.given = max(self.given, self.place)
-            if data and not again or not data and not self.failed():
-                return data
             if not data:
+                if not self.failed():
+                    return data
                 time.sleep(self.delays.pop(0))
                 self.close()
                 self.start()
+            elif not again:
+                return data
 
     def failed(self) -> bool:
         """Whether the program failed, and is to be started again."""
@@ -232,7 +246,7 @@ class Program:
 
 
 def fetch(shard: str, folder: str) -> Path:
-    """Path of a shard in the cache. A process that lacks it fetches it, and others that lack it wait.
+    """Path of a shard in the cache. A process that lacks it fetches it; others that lack it wait, and fail with it.
 
     webdataset's FileCache takes shards of one name in two folders for one, and keeps half of a shard.
     """
@@ -244,14 +258,24 @@ def fetch(shard: str, folder: str) -> Path:
         with open(f"{path}.part", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
             if not path.exists():
+                if not has_its_name(file):
+                    raise OSError("another process has just failed to read it")
                 file.truncate(0)
                 with Program(shard) as program:
                     shutil.copyfileobj(program, file, 1 << 20)
                     if program.error:
+                        os.unlink(file.name)
                         raise OSError(program.error)
                 file.flush()
                 os.replace(file.name, path)
     return path
+
+
+def has_its_name(file) -> bool:
+    """Whether an open file is still the one of its name. Who had the lock before may have renamed or removed it."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    return False
 
 
 @functools.cache
@@ -264,7 +288,7 @@ def named_fault(shard: str, cause: str, error: str | Exception) -> str:
     """The cause, after it was printed with the shard's name and what went wrong, but without secrets of a URL."""
     words = [shard, cause, str(error).partition("\n")[0]]
     if not is_local(shard):
-        words = [SECRET.sub(lambda found: f"{found[found.lastindex]}...", word) for word in words]
+        words = map(hide_secrets, words)
     say(": ".join(words))
     return cause
 

@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import Counter, deque
 from dataclasses import replace
 
@@ -32,6 +33,8 @@ from common.data.sources import read_part
 
 LANES = 8  # streams open at a time, where processes x workers do not ask for more
 PATIENCE = 128  # reads; a sample waits no longer for its bucket to have a batch
+GRACE = 0.5  # seconds in which a reader may end by itself
+LIFELINES = []  # an end of a pipe for each loader; where it closes, the loader's readers end
 GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, are spread evenly
 
 
@@ -151,35 +154,53 @@ class ShardStream(IterableDataset):
                 index += 1
 
 
-@functools.cache
-def lifeline():
-    """Both ends of a pipe. The writing end closes where this process ends, also by SIGKILL."""
-    ends = multiprocessing.Pipe(duplex=False)
-    atexit.register(ends[1].close)  # and so before multiprocessing, which is there already, waits for the readers
-    return ends
+@atexit.register  # and so before multiprocessing, which is there already, waits for the readers
+def cut_lifelines():
+    while LIFELINES:
+        LIFELINES.pop().close()
 
 
-def follow(reading, writing, worker: int):
-    """Keeps a reader process alive when the run is stopped, until the training process has ended.
+def follow(reading, worker: int):
+    """Keeps a reader process alive when the run is stopped, until its loader or the training process has ended.
 
     A signal to the whole group comes before the last checkpoint, whose place in the data it must not change.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    writing.close()  # the copy that is this process's own
+    cut_lifelines()  # the copies that a forked process has
 
     def wait():
         reading.poll(None)
+        time.sleep(GRACE)  # torch asks it to end, too, and would wait for ever for a lock that it had
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
-def load(samples, workers: int, **options) -> DataLoader:
-    """A loader whose reader processes end with this process."""
-    if workers:
-        options |= {"worker_init_fn": functools.partial(follow, *lifeline())}
-    return DataLoader(samples, batch_size=None, num_workers=workers, **options)
+class Loaded:
+    """What reader processes read. They end where this is dropped, or the process ends, be it by SIGKILL."""
+
+    def __init__(self, items, lifeline):
+        self.items, self.lifeline = items, lifeline
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.items)
+
+    def __del__(self):  # torch's own comes next, and waits for the readers
+        self.lifeline.close()
+
+
+def load(samples, workers: int, **options):
+    """An iterator over what a DataLoader reads."""
+    if not workers:
+        return iter(DataLoader(samples, batch_size=None, **options))
+    reading, lifeline = multiprocessing.Pipe(duplex=False)
+    LIFELINES.append(lifeline)
+    options |= {"worker_init_fn": functools.partial(follow, reading)}
+    return Loaded(iter(DataLoader(samples, batch_size=None, num_workers=workers, **options)), lifeline)
 
 
 class Batches:
@@ -188,14 +209,14 @@ class Batches:
     When a bucket's first sample has waited too long, the bucket's samples are repeated to make a batch.
     """
 
-    def __init__(self, stream: ShardStream, workers: int):
-        self.stream, self.parts = stream, max(workers, 1)
+    def __init__(self, stream: ShardStream, workers: int, say=print):
+        self.stream, self.parts, self.say = stream, max(workers, 1), say
         self.starts, self.used, self.faults = dict(stream.starts), set(stream.used), Counter()
         self.read_since = {lane: deque() for lane in self.starts}  # (position, cursor) of samples since starts[lane]
         self.reads, self.padded = 0, set()
         self.waiting: dict[tuple, list[tuple[int, Sample]]] = {}  # by bucket: number of the read, sample
         self.ready: deque[list[Sample]] = deque()
-        self.loader = iter(load(stream, workers, prefetch_factor=4 if workers else None))
+        self.loader = load(stream, workers, prefetch_factor=4 if workers else None)
 
     def __next__(self) -> list[Sample]:
         while not self.ready:
@@ -241,7 +262,7 @@ class Batches:
         """Says once of each bucket that its batches have repeated samples."""
         if bucket not in self.padded:
             self.padded.add(bucket)
-            print(
+            self.say(
                 f"bucket {'x'.join(map(str, reversed(bucket)))}: fewer than {self.stream.batch_size} samples among "
                 f"{PATIENCE * self.stream.batch_size}, its batches are filled by repeating them"
             )
@@ -280,7 +301,7 @@ def open_batches(args, data, accelerator, readers: list[ImageReader], state, sha
         shards, readers, seed=args.seed, batch_size=args.train_batch_size, lanes=lanes, state=state,
         process=accelerator.process_index // sharing, processes=processes, source=data.source,
     )  # fmt: skip
-    return Batches(stream, workers)
+    return Batches(stream, workers, say)
 
 
 def gather_states(batches, accelerator, sharing: int = 1) -> tuple[dict, Counter]:

@@ -1,6 +1,7 @@
 """Where shards come from, how they are named, and what is wrong with some."""
 
 import bz2
+import fcntl
 import gzip
 import http.server
 import lzma
@@ -18,7 +19,7 @@ import pytest
 from common.data import shards as shards_module
 from common.data.datasets import open_shards
 from common.data.samples import BadSample
-from common.data.shards import command_of, expand_shards, read_shard
+from common.data.shards import command_of, expand_shards, fetch, hide_secrets, read_shard
 from common.data.sources import count_samples
 from tests.data.helpers import (
     backend,
@@ -308,6 +309,40 @@ def test_a_shard_that_cannot_be_read_is_named_at_once(tmp_path, shards, capsys, 
     assert "/0.tar: truncated shard: curl: (18) transfer closed" in broken
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://me:pw@host/0.tar",
+        "https://me:p@pw@host/0.tar",
+        "https://host/0.tar?X-Amz-Date=1&X-Amz-Signature=pw",
+        "pipe:curl https://host/0.tar&sig=pw",
+        "pipe:curl -H 'Authorization: Bearer pw' https://host/0.tar",
+        "pipe:curl -H 'X-Api: pw' https://host/0.tar",
+        'pipe:curl -H "X-Api: \\"pw\\"" https://host/0.tar',
+        "pipe:curl -HX-Api:'pw' https://host/0.tar",
+        "pipe:curl -sSLH X-Api:\\ pw https://host/0.tar",
+        'pipe:bash -c "curl -H \\"X-Api: pw\\" https://host/0.tar"',
+        "pipe:wget --header='X-Api: pw' -O - https://host/0.tar",
+        "pipe:curl --proxy-header 'X-Api: pw' https://host/0.tar",
+        "pipe:curl --cookie sid=pw https://host/0.tar",
+        "pipe:curl -u me:pw https://host/0.tar",
+        "pipe:curl -ume:pw https://host/0.tar",
+        "pipe:curl -fsSLu 'me:pw' https://host/0.tar",
+        "pipe:curl --user=me:pw https://host/0.tar",
+        "pipe:AWS_SECRET_ACCESS_KEY=pw aws s3 cp s3://host/0.tar -",
+    ],
+)
+def test_secrets_are_hidden_and_nothing_else(text):
+    hidden = hide_secrets(text)
+    assert "pw" not in hidden and "..." in hidden
+    assert "//host/0.tar" in hidden or "@host/0.tar" in hidden or "bash" in hidden  # whose quotes are in quotes
+
+
+def test_what_is_no_secret_is_not_hidden():
+    command = "pipe:tar -xOf 'a b.tar' 2>&1 && aws s3 cp s3://a/{0..1}.tar - | head -c 10 || sh -c 'x; y'"
+    assert hide_secrets(command) == command
+
+
 def test_a_member_that_is_too_large_is_named_as_such(tmp_path, monkeypatch):
     """Where it is the one that is needed; its bytes are not kept."""
     for module in ("samples", "shards", "sources"):
@@ -395,6 +430,36 @@ def test_many_that_want_a_shard_fetch_it_once(tmp_path, shards, cache):
     assert found == [keys_of(shards[0])] * 4 and (tmp_path / "runs").read_text() == "run\n"
 
 
+def test_those_that_wait_for_a_shard_fail_with_it(tmp_path, cache):
+    shard, found = f"pipe:echo run >> {tmp_path}/runs; sleep 0.5; exit 3", []
+    readers = [threading.Thread(target=lambda: found.extend(causes(shard))) for _ in range(4)]
+    for each in readers:
+        each.start()
+    for each in readers:
+        each.join()
+    assert found == ["unreadable shard"] * 4 and (tmp_path / "runs").read_text() == "run\n"
+    assert causes(shard) == found[:1] and (tmp_path / "runs").read_text() == "run\n" * 2  # later it is tried again
+
+
+def test_a_shard_that_is_damaged_and_gone_is_not_written_to(tmp_path, shards, cache, monkeypatch):
+    """What a process waits for is renamed when it is whole, and removed by one that cannot read it."""
+    found, waiting, flock = [], threading.Event(), fcntl.flock
+    shard = f"pipe:echo run >> {tmp_path}/runs; cat {shards[0]}"
+    path = fetch(shard, str(cache))
+    path.rename(f"{path}.part")
+    with open(f"{path}.part") as file:
+        flock(file, fcntl.LOCK_EX)
+        monkeypatch.setattr(fcntl, "flock", lambda *given: waiting.set() or flock(*given))
+        reader = threading.Thread(target=lambda: found.extend(causes(shard)))
+        reader.start()
+        waiting.wait()
+        os.replace(file.name, path)
+        path.unlink()
+    reader.join()
+    assert found == ["unreadable shard"] and (tmp_path / "runs").read_text() == "run\n"
+    assert keys_of(shard) == keys_of(shards[0])
+
+
 def test_a_cache_that_cannot_be_made_is_refused(tmp_path, refused, monkeypatch):
     monkeypatch.setenv("WDS_CACHE", "")
     (tmp_path / "file").touch()
@@ -441,6 +506,10 @@ def test_a_list_in_a_file(tmp_path, shards):
         assert open_shards(f"{shards[7]}::{path}") == [shards[7], *shards[:4]]
     (tmp_path / "without_suffix").write_text(f"{folder}/[01].tar\n{folder}/2.tar")
     assert open_shards(f"@{tmp_path}/without_suffix") == shards[:3]
+    (tmp_path / "outer.txt").write_text(f"@{tmp_path}/without_suffix\n{shards[7]}::{tmp_path}/shards.list")
+    assert open_shards(str(tmp_path / "outer.txt")) == [*shards[:3], shards[7], *shards[:4]]  # of lists
+    (tmp_path / "loop.txt").write_text(f"{shards[0]}\n@{tmp_path}/loop.list")
+    (tmp_path / "loop.list").write_text(f"{tmp_path}/loop.txt")
     (tmp_path / "empty.txt").write_text("# nothing\n")
     (tmp_path / "of_nothing").mkdir()
     for spec, named in (
@@ -449,6 +518,7 @@ def test_a_list_in_a_file(tmp_path, shards):
         (tmp_path / "*.tar", "no tar files in it"),
         (f"@{tmp_path}/none", "No such file"),
         (tmp_path / "none.txt", "No such file"),
+        (tmp_path / "loop.txt", "loop.txt: a list of shards that names itself"),
         ("az://account/0.tar", "does not exist .1 of 1.; no URL of az: can be read"),
         (f"{folder}/{{6..9}}.tar", "8.tar does not exist .2 of 4."),
     ):

@@ -14,12 +14,14 @@ from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import train_lcm_distill_sd as script
+from common.data import stream as stream_module
 from common.data.buckets import Rules
 from common.data.datasets import Data, Dataset, count_epoch
 from common.data.samples import NoGoodSamples, open_readers
@@ -350,6 +352,21 @@ def test_readers_outlive_a_stop_but_not_the_training_process(shards, tmp_path, m
     assert time.monotonic() - start < 3
 
 
+def test_readers_end_with_their_loader(shards, tmp_path):
+    """Those that wait for a slow shard, too, and not those of another loader that was opened in the meantime."""
+    others = set(active_children())
+    slow = batches([f"pipe:touch {tmp_path}/$$; exec sleep 20"] * 8, workers=2)
+    readers = set(active_children()) - others
+    while len(list(tmp_path.iterdir())) < 2:
+        time.sleep(0.01)
+    later = batches(shards, workers=2)
+    captions(later, 1)
+    start = time.monotonic()
+    del slow
+    assert time.monotonic() - start < 3 and len(readers) == 2 and not readers & set(active_children())
+    assert captions(later, 20)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches of one bucket
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,6 +457,16 @@ def test_a_rare_bucket_is_filled_up_after_a_bounded_wait(tmp_path, capsys):
             assert source.reads - batch[0].position // 2 <= PATIENCE + 2
     assert lone and all(captions == ["48_80_000"] * 2 for captions in lone) and set(other_noise) == {2}
     assert capsys.readouterr().out.count("bucket 80x48: fewer than 2 samples") == 1  # once
+
+
+def test_a_note_on_repeated_samples_goes_where_the_others_go(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stream_module, "PATIENCE", 2)
+    many(tmp_path / "f", {(64, 64): 19, (48, 80): 1})
+    run, said = toy_sized(tmp_path / "f", "--train_batch_size", 2), []
+    source = open_batches(run.args, run.data, Accelerator(), open_readers(run.args, run.data), None, say=said.append)
+    captions(source, 20)
+    assert said == ["bucket 80x48: fewer than 2 samples among 4, its batches are filled by repeating them"]
+    assert capsys.readouterr().out == ""
 
 
 def test_resuming_around_a_batch_that_was_filled_up(tmp_path):
