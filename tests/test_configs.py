@@ -239,7 +239,7 @@ def test_the_documents_wan_config_with_latent_consistency(tmp_path, wan_files):
     args, data, method, notes = parse_wan("--config", tmp_path / "config.json", "--distillation_method", "lcm")
     unused = "not used by --distillation_method lcm: timestep_shift, num_frame_per_block"
     assert f"{tmp_path / 'config.json'}: {unused}" in notes and args.num_frame_per_block == 0
-    assert (data.datasets[0].num_frames, method.validation_frames) == (121, 121)  # no blocks have to divide them
+    assert (data.datasets[0].num_frames, method.validation_frames) == (81, 121)  # no blocks have to divide them
 
 
 def test_what_only_the_command_line_has_is_refused_beside_a_config(tmp_path, wan_files, capsys):

@@ -239,4 +239,4 @@ def test_without_torchao_there_is_one_sentence(monkeypatch, capsys):
     assert check_precision(parser, plain) == []
     with pytest.raises(SystemExit):
         check_precision(parser, wanted)
-    assert "--base_model_precision fp8-torchao: needs torchao" in capsys.readouterr().err
+    assert "--base_model_precision fp8-torchao: torchao is not installed" in capsys.readouterr().err
