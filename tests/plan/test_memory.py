@@ -1,6 +1,7 @@
 """The memory plan: counted on the real configs, measured against what PyTorch's own profiler sees, and its advice."""
 
 import functools
+import gc
 import json
 import shutil
 from argparse import Namespace
@@ -137,6 +138,7 @@ def test_state_bytes_are_an_optimizers(name):
 
 def profiled_peak(network, x, text) -> int:
     """Bytes, by PyTorch's profiler on a real forward and backward."""
+    gc.collect()  # what an earlier test has left may not be freed in the middle
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         network(x, torch.ones(len(x)), text).sample.float().sum().backward()
     now = peak = 0
