@@ -111,7 +111,7 @@ from common.optim import (
 )
 from common.pictures import validation_prompts
 from common.plan.memory import Setup, plan_of
-from common.run import Saver, check_finite, end_run, open_repository, start_run
+from common.run import Saver, check_finite, end_run, open_repository, start_run, teacher_missing
 from common.solvers import (
     TIMESTEPS,
     block_lengths,
@@ -1127,7 +1127,10 @@ def main(args, data, method, notes):
     repository = open_repository(args, accelerator)
 
     # ---- Networks ----
-    scheduler = load_scheduler(args)
+    try:
+        scheduler = load_scheduler(args)
+    except OSError as error:
+        raise teacher_missing(args, error) from None
     shift = schedule_shift(scheduler)
     grid = flow_grid(method.steps, FLOW_STEPS, shift)
     lcm_grid = torch.tensor(flow_grid(method.steps, args.num_ddim_timesteps, shift), device=device)

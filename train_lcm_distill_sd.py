@@ -76,7 +76,7 @@ from common.networks import adapters_off, dropout_off, quantize, speed_up, weigh
 from common.optim import betas_and_decay, clip_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
 from common.pictures import Comparison, open_preview, validation_prompts
 from common.report import hold_out, open_clip, write_report
-from common.run import Saver, check_finite, end_run, open_repository, start_run
+from common.run import Saver, check_finite, end_run, open_repository, start_run, teacher_missing
 from common.solvers import DDIMSolver, boundary_scalings, expand_to, noised, sampled_x_t, student_scheduler, to_x0_eps
 from common.tracking import Tracking, webhook_errors
 
@@ -592,13 +592,15 @@ def main(args, data, notes):
     say, device, lora = accelerator.print, accelerator.device, args.model_type == "lora"
 
     # ---- Noise schedule, solver, networks ----
-    scheduler = load_scheduler(args)
     try:
+        scheduler = load_scheduler(args)
         abar, prediction_type = noise_schedule(scheduler)
         most_steps = max(args.validation_num_inference_steps + args.report_steps)
         solver = DDIMSolver(abar, args.num_ddim_timesteps, prediction_type, most_steps).to(device)
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    except OSError as error:
+        raise teacher_missing(args, error) from None
     repository = open_repository(args, accelerator)
     teacher, student, target = load_networks(args, accelerator, weight_dtype)
     trained = [p for p in student.parameters() if p.requires_grad]

@@ -68,6 +68,12 @@ def check_machine(args, accelerator) -> list[str]:
     return [] if kind in ("cuda", "cpu") else [f"{kind}: nobody has tried these scripts on such a device"]
 
 
+def teacher_missing(args, error: OSError) -> SystemExit:
+    """What ends a run whose teacher's first file is not there; the hub's own words are many lines."""
+    reason = str(error).strip().splitlines()[0]
+    return SystemExit(f"--pretrained_teacher_model {args.pretrained_teacher_model}: cannot be loaded ({reason})")
+
+
 def open_repository(args, accelerator) -> str | None:
     """Creates the repository of --push_to_hub, in the main process, so that a wrong token ends the run at its start."""
     return create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None

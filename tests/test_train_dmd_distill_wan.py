@@ -598,6 +598,11 @@ def test_a_batch_far_from_the_recipe_s_is_warned_about(batch, word, parse, capsy
     assert all(f"{batch} clips a step" in line and f"{word} --gradient_acc" in line for line in told)
 
 
+def test_a_teacher_that_is_not_there_is_one_sentence(parse, tmp_path):
+    with pytest.raises(SystemExit, match=r"--pretrained_teacher_model .*nothing: cannot be loaded \("):
+        script.main(*parse(f"{LORA} --pretrained_teacher_model {tmp_path / 'nothing'}"))
+
+
 def test_processes_share_tokens_only_where_that_comes_out_even(run):
     with pytest.raises(SystemExit, match="must divide 1 processes"):
         run(f"{LORA} --context_parallel_degree 2")

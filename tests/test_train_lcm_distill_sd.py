@@ -410,6 +410,12 @@ def test_velocity_at_zero_terminal_snr_trains(lcm, sd_teachers, tmp_path, monkey
     assert all(torch.isfinite(loss) and loss > 0 for _, loss in calls) and len(calls) == 2
 
 
+def test_a_teacher_that_is_not_there_is_one_sentence(lcm, tmp_path):
+    with pytest.raises(SystemExit, match=r"--pretrained_teacher_model .*nothing: cannot be loaded \(") as stop:
+        lcm.run(teacher=tmp_path / "nothing")
+    assert len(str(stop.value).splitlines()) == 1
+
+
 def test_a_grid_without_the_samplers_steps_is_refused_before_networks_load(lcm, monkeypatch):
     monkeypatch.setattr(script, "load_networks", lambda *_: pytest.fail("networks are loaded"))
     for flags in ("--validation_num_inference_steps 1,16", "--report_steps 16"):

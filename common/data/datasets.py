@@ -372,7 +372,8 @@ def check_captions(entry: dict, where: str) -> str | None:
         )
     needed += {"instanceprompt": ("instance_prompt",), "parquet": ("parquet",)}.get(strategy, ())
     if missing := [key for key in needed if not entry.get(key)]:
-        raise ValueError(f"{where} has no {missing[0]}")
+        otherwise = "; or --train_data_dir or --train_shards_path_or_url" * (missing[0] == "instance_data_dir")
+        raise ValueError(f"{where} has no {missing[0]}{otherwise}")
     return strategy
 
 
