@@ -1129,7 +1129,7 @@ def main(args, data, method, notes):
     # ---- Networks ----
     try:
         scheduler = load_scheduler(args)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise teacher_missing(args, error) from None
     shift = schedule_shift(scheduler)
     grid = flow_grid(method.steps, FLOW_STEPS, shift)

@@ -68,7 +68,7 @@ def check_machine(args, accelerator) -> list[str]:
     return [] if kind in ("cuda", "cpu") else [f"{kind}: nobody has tried these scripts on such a device"]
 
 
-def teacher_missing(args, error: OSError) -> SystemExit:
+def teacher_missing(args, error: Exception) -> SystemExit:
     """What ends a run whose teacher's first file is not there; the hub's own words are many lines."""
     reason = str(error).strip().splitlines()[0]
     return SystemExit(f"--pretrained_teacher_model {args.pretrained_teacher_model}: cannot be loaded ({reason})")
