@@ -1272,11 +1272,8 @@ def main(args, data, method, notes):
             losses = {name: f"{value:.3g}" for name, value in values.items() if name.endswith("loss")}
             bar.set_postfix(clips_per_s=f"{rate:.2f}", **losses)
             tracking.values(values | {"lr": lr_schedule.get_last_lr()[0], "clips_per_s": rate}, step)
-        if (
-            args.validation_steps
-            and step % args.validation_steps == 0
-            and (accelerator.is_main_process or all_processes)
-        ):
+        validation = args.validation_steps and step % args.validation_steps == 0 and step < total_steps
+        if validation and (accelerator.is_main_process or all_processes):
             validate()
         if checkpoint and step < total_steps:
             saver.save(step, student_updates=updates)

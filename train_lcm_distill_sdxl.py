@@ -476,10 +476,10 @@ def export(args, folder: Path, unet, scheduler, dtype: torch.dtype) -> tuple[lis
     call += [f"height={height}", f"width={width}"]
     if args.model_type == "lora" and scale > 1.0 and args.validation_negative_prompt:
         call.append(f"negative_prompt={args.validation_negative_prompt!r}")
+    load += f'pipeline.scheduler = LCMScheduler.from_pretrained("{folder}", subfolder="scheduler")\n'
+    names = ("AutoencoderKL", "LCMScheduler", PIPELINE.__name__, "UNet2DConditionModel")
     usage = (
-        "import torch\n"
-        f"from diffusers import AutoencoderKL, LCMScheduler, {PIPELINE.__name__}, UNet2DConditionModel\n\n{load}"
-        f'pipeline.scheduler = LCMScheduler.from_pretrained("{folder}", subfolder="scheduler")\n'
+        f"import torch\nfrom diffusers import {', '.join(name for name in names if f'{name}.' in load)}\n\n{load}"
         'pipeline.to("cuda" if torch.cuda.is_available() else "cpu")\n'
         f'image = pipeline("your prompt", {", ".join(call)}).images[0]\n'
     )
@@ -746,7 +746,8 @@ def main(args, data, notes):
             loss_sum, started, logged = torch.zeros((), device=device), time.time(), step
         if args.eval_steps and step % args.eval_steps == 0:
             tracking.values(held_out_loss(args, loss_of, student, held_out, encoder), step)
-        if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
+        validation = args.validation_steps and step % args.validation_steps == 0 and step < total_steps
+        if validation and accelerator.is_main_process:
             validate()
         if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step < total_steps:
             saver.save(step)
