@@ -40,6 +40,7 @@ def reset_accelerate():
 def one_process(monkeypatch):
     """A script in this process leaves neither accelerate's global state nor its signal handlers behind."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("WDS_CACHE", "")  # --shard_cache_dir sets it for the process
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield reset_accelerate
     for number, handler in handlers.items():
