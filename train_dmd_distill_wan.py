@@ -735,7 +735,8 @@ def causal_usage(args, frames: int, channels: int, steps: list[float]) -> str:
     blocks = block_lengths(frames, args.num_frame_per_block, args.independent_first_frame)
     height, width = args.validation_resolution[0]
     return (
-        "# In a checkout of the repository that trained it:\nfrom common.solvers import roll_out\nfrom common.wan.causal import BlockCausal\n\n"
+        "# In a checkout of the repository that trained it:\n"
+        "from common.solvers import roll_out\nfrom common.wan.causal import BlockCausal\n\n"
         f"steps, blocks = {steps}, {blocks}\n"
         f'text, _ = pipeline.encode_prompt("your prompt", max_sequence_length={args.max_sequence_length})\n'
         "predict, remember = BlockCausal(pipeline.transformer).calls(\n"

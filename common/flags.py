@@ -19,12 +19,7 @@ from common.data.buckets import (
     target_size,
     with_settings,
 )
-from common.keys import (
-    FAMILY_OF_NAME,
-    FLAG_OF_KEY,
-    FLAVOURS,
-    config_here,
-)
+from common.keys import FAMILY_OF_NAME, FLAG_OF_KEY, FLAVOURS, config_here
 from common.networks import ATTENTION, PRECISIONS, check_precision, dynamo_backend
 from common.optim import DECAYS, optimizer_defaults
 from common.schema import Key, check_value, read_json, unknown_key

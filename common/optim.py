@@ -39,7 +39,8 @@ def optimizer_defaults(args) -> dict:
 def betas_and_decay(args) -> tuple[tuple[float, float], float]:
     """Betas and weight decay; optimi-lion has its own, as in configs whose adam_* keys are meant for AdamW alone."""
     if args.optimizer == "optimi-lion":
-        return (0.9, 0.99), 0.0
+        own = optimizer_defaults(args)
+        return (own["adam_beta1"], own["adam_beta2"]), own["adam_weight_decay"]
     return (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
 
 

@@ -68,10 +68,11 @@ class Sample:
 def member_bytes(members: dict[str, bytes], names) -> tuple[str, bytes] | None:
     """The first member with one of these extensions, gunzipped where it is name.gz."""
     for name in names:
-        if name not in members and name + ".gz" not in members:
+        found = name if name in members else f"{name}.gz"
+        if found not in members:
             continue
-        data = members[name] if name in members else members[name + ".gz"]
-        if name not in members and data is not None:
+        data = members[found]
+        if found != name and data is not None:
             try:
                 with gzip.open(io.BytesIO(data)) as file:
                     data = file.read(MOST_MEMBER_BYTES + 1)
