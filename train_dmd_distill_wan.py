@@ -488,6 +488,7 @@ from common.cache import weights_identity
 from common.data.datasets import SOURCES
 from common.data.encoder import Encoders
 from common.export import save_comfy_lora
+from common.networks import load_network
 from common.plan.memory import PlannedModel
 from common.solvers import stock_scheduler
 from common.wan.causal import BlockCausal
@@ -552,13 +553,7 @@ def schedule_shift(scheduler) -> float:
 def load_transformer(args, dtype: torch.dtype) -> WanTransformer3DModel:
     if dtype == torch.float16:
         raise SystemExit("mixed_precision fp16 of accelerate's config: Wan's activations overflow it; bf16 or no")
-    transformer, loading = WanTransformer3DModel.from_pretrained(
-        teacher_of(args), subfolder="transformer", dtype=dtype, output_loading_info=True, **hub_options(args)
-    )
-    missing, unexpected = loading["missing_keys"], loading["unexpected_keys"]
-    if missing or unexpected:  # diffusers only warns, and leaves what is missing at random
-        raise SystemExit(f"the teacher's weights do not fit its config: {missing} missing, {unexpected} unexpected")
-    return transformer.requires_grad_(False).eval()
+    return load_network(WanTransformer3DModel, teacher_of(args), "transformer", dtype, **hub_options(args))
 
 
 def add_adapters(args, transformer: WanTransformer3DModel, names: tuple[str, ...]) -> WanTransformer3DModel:
@@ -589,17 +584,16 @@ def text_source(args) -> dict:
 
 
 def load_vae(args, device, dtype: torch.dtype) -> AutoencoderKLWan:
-    vae = AutoencoderKLWan.from_pretrained(teacher_of(args), subfolder="vae", dtype=dtype, **hub_options(args))
-    return vae.requires_grad_(False).eval().to(device)
+    return load_network(AutoencoderKLWan, teacher_of(args), "vae", dtype, **hub_options(args)).to(device)
 
 
 def load_text_encoder(args, device, dtype: torch.dtype):
     source = text_source(args)
     name, options = source["model"], {"revision": source["revision"], "cache_dir": args.cache_dir}
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", **options)
-    encoder = UMT5EncoderModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype, **options)
+    encoder = load_network(UMT5EncoderModel, name, "text_encoder", dtype, **options)
     quantize(encoder, args.text_encoder_1_precision, "cpu" if args.quantize_via == "cpu" else device)
-    return tokenizer, encoder.requires_grad_(False).eval().to(device)
+    return tokenizer, encoder.to(device)
 
 
 def encoders(args, device, dtype: torch.dtype) -> Encoders:

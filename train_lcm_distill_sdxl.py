@@ -215,7 +215,7 @@ from common.data.buckets import Rules
 from common.data.encoder import Encoders, SampleEncoder
 from common.export import save_kohya_lora
 from common.flags import add_bucket_flags, bucket_rules
-from common.networks import guidance_embedding, precision_name
+from common.networks import guidance_embedding, load_network, precision_name
 
 FAMILY = "sdxl"  # model_family of config files
 PIPELINE = StableDiffusionXLPipeline
@@ -278,13 +278,7 @@ def noise_schedule(scheduler) -> tuple[torch.Tensor, str]:
 
 
 def load_teacher(args, dtype: torch.dtype) -> UNet2DConditionModel:
-    unet, loading = UNet2DConditionModel.from_pretrained(
-        teacher_of(args), subfolder="unet", dtype=dtype, output_loading_info=True, **hub_options(args)
-    )
-    missing, unexpected = loading["missing_keys"], loading["unexpected_keys"]
-    if missing or unexpected:  # diffusers only warns, and leaves what is missing at random
-        raise SystemExit(f"the teacher's weights do not fit its config: {missing} missing, {unexpected} unexpected")
-    return unet.requires_grad_(False).eval()
+    return load_network(UNet2DConditionModel, teacher_of(args), "unet", dtype, **hub_options(args))
 
 
 def make_student(args, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -319,11 +313,9 @@ def vae_source(args) -> dict:
 
 def load_vae(args, device, dtype: torch.dtype) -> AutoencoderKL:
     source = vae_source(args)
-    vae = AutoencoderKL.from_pretrained(
-        source["model"], subfolder=source["subfolder"], revision=source["revision"], cache_dir=args.cache_dir,
-        dtype=dtype,
-    )  # fmt: skip
-    return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    options = {"revision": source["revision"], "cache_dir": args.cache_dir}
+    vae = load_network(AutoencoderKL, source["model"], source["subfolder"], dtype, **options)
+    return vae.to(device, memory_format=torch.channels_last)
 
 
 def vae_dtype(args, dtype: torch.dtype) -> torch.dtype:
@@ -337,9 +329,9 @@ def load_text_encoders(args, device, dtype: torch.dtype) -> list[tuple]:
         tokenizer = AutoTokenizer.from_pretrained(
             name, subfolder="tokenizer" + suffix, use_fast=False, **hub_options(args)
         )
-        encoder = model.from_pretrained(name, subfolder="text_encoder" + suffix, dtype=dtype, **hub_options(args))
+        encoder = load_network(model, name, "text_encoder" + suffix, dtype, **hub_options(args))
         quantize(encoder, precisions[suffix], "cpu" if args.quantize_via == "cpu" else device)
-        loaded.append((tokenizer, encoder.requires_grad_(False).eval().to(device)))
+        loaded.append((tokenizer, encoder.to(device)))
     return loaded
 
 

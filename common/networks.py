@@ -8,6 +8,7 @@ import os
 import warnings
 
 import torch
+from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.utils import is_xformers_available
@@ -18,6 +19,19 @@ ATTENTION = ("diffusers", *(backend.value for backend in AttentionBackendName)) 
 # Features of diffusers' attention layers that BackendAttention leaves out, and that no U-Net's layers use
 UNSUPPORTED = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
 PRECISIONS = ("no_change", "int8-quanto", "int8-torchao", "fp8-torchao")
+
+
+def load_network(cls, source: str, folder: str | None, dtype: torch.dtype, **options) -> torch.nn.Module:
+    """A frozen network of a pipeline's folder, of the libraries' class `cls`; `options` are from_pretrained's."""
+    network, loading = cls.from_pretrained(source, subfolder=folder, dtype=dtype, output_loading_info=True, **options)
+    missing, unexpected = (sorted(loading[name]) for name in ("missing_keys", "unexpected_keys"))
+    if not issubclass(cls, ModelMixin):  # old files of text encoders also hold buffers, which are computed now
+        unexpected = []
+    if missing or unexpected:  # the libraries only warn, and leave what is missing at random
+        raise SystemExit(
+            f"the weights of {folder or source} do not fit its config: {missing} missing, {unexpected} unexpected"
+        )
+    return network.requires_grad_(False).eval()
 
 
 def guidance_embedding(w: torch.Tensor, dim: int) -> torch.Tensor:
