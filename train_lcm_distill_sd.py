@@ -75,6 +75,7 @@ from common.losses import consistency_loss
 from common.networks import adapters_off, dropout_off, quantize, speed_up, weights_copy, weights_exchanged, with_uncond
 from common.optim import betas_and_decay, clip_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
 from common.pictures import Comparison, open_preview, validation_prompts
+from common.plan.phases import largest_samples, planned, run_phases, weights_of
 from common.report import hold_out, open_clip, write_report
 from common.run import Saver, check_finite, end_run, open_repository, start_run, teacher_missing
 from common.solvers import DDIMSolver, boundary_scalings, expand_to, noised, sampled_x_t, student_scheduler, to_x0_eps
@@ -577,6 +578,7 @@ def held_out_loss(args, loss_of, student, samples, encoder) -> dict[str, float]:
     return {"eval_loss": sum(sums.values()) / len(places)} | {f"eval_loss/{p}": value for p, value in sums.items()}
 
 
+@planned
 @webhook_errors
 def main(args, data, notes):
     # ---- Set-up ----
@@ -663,17 +665,18 @@ def main(args, data, notes):
         with networks.as_target():
             return export(args, Path(args.output_dir), target, scheduler, weight_dtype)
 
-    # ---- Training loop ----
+    def show_largest():
+        """Pictures as validation generates them, of the largest size."""
+        for which in ("student", "teacher")[: 2 - args.disable_benchmark]:
+            size = max(args.validation_resolution, key=math.prod)
+            pictures(which, validation_prompts(args), 1, args.validation_seed, size=size)
+
+    # ---- One pass ----
     loss_of = functools.partial(lcm_loss, args, accelerator, networks, solver, uncond)
-    say(
-        f"training {sum(p.numel() for p in trained):,} parameters for {total_steps} steps of {samples_per_step} samples"
-    )
-    bar = tqdm(total=total_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
-    loss_sum, started, logged = torch.zeros((), device=device), time.time(), step
-    stop_signal, stopping = StopSignal(), False
-    while step < total_steps and not stopping:
+
+    def train_on(samples) -> torch.Tensor:
+        """The loss of a batch: its gradients, and once they are whole the update."""
         with accelerator.accumulate(prepared):
-            samples = next(batches)
             positions = [sample.position for sample in samples]
             images, text = encoder.encode_images(samples), encoder.encode_text([sample.caption for sample in samples])
 
@@ -688,13 +691,30 @@ def main(args, data, notes):
                 clip_gradients(accelerator, trained, args.grad_clip_method, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            loss_sum += loss.detach()
-        if not accelerator.sync_gradients:
-            continue
-        if not accelerator.optimizer_step_was_skipped:  # as it is where fp16's scaler has found an overflow
+        # The step is skipped where fp16's scaler has found an overflow
+        if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
             lr_schedule.step()
             if average is not None:
                 update_ema(list(average.parameters()), trained, args.ema_decay)
+        return loss.detach()
+
+    if args.plan is not None:
+        weights = {"weights of the teacher": weights_of(teacher), "weights of the student": trained}
+        weights |= {} if average is None else {"weights of the average": weights_of(average)}
+        samples = largest_samples(args, [target_size(1, 1, dataset.rules) for dataset in data.datasets])
+        return run_phases(args, data, encoder, optimizers, weights, samples, train_on, show_largest, export_target)
+
+    # ---- Training loop ----
+    say(
+        f"training {sum(p.numel() for p in trained):,} parameters for {total_steps} steps of {samples_per_step} samples"
+    )
+    bar = tqdm(total=total_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
+    loss_sum, started, logged = torch.zeros((), device=device), time.time(), step
+    stop_signal, stopping = StopSignal(), False
+    while step < total_steps and not stopping:
+        loss_sum += train_on(next(batches))
+        if not accelerator.sync_gradients:
+            continue
         step += 1
         bar.update()
 

@@ -219,6 +219,9 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--push_checkpoints_to_hub", action=Switch, help="upload the model of each checkpoint too; needs --push_to_hub")
     add("--hub_model_id", type=str, help="owner/name; default: OUTPUT_DIR's name under your own")
     add("--hub_token", type=str, help="better: `hf auth login`, which keeps it out of the shell's history")
+
+    add = parser.add_argument_group("plan").add_argument
+    add("--plan", type=float, nargs="?", const=0.0, metavar="GB", help="load and train nothing, but print what the run takes on each GPU, and what would make it fit into so many GB; default: those of the GPU that is here")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # accelerate sets it
 
 
@@ -271,7 +274,7 @@ def check_shared_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
             "max_train_samples", "checkpoints_total_limit", "validation_preview_steps", "eval_samples",
         ),
         not_negative=(
-            "dataloader_num_workers", "checkpointing_steps", "validation_steps", "lr_warmup_steps", "seed",
+            "plan", "dataloader_num_workers", "checkpointing_steps", "validation_steps", "lr_warmup_steps", "seed",
             "eval_steps", "adam_weight_decay",
         ),
         positive=("learning_rate", "max_grad_norm", "adam_epsilon"), below_one=("adam_beta1", "adam_beta2"),

@@ -15,6 +15,8 @@ from diffusers.utils import is_xformers_available
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.parallel import DistributedDataParallel
 
+from common.plan.meter import Meter
+
 ATTENTION = ("diffusers", *(backend.value for backend in AttentionBackendName))  # diffusers: PyTorch's SDPA
 # Features of diffusers' attention layers that BackendAttention leaves out, and that no U-Net's layers use
 UNSUPPORTED = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
@@ -23,6 +25,8 @@ PRECISIONS = ("no_change", "int8-quanto", "int8-torchao", "fp8-torchao")
 
 def load_network(cls, source: str, folder: str | None, dtype: torch.dtype, **options) -> torch.nn.Module:
     """A frozen network of a pipeline's folder, of the libraries' class `cls`; `options` are from_pretrained's."""
+    if Meter.running:
+        return network_of_config(cls, source, folder, dtype, **options).requires_grad_(False).eval()
     network, loading = cls.from_pretrained(source, subfolder=folder, dtype=dtype, output_loading_info=True, **options)
     missing, unexpected = (sorted(loading[name]) for name in ("missing_keys", "unexpected_keys"))
     if not issubclass(cls, ModelMixin):  # old files of text encoders also hold buffers, which are computed now
@@ -32,6 +36,23 @@ def load_network(cls, source: str, folder: str | None, dtype: torch.dtype, **opt
             f"the weights of {folder or source} do not fit its config: {missing} missing, {unexpected} unexpected"
         )
     return network.requires_grad_(False).eval()
+
+
+def network_of_config(cls, source: str, folder: str | None, dtype: torch.dtype, **options) -> torch.nn.Module:
+    """The network that from_pretrained would load, by its config alone and without content, for --plan."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with Meter.running.weights(f"weights: {folder or source}"):
+            if not issubclass(cls, ModelMixin):  # a text encoder
+                return cls(cls.config_class.from_pretrained(source, subfolder=folder or "", **options))
+            network = cls.from_config(cls.load_config(source, subfolder=folder, **options))
+            for name, p in network.named_parameters():
+                if set(network._keep_in_fp32_modules or []) & set(name.split(".")):
+                    p.data = p.data.float()
+            return network
+    finally:
+        torch.set_default_dtype(default)
 
 
 def guidance_embedding(w: torch.Tensor, dim: int) -> torch.Tensor:

@@ -6,6 +6,8 @@ import math
 import torch
 from torch.distributed.tensor import DTensor
 
+from common.plan.meter import Meter
+
 
 class Lion(torch.optim.Optimizer):
     """x -= lr * (sign(b1 m + (1 - b1) g) + decay x), then m = b2 m + (1 - b2) g (Chen et al. 2023)."""
@@ -51,7 +53,7 @@ def make_optimizer(
     if name == "lion":
         return Lion(params, lr, betas, weight_decay)
     if name == "adamw8bit":
-        if device.type != "cuda":
+        if device.type != "cuda" and not Meter.running:
             print("8-bit AdamW needs a CUDA GPU: AdamW with fp32 moments is in use")
         elif importlib.util.find_spec("torchao"):
             from torchao.optim import AdamW8bit

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_f
 from common.checkpoint import find_checkpoint, save_checkpoint
 from common.data.stream import gather_states
 from common.export import create_hub_repository, push_to_hub, write_model_card
+from common.plan.meter import Meter
 from common.tracking import tracker_names
 
 
@@ -27,6 +28,7 @@ def start_run(args, notes: list[str], splits: bool = False, **options) -> tuple[
     """
     check_launch(splits)
     accelerator = Accelerator(
+        cpu=Meter.running is not None,  # --plan needs no GPU
         mixed_precision=args.mixed_precision,
         dynamo_backend="no",  # --compile has its job
         log_with=tracker_names(args.report_to) or None,

@@ -40,6 +40,7 @@ from common.data.sources import (
     split_prompts,
     split_table,
 )
+from common.plan.meter import Meter
 from common.schema import Key, check_settings, not_supported, read_json
 
 SOURCES = ("train_shards_path_or_url", "data_backend_config", "train_data_dir", "dataset_name", "train_prompts")
@@ -433,8 +434,10 @@ def count_buckets(dataset: Dataset, size_of) -> tuple[Counter, int, int]:
 def plan_buckets(args, data: Data, accelerator, size_of=image_size) -> Data:
     """Print the table of buckets; returns the data with each small bucket sent to another.
 
-    Remote data are not looked at. `size_of` is that of an image, or of a clip.
+    Remote data are not looked at, and by a plan none. `size_of` is that of an image, or of a clip.
     """
+    if Meter.running:
+        return data
     lines, merged = [], [{} for _ in data.datasets]
     if accelerator.is_main_process:
         found = {}

@@ -16,6 +16,7 @@ from common.data.samples import Sample
 from common.data.shards import is_local
 from common.data.sources import part_fingerprint
 from common.data.stream import ShardPass, load, open_batches
+from common.plan.meter import Meter, Unwritten
 
 
 @dataclass(frozen=True)
@@ -199,11 +200,14 @@ def open_encoder(
 ) -> tuple[SampleEncoder, list]:
     """The encoder of samples, and readers that know the caches. Caches that are filled before training are filled here.
 
-    `prompts` are cached besides the samples' captions. A run that visits fewer samples than an epoch has, from the
+    A plan has caches in memory, and fills them later. `prompts` are cached besides the samples' captions. A run that visits fewer samples than an epoch has, from the
     `state` of its checkpoint on, fills the caches with these alone.
     """
     latents, text, filling = None, None, []
-    if data.caches != "off":
+    if Meter.running:
+        text = None if data.caches == "off" else Unwritten()
+        latents = [Unwritten() for _ in data.datasets] if text is not None and data.keeps_latents else None
+    elif data.caches != "off":
         text = open_text_store(args, data, encoders)
         latents = open_latent_stores(args, data, readers, encoders, text) if data.keeps_latents else None
         stores = latents or [None] * len(readers)
@@ -212,7 +216,7 @@ def open_encoder(
     encoder = SampleEncoder(
         encoders, latents=latents, text=text, vae_batch_size=args.vae_encode_batch_size, device=accelerator.device
     )
-    if data.caches == "fill":
+    if data.caches == "fill" and not Meter.running:
         if accelerator.is_main_process:
             encoder.encode_text(prompts)
         batches = ((args.max_train_steps or math.inf) - state["step"]) * args.gradient_accumulation_steps

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from common.data.samples import BadSample, ImageReader, NoGoodSamples, Sample
 from common.data.sources import read_part
+from common.plan.meter import Meter
 
 LANES = 8  # streams open at a time, where processes x workers do not ask for more
 PATIENCE = 128  # reads; a sample waits no longer for its bucket to have a batch
@@ -283,7 +284,12 @@ def list_parts(datasets) -> list[tuple[int, object, float]]:
 
 
 def open_batches(args, data, accelerator, readers: list[ImageReader], state, sharing: int = 1, say=None) -> Batches:
-    """Batches of the data; `sharing` processes next to each other get the same samples. say(text) prints notes."""
+    """Batches of the data; `sharing` processes next to each other get the same samples. say(text) prints notes.
+
+    A plan reads no data: it gets None.
+    """
+    if Meter.running:
+        return None
     say = say or accelerator.print
     processes, shards = accelerator.num_processes // sharing, list_parts(data.datasets)
     resumed_lanes = state["lanes"] if state else None
