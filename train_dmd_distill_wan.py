@@ -110,7 +110,8 @@ from common.optim import (
     update_ema,
 )
 from common.pictures import validation_prompts
-from common.plan.memory import Setup, plan_of
+from common.plan.meter import HOST
+from common.plan.phases import Phase, largest_samples, planned, run_phases, weights_of
 from common.run import Saver, check_finite, end_run, open_repository, start_run, teacher_missing
 from common.solvers import (
     TIMESTEPS,
@@ -169,7 +170,6 @@ def parse_args(argv=None):
     add("--pretrained_teacher_model", type=str, help="folder or hub name of the pipeline; default: the toy teacher, by its own recipe")
     add("--teacher_revision", type=str, help="the teacher's branch, tag or commit on the hub")
     add("--resolution", type=float, default=480, help="of training, in the unit of --resolution_type")
-    add("--plan", type=float, nargs="?", const=0.0, metavar="GB", help="load and train nothing, but print what the run takes on each GPU, and what would make it fit into so many GB; default: those of the GPU that is here")
     add("--context_parallel_degree", type=int, default=1, metavar="N", help="N processes share each clip's tokens; the number of processes must be a multiple of it")
     add("--train_prompts", type=str, help="text file, a prompt a line: trains with no video at all, on clips of --num_frames in the shapes of --validation_resolution")
 
@@ -312,7 +312,7 @@ def check_dmd_flags(parser, args):
         at_least_one=("lora_rank", "lora_alpha", "num_training_frames", "context_parallel_degree",
                       "generator_update_interval", "ema_update_interval", "num_ddim_timesteps"),
         not_negative=("num_frame_per_block", "fake_score_guidance_scale", "fake_score_weight_decay",
-                      "causal_init_steps", "plan"),
+                      "causal_init_steps"),
         positive=("fake_score_lr", "fake_score_eps", "fake_score_grad_clip", "timestep_shift", "flow_schedule_shift",
                   "causal_init_lr", "huber_c"),
         below_one=("lora_dropout", "ema_decay"), share=("min_timestep_ratio", "max_timestep_ratio"),
@@ -469,7 +469,6 @@ def check_blocks(parser, args, data: Data) -> tuple[Data, int, list[str]]:
 #   networks   load_scheduler, schedule_shift, load_transformer, add_adapters, make_causal, share_tokens
 #   data       encoders, latent_shape, vae_factor, tokens_of_frame
 #   use        predict, generate_by_teacher, decode, export
-#   --plan     planned_model, text_rows
 # make_causal's result has calls(velocity) and caches_before(velocity, clip, t, blocks), or it refuses. Transformers
 # need enable_gradient_checkpointing(). common/wan/parallel.py and report.py, in spite of their folder, know no model.
 # =====================================================================================================================
@@ -482,14 +481,13 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import is_ftfy_available
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import AutoTokenizer, UMT5EncoderModel
 
 from common.cache import weights_identity
 from common.data.datasets import SOURCES
 from common.data.encoder import Encoders
 from common.export import save_comfy_lora
 from common.networks import load_network
-from common.plan.memory import PlannedModel
 from common.solvers import stock_scheduler
 from common.wan.causal import BlockCausal
 from common.wan.parallel import share_tokens
@@ -679,28 +677,6 @@ def tokens_of_frame(transformer, height: int, width: int) -> int:
     """Tokens of a latent frame of this height and width."""
     _, rows, columns = transformer.config.patch_size
     return (height // rows) * (width // columns)
-
-
-def planned_model(args) -> PlannedModel:
-    """The networks' shapes, for --plan, by their configs alone."""
-    config = WanTransformer3DModel.load_config(teacher_of(args), subfolder="transformer", **hub_options(args))
-    vae_config, source = load_vae_config(teacher_of(args), **hub_options(args)), text_source(args)
-    text_config = UMT5Config.from_pretrained(
-        source["model"], subfolder="text_encoder", revision=source["revision"], cache_dir=args.cache_dir
-    )
-    return PlannedModel(
-        transformer=lambda blocks: WanTransformer3DModel.from_config(config | {"num_layers": blocks}),
-        vae=lambda: AutoencoderKLWan.from_config(vae_config), text_encoder=lambda: UMT5EncoderModel(text_config),
-        predict=lambda transformer, x, t, text: predict(transformer, x, t, {"prompt_embeds": text}),
-        blocks=config["num_layers"], block=BLOCKS[0], channels=config["in_channels"],
-        patch=tuple(config["patch_size"]), text_width=config["text_dim"], heads=config["num_attention_heads"],
-        width=config["num_attention_heads"] * config["attention_head_dim"],
-    )  # fmt: skip
-
-
-def text_rows(args) -> int:
-    """Rows of a prompt's embedding, padding among them."""
-    return args.max_sequence_length
 
 
 @torch.no_grad()
@@ -1019,32 +995,37 @@ def load_networks(args, accelerator, weight_dtype) -> Networks:
     return Networks(by_role, causal, accelerator)
 
 
-def planned_setup(args, data, method, dtype: torch.dtype) -> Setup:
-    """The sizes and settings of this run, for --plan. Clips are the largest there can be: of each dataset's resolution,
-    in the shapes that validation generates."""
-    model, factor = planned_model(args), vae_factor(args)
+def plan(args, data, encoder, optimizers, networks, saved, train_step, clips, export) -> list[Phase]:
+    """What --plan measures: turns of student and fake score, and clips of the largest size there can be: of each
+    dataset's resolution, in the shapes that validation generates."""
     sizes = [
-        (sum(blocks_of(args, latent_frames(dataset.num_frames, FRAMES_PER_LATENT))), height // factor, width // factor)
+        (dataset.num_frames, *size)
         for dataset in data.datasets
-        for height, width in targets_in_shapes(args.validation_resolution, dataset.rules)
+        for size in targets_in_shapes(args.validation_resolution, dataset.rules)
     ]
-    frames, height, width = max(sizes, key=math.prod)
-    clips = max(dataset.num_frames for dataset in data.datasets) if trains_on_clips(args, data) else 0
-    lengths = blocks_of(args, frames)
-    shown = max(args.validation_resolution, key=math.prod)
-    return Setup(
-        model, batch=args.train_batch_size, frames=frames - trained_from(args, frames), height=height, width=width,
-        validation=(latent_frames(method.validation_frames, FRAMES_PER_LATENT), *(side // factor for side in shown)),
-        text_length=text_rows(args), model_type=args.model_type, lora_rank=args.lora_rank or LORA_RANK,
-        lora_targets=tuple(name.strip() for name in (args.lora_target_modules or LORA_TARGETS).split(",")), dtype=dtype,
-        base_precision=precision_name(args.base_model_precision),
-        text_precision=precision_name(args.text_encoder_1_precision),
-        optimizer=optimizer_name(args), checkpointing=args.gradient_checkpointing,
-        accumulation=args.gradient_accumulation_steps, block_lengths=tuple(lengths) if len(lengths) > 1 else (),
-        ema={"cpu": "cpu", "accelerator": "gpu"}[args.ema_device] if args.use_ema else "none", caches=data.caches,
-        context_parallel=args.context_parallel_degree, fake_score=args.distillation_method == "dmd",
-        encoded=(args.vae_encode_batch_size, clips, height * factor, width * factor) if clips else None,
+    samples = largest_samples(args, sizes, trains_on_clips(args, data))
+    weights = {f"weights of the {name}": weights_of(network) for name, network in networks.by_role.items()}
+    weights |= {f"weights of the {name}": list(part.parameters()) for name, part in saved.items()}
+    if args.use_ema and args.ema_device == "cpu":
+        weights[HOST] = weights.pop("weights of the ema")
+    first, turns = args.causal_init_steps, {}
+    if first:
+        turns["causal start"] = 0
+    turns["training"] = first
+    if args.generator_update_interval > 1:
+        turns["fake score's turn"] = first + 1
+    return run_phases(
+        args, data, encoder, optimizers, weights, samples,
+        {name: functools.partial(train_step, itertools.repeat(samples[: args.train_batch_size]), step) for name, step in turns.items()},
+        functools.partial(show_largest, args, clips), export,
     )  # fmt: skip
+
+
+def show_largest(args, clips):
+    """Clips as validation generates them, of the largest size."""
+    size, prompts = max(args.validation_resolution, key=math.prod), validation_prompts(args)[: args.train_batch_size]
+    for which in ["student"] + ["ema"] * args.use_ema + ["teacher"] * (not args.disable_benchmark):
+        clips(which, prompts, 1, args.validation_seed, size)
 
 
 class Clips:
@@ -1101,16 +1082,13 @@ class Clips:
         return len(self.method.steps) * len(self.blocks) + len(self.blocks) - 1
 
 
+@planned
 @webhook_errors
 def main(args, data, method, notes):
     # ---- Set-up ----
     accelerator, weight_dtype = start_run(args, notes, splits=True)
     say, device, processes = accelerator.print, accelerator.device, accelerator.num_processes
     roles, lcm = METHODS[args.distillation_method], args.distillation_method == "lcm"
-    if args.plan is not None:
-        setup = planned_setup(args, data, method, weight_dtype)
-        say(plan_of(args, setup, pixel_frames(setup.frames, FRAMES_PER_LATENT), accelerator))
-        return
     sharing = check_processes(args, accelerator)  # processes that work on the same samples
     clips_per_step = args.train_batch_size * args.gradient_accumulation_steps * processes // sharing
     if not RECIPE_BATCH / 4 <= clips_per_step <= RECIPE_BATCH * 4:
@@ -1201,13 +1179,9 @@ def main(args, data, method, notes):
             encoder.release()
         return sheet
 
-    # ---- Training loop ----
-    count = sum(p.numel() for p in trained["student"])
-    say(f"training {count:,} parameters of the student for {total_steps} steps of {clips_per_step} clips")
-    bar = tqdm(total=total_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
-    started, timed = time.time(), step
-    stop_signal, stopping = StopSignal(), False
-    while step < total_steps and not stopping:
+    # ---- One step ----
+    def train_step(batches, step: int):
+        """Gradients of as many batches as an optimizer step has, and the update; returns whether it is the student's."""
         regression_turn = step < args.causal_init_steps
         student_turn = regression_turn or (step - args.causal_init_steps) % args.generator_update_interval == 0
         for micro_batch in range(args.gradient_accumulation_steps):
@@ -1249,6 +1223,21 @@ def main(args, data, method, notes):
             clip_gradients(accelerator, trained[name], args.grad_clip_method, most)
             optimizers[name].step()
             optimizers[name].zero_grad()
+        return student_turn
+
+    if args.plan is not None:
+        return plan(args, data, encoder, optimizers, networks, saved, train_step, clips, export_student)
+
+    # ---- Training loop ----
+    count = sum(p.numel() for p in trained["student"])
+    say(f"training {count:,} parameters of the student for {total_steps} steps of {clips_per_step} clips")
+    bar = tqdm(total=total_steps, initial=step, disable=not accelerator.is_main_process, mininterval=1.0)
+    started, timed = time.time(), step
+    stop_signal, stopping = StopSignal(), False
+    while step < total_steps and not stopping:
+        # 1. to 5.
+        regression_turn = step < args.causal_init_steps
+        student_turn = train_step(batches, step)
         lr_schedule.step()
         step += 1
         bar.update()

@@ -702,7 +702,9 @@ def main(args, data, notes):
         weights = {"weights of the teacher": weights_of(teacher), "weights of the student": trained}
         weights |= {} if average is None else {"weights of the average": weights_of(average)}
         samples = largest_samples(args, [target_size(1, 1, dataset.rules) for dataset in data.datasets])
-        return run_phases(args, data, encoder, optimizers, weights, samples, train_on, show_largest, export_target)
+        passes = [samples[: args.train_batch_size]] * args.gradient_accumulation_steps
+        train = {"training": lambda: [train_on(batch) for batch in passes]}
+        return run_phases(args, data, encoder, optimizers, weights, samples, train, show_largest, export_target)
 
     # ---- Training loop ----
     say(

@@ -45,7 +45,9 @@ def network_of_config(cls, source: str, folder: str | None, dtype: torch.dtype, 
     try:
         with Meter.running.weights(f"weights: {folder or source}"):
             if not issubclass(cls, ModelMixin):  # a text encoder
-                return cls(cls.config_class.from_pretrained(source, subfolder=folder or "", **options))
+                config = cls.config_class.from_pretrained(source, subfolder=folder or "", **options)
+                config.dtype = dtype
+                return cls(config)
             network = cls.from_config(cls.load_config(source, subfolder=folder, **options))
             for name, p in network.named_parameters():
                 if set(network._keep_in_fp32_modules or []) & set(name.split(".")):

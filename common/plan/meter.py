@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
@@ -25,6 +25,7 @@ COUNTED = {
 PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 SMALL = 4096  # numbers: so small a tensor that is made of nothing is real
 UNWRITTEN = (aten.empty, aten.empty_strided)  # but for these, of which networks' weights are made
+SAME, VIEW, CPU = "same", "view", torch.device("cpu")
 ACTIVATIONS, CASTS, GRADIENTS, HOST = "activations", "weights that autocast has cast", "gradients", "on the machine"
 # What autocast computes in fp32 on CUDA and not on a CPU (ATen/autocast_mode.h), as far as networks have it
 FP32_ON_CUDA = (
@@ -50,6 +51,7 @@ class Meter(TorchDispatchMode):
         self.fake, self.block = FakeTensorMode(allow_non_fake_inputs=True) if fake else None, block
         self.alive: dict[int, tuple[int, str]] = {}  # bytes and kind by storage
         self.now, self.total, self.kind, self.loading = Counter(), 0, ACTIVATIONS, False
+        self.known = {}  # recipes of results, by operation and layouts of arguments
         self.start()
 
     def start(self):
@@ -70,17 +72,37 @@ class Meter(TorchDispatchMode):
         return result
 
     def run(self, operation, args, kwargs):
-        if self.fake is None:
-            return operation(*args, **kwargs)
+        """What an operation returns: for real ones it is real, else a tensor without content."""
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if given and not any(isinstance(tensor, FakeTensor) for tensor in given):
+        fake = [tensor for tensor in given if isinstance(tensor, FakeTensor)]
+        if self.fake is None or given and not fake:
             return operation(*args, **kwargs)
+        if fake:
+            key = operation, key_of(args), key_of(list(kwargs.items()))
+            if key in self.known:
+                return self.again(self.known[key], operation, args, kwargs)
+            with self.fake:
+                result = operation(*args, **kwargs)
+            if (recipe := recipe_of(result, given, args)) is not None and len(fake) == len(given):
+                self.known[key] = recipe
+            return result
         with self.fake:
             result = operation(*args, **kwargs)
-        if given or self.loading or not isinstance(result, torch.Tensor):
+        if self.loading or not isinstance(result, torch.Tensor):
             return result
         most = 0 if operation.overloadpacket in UNWRITTEN else SMALL
         return operation(*args, **kwargs) if result.numel() <= most else result
+
+    def again(self, recipe, operation, args, kwargs):
+        """The result of an operation that has met the same shapes before; FakeTensorMode itself takes five times as long."""
+        if recipe == SAME:
+            return args[0]
+        if recipe == VIEW:
+            with in_kernel_invocation_manager(self.fake):
+                result = operation(*args, **kwargs)
+            return tree_map(lambda part: FakeTensor(self.fake, part, CPU), result)
+        made = [FakeTensor(self.fake, torch.empty_strided(*layout, dtype=dtype, device="meta"), CPU) for layout, dtype in recipe[1]]
+        return made[0] if recipe[0] is torch.Tensor else recipe[0](made)
 
     def kind_made(self, operation, args) -> str:
         """The kind of what an operation makes: weights that are moved stay weights."""
@@ -126,6 +148,41 @@ class Meter(TorchDispatchMode):
             yield
         finally:
             self.kind, self.loading = before
+
+
+def key_of(value):
+    """What an operation's result depends on: of tensors the layout."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.storage_offset()
+    if isinstance(value, list | tuple):
+        return type(value), *map(key_of, value)
+    return type(value), value
+
+
+def recipe_of(result, given: list[torch.Tensor], args):
+    """How to make a result once more: the first argument itself, a view of one, or new tensors; None if not so simple."""
+    if args and result is args[0]:
+        return SAME
+    parts = [result] if isinstance(result, torch.Tensor) else result
+    if type(result) not in (FakeTensor, tuple, list) or not all(isinstance(part, FakeTensor) for part in parts):
+        return None
+    inside = {tensor.untyped_storage()._cdata for tensor in given}
+    storages = [part.untyped_storage() for part in parts]
+    if all(storage._cdata in inside for storage in storages):
+        return VIEW
+    layouts = [((tuple(part.shape), part.stride()), part.dtype) for part in parts]
+    dense = [part.untyped_storage().nbytes() == dense_bytes(part) for part in parts]
+    if inside & {storage._cdata for storage in storages} or not all(dense) or len({s._cdata for s in storages}) < len(parts):
+        return None
+    return (torch.Tensor if isinstance(result, torch.Tensor) else type(result)), layouts
+
+
+def dense_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a storage of its own."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize
 
 
 class Unwritten(dict):

@@ -25,12 +25,14 @@ from common.plan.meter import GRADIENTS, HOST, Meter, as_on_cuda, fake_tensors_s
 GB = 1e9
 RESERVE = 1.0 * GB  # CUDA's own: context, workspaces, gaps between tensors
 GPUS = {"H100": 989e12, "A100": 312e12, "RTX 4090": 165e12}  # operations a second in bf16, dense
+MOST_PASSES = 2  # of an optimizer step: the second has the first one's gradients in memory, as all later ones
 LONG_PROMPT = "a word " * 1024
 # Flags that have no job in a plan, or none that fake tensors could do
 UNPLANNED = {
     "report_to": "none", "webhook_config": None, "push_to_hub": False, "push_checkpoints_to_hub": False, "eval_steps": 0,
     "evaluation_type": "none", "validation_preview": False, "resume_from_checkpoint": None, "compile": False,
     "attention_mechanism": "diffusers", "enable_xformers_memory_efficient_attention": False, "export_pipeline": False,
+    "last_step_only": True,
 }  # fmt: skip
 
 
@@ -41,6 +43,7 @@ class Phase:
     name: str
     bytes: Counter
     operations: Counter
+    trains: bool = False
 
     @property
     def total(self) -> int:
@@ -78,7 +81,7 @@ def measure(main, args, rest, cuda: bool = True) -> list[Phase]:
     """Phases of a run, by its own main. Without `cuda` they are those of a CPU, whose autocast has rules of its own."""
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     flags = vars(args) | UNPLANNED | {"mixed_precision": precision.replace("fp16", "bf16")}  # of the same size
-    flags["gradient_accumulation_steps"] = min(args.gradient_accumulation_steps, 2)
+    flags["gradient_accumulation_steps"] = min(args.gradient_accumulation_steps, MOST_PASSES)
     forget_accelerate()
     with contextlib.ExitStack() as stack:
         flags["output_dir"] = stack.enter_context(tempfile.TemporaryDirectory())
@@ -101,13 +104,13 @@ def forget_accelerate():
 
 
 def run_phases(
-    args, data: Data, encoder, optimizers: dict, weights: dict[str, Iterable], samples, train: Callable, show: Callable,
-    export: Callable,
+    args, data: Data, encoder, optimizers: dict, weights: dict[str, Iterable], samples, train: dict[str, Callable],
+    show: Callable, export: Callable,
 ) -> list[Phase]:  # fmt: skip
     """Measures the phases of a run whose set-up is done.
 
-    `weights` are tensors by network, of which the later ones win where they are the same. train(samples) is a pass
-    with its update where gradients are whole, show() generates as validation does, export() writes the student.
+    `weights` are tensors by network, of which the later ones win where they are the same. `train` are optimizer steps
+    by name, show() generates as validation does, export() writes the student.
     """
     meter, phases = Meter.running, []
     for name, tensors in weights.items():
@@ -117,7 +120,7 @@ def run_phases(
         gc.collect()
         meter.start()
         run(*arguments)
-        phases.append(Phase(name, meter.at_peak, meter.operations))
+        phases.append(Phase(name, meter.at_peak, meter.operations, name in train))
 
     if data.caches == "fill":
         measured("filling the caches", fill, encoder, samples)
@@ -129,9 +132,8 @@ def run_phases(
         optimizer.zero_grad()
         moments = [value for state in optimizer.state.values() for value in state.values()]
         meter.name("moments", [value for value in moments if isinstance(value, torch.Tensor)])
-    for _ in range(args.gradient_accumulation_steps - 1):
-        train(samples)
-    measured("training", train, samples)
+    for name, step in train.items():
+        measured(name, step)
     measured("validation", show)
     if not data.trains_with_encoders:
         encoder.release()
@@ -180,12 +182,15 @@ def table(phases: list[Phase]) -> str:
 
 def operations(args, phases: list[Phase]) -> list[str]:
     """Operations of an optimizer step, and the time that they take at the least."""
-    (training,) = [phase for phase in phases if phase.name == "training"]
-    of = Counter({kind: count * args.gradient_accumulation_steps for kind, count in training.operations.items()})
-    total, samples = sum(of.values()), args.train_batch_size * args.gradient_accumulation_steps
-    parts = ", ".join(f"{count / 1e12:.4g} of {kind}" for kind, count in of.most_common())
-    lines = [f"\na step of {samples} samples: {total / 1e12:.4g} TFLOP ({parts}); in bf16 at the best, where no GPU gets:"]
-    return lines + [f"  {name:10} {total / peak:8.3g} s, {samples * peak / total:8.3g} samples/s" for name, peak in GPUS.items()]
+    lines, passes = [], args.gradient_accumulation_steps
+    samples = args.train_batch_size * passes
+    for phase in (phase for phase in phases if phase.trains):
+        of = {kind: count * passes / min(passes, MOST_PASSES) for kind, count in phase.operations.items()}
+        parts = ", ".join(f"{count / 1e12:.4g} of {kind}" for kind, count in of.items())
+        total = sum(of.values())
+        lines.append(f"\n{phase.name}: {total / 1e12:.4g} TFLOP ({parts}) for a step of {samples} samples; at best, in bf16:")
+        lines += [f"  {name:10}{total / most:10.3g} s{samples * most / total:10.3g} samples/s" for name, most in GPUS.items()]
+    return lines
 
 
 # Flags that save memory, by when: whether the run has them, given args and the phase that takes most
