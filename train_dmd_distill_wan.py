@@ -110,7 +110,7 @@ from common.optim import (
     update_ema,
 )
 from common.pictures import validation_prompts
-from common.plan.meter import HOST
+from common.plan.meter import HOST, Meter
 from common.plan.phases import Phase, largest_samples, planned, run_phases, weights_of
 from common.run import Saver, check_finite, end_run, open_repository, start_run, teacher_missing
 from common.solvers import (
@@ -1008,17 +1008,13 @@ def plan(args, data, encoder, optimizers, networks, saved, train_step, clips, ex
     weights |= {f"weights of the {name}": list(part.parameters()) for name, part in saved.items()}
     if args.use_ema and args.ema_device == "cpu":
         weights[HOST] = weights.pop("weights of the ema")
-    first, turns = args.causal_init_steps, {}
-    if first:
-        turns["causal start"] = 0
-    turns["training"] = first
-    if args.generator_update_interval > 1:
-        turns["fake score's turn"] = first + 1
-    return run_phases(
-        args, data, encoder, optimizers, weights, samples,
-        {name: functools.partial(train_step, itertools.repeat(samples[: args.train_batch_size]), step) for name, step in turns.items()},
-        functools.partial(show_largest, args, clips), export,
-    )  # fmt: skip
+    first = args.causal_init_steps
+    turns = ({"causal start": 0} if first else {}) | {"training": first}
+    turns |= {"fake score's turn": first + 1} if args.generator_update_interval > 1 else {}
+    batches = itertools.repeat(samples[: args.train_batch_size])
+    train = {name: functools.partial(train_step, batches, step) for name, step in turns.items()}
+    show = functools.partial(show_largest, args, clips)
+    return run_phases(data, encoder, optimizers, weights, samples, train, show, export)
 
 
 def show_largest(args, clips):
@@ -1225,7 +1221,7 @@ def main(args, data, method, notes):
             optimizers[name].zero_grad()
         return student_turn
 
-    if args.plan is not None:
+    if Meter.running:
         return plan(args, data, encoder, optimizers, networks, saved, train_step, clips, export_student)
 
     # ---- Training loop ----

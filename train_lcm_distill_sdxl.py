@@ -81,6 +81,7 @@ from common.losses import consistency_loss
 from common.networks import adapters_off, dropout_off, quantize, speed_up, weights_copy, weights_exchanged, with_uncond
 from common.optim import betas_and_decay, clip_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
 from common.pictures import Comparison, open_preview, validation_prompts
+from common.plan.meter import Meter
 from common.plan.phases import largest_samples, planned, run_phases, weights_of
 from common.report import hold_out, open_clip, write_report
 from common.run import Saver, check_finite, end_run, open_repository, start_run, teacher_missing
@@ -728,13 +729,13 @@ def main(args, data, notes):
                 update_ema(list(average.parameters()), trained, args.ema_decay)
         return loss.detach()
 
-    if args.plan is not None:
+    if Meter.running:
         weights = {"weights of the teacher": weights_of(teacher), "weights of the student": trained}
         weights |= {} if average is None else {"weights of the average": weights_of(average)}
         samples = largest_samples(args, [target_size(1, 1, dataset.rules) for dataset in data.datasets])
         passes = [samples[: args.train_batch_size]] * args.gradient_accumulation_steps
         train = {"training": lambda: [train_on(batch) for batch in passes]}
-        return run_phases(args, data, encoder, optimizers, weights, samples, train, show_largest, export_target)
+        return run_phases(data, encoder, optimizers, weights, samples, train, show_largest, export_target)
 
     # ---- Training loop ----
     say(

@@ -139,7 +139,7 @@ def test_the_house_has_few_floors_and_rooms():
 
 def foreign(module: str) -> bool:
     """Whether an LCM script has no use for a module."""
-    return module.startswith(("common.wan", "common.plan", "common.data.clips")) or module.split(".")[0] == "av"
+    return module.startswith(("common.wan", "common.data.clips")) or module.split(".")[0] == "av"
 
 
 def test_lcm_scripts_reach_nothing_of_wan_or_of_clips():

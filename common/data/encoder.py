@@ -200,8 +200,8 @@ def open_encoder(
 ) -> tuple[SampleEncoder, list]:
     """The encoder of samples, and readers that know the caches. Caches that are filled before training are filled here.
 
-    A plan has caches in memory, and fills them later. `prompts` are cached besides the samples' captions. A run that visits fewer samples than an epoch has, from the
-    `state` of its checkpoint on, fills the caches with these alone.
+    `prompts` are cached besides the samples' captions. A run that visits fewer samples than an epoch has, from the
+    `state` of its checkpoint on, fills the caches with these alone. A plan has caches in memory, of `prompts`.
     """
     latents, text, filling = None, None, []
     if Meter.running:
@@ -216,7 +216,10 @@ def open_encoder(
     encoder = SampleEncoder(
         encoders, latents=latents, text=text, vae_batch_size=args.vae_encode_batch_size, device=accelerator.device
     )
-    if data.caches == "fill" and not Meter.running:
+    if data.caches == "fill" and Meter.running:
+        encoder.encode_text(prompts)
+        encoder.release()
+    elif data.caches == "fill":
         if accelerator.is_main_process:
             encoder.encode_text(prompts)
         batches = ((args.max_train_steps or math.inf) - state["step"]) * args.gradient_accumulation_steps

@@ -94,15 +94,17 @@ class Meter(TorchDispatchMode):
         return operation(*args, **kwargs) if result.numel() <= most else result
 
     def again(self, recipe, operation, args, kwargs):
-        """The result of an operation that has met the same shapes before; FakeTensorMode itself takes five times as long."""
+        """The result of an operation that has met the same layouts before; FakeTensorMode itself takes far longer."""
         if recipe == SAME:
             return args[0]
         if recipe == VIEW:
             with in_kernel_invocation_manager(self.fake):
                 result = operation(*args, **kwargs)
             return tree_map(lambda part: FakeTensor(self.fake, part, CPU), result)
-        made = [FakeTensor(self.fake, torch.empty_strided(*layout, dtype=dtype, device="meta"), CPU) for layout, dtype in recipe[1]]
-        return made[0] if recipe[0] is torch.Tensor else recipe[0](made)
+        kind, layouts = recipe
+        made = [torch.empty_strided(*layout, dtype=dtype, device="meta") for *layout, dtype in layouts]
+        made = [FakeTensor(self.fake, part, CPU) for part in made]
+        return made[0] if kind is torch.Tensor else kind(made)
 
     def kind_made(self, operation, args) -> str:
         """The kind of what an operation makes: weights that are moved stay weights."""
@@ -135,8 +137,8 @@ class Meter(TorchDispatchMode):
 
     def name(self, kind: str, tensors):
         """Counts these tensors as of another kind."""
-        for tensor in (inner for tensor in tensors for inner in inner_tensors(tensor)):
-            key = tensor.untyped_storage()._cdata
+        for part in (part for tensor in tensors for part in inner_tensors(tensor)):
+            key = part.untyped_storage()._cdata
             if key in self.alive:
                 self.count(key, self.drop(key), kind)
 
@@ -160,21 +162,21 @@ def key_of(value):
 
 
 def recipe_of(result, given: list[torch.Tensor], args):
-    """How to make a result once more: the first argument itself, a view of one, or new tensors; None if not so simple."""
+    """How to make a result once more: the first argument itself, a view of one, or new tensors; else None."""
     if args and result is args[0]:
         return SAME
     parts = [result] if isinstance(result, torch.Tensor) else result
     if type(result) not in (FakeTensor, tuple, list) or not all(isinstance(part, FakeTensor) for part in parts):
         return None
     inside = {tensor.untyped_storage()._cdata for tensor in given}
-    storages = [part.untyped_storage() for part in parts]
-    if all(storage._cdata in inside for storage in storages):
+    storages = [part.untyped_storage()._cdata for part in parts]
+    if inside.issuperset(storages):
         return VIEW
-    layouts = [((tuple(part.shape), part.stride()), part.dtype) for part in parts]
-    dense = [part.untyped_storage().nbytes() == dense_bytes(part) for part in parts]
-    if inside & {storage._cdata for storage in storages} or not all(dense) or len({s._cdata for s in storages}) < len(parts):
+    dense = all(part.untyped_storage().nbytes() == dense_bytes(part) for part in parts)
+    if not dense or inside.intersection(storages) or len(set(storages)) < len(parts):
         return None
-    return (torch.Tensor if isinstance(result, torch.Tensor) else type(result)), layouts
+    kind = torch.Tensor if isinstance(result, torch.Tensor) else type(result)
+    return kind, [(tuple(part.shape), part.stride(), part.dtype) for part in parts]
 
 
 def dense_bytes(tensor: torch.Tensor) -> int:

@@ -29,10 +29,10 @@ MOST_PASSES = 2  # of an optimizer step: the second has the first one's gradient
 LONG_PROMPT = "a word " * 1024
 # Flags that have no job in a plan, or none that fake tensors could do
 UNPLANNED = {
-    "report_to": "none", "webhook_config": None, "push_to_hub": False, "push_checkpoints_to_hub": False, "eval_steps": 0,
-    "evaluation_type": "none", "validation_preview": False, "resume_from_checkpoint": None, "compile": False,
-    "attention_mechanism": "diffusers", "enable_xformers_memory_efficient_attention": False, "export_pipeline": False,
-    "last_step_only": True,
+    "report_to": "none", "webhook_config": None, "push_to_hub": False, "push_checkpoints_to_hub": False,
+    "eval_steps": 0, "evaluation_type": "none", "validation_preview": False, "resume_from_checkpoint": None,
+    "compile": False, "attention_mechanism": "diffusers", "enable_xformers_memory_efficient_attention": False,
+    "export_pipeline": False, "last_step_only": True,
 }  # fmt: skip
 
 
@@ -68,7 +68,8 @@ def print_plan(main, args, rest):
     print(table(phases))
     print(*operations(args, phases), sep="\n")
     most = max(phase.total for phase in phases) + RESERVE
-    print(f"\nat the most {most / GB:.1f} GB, {RESERVE / GB:.0f} of them CUDA's own; planned in {time.time() - started:.0f} s")
+    seconds = time.time() - started
+    print(f"\nat the most {most / GB:.1f} GB, {RESERVE / GB:.0f} of them CUDA's own; planned in {seconds:.0f} s")
     if room is not None and most <= room:
         print(f"fits into {room / GB:.0f} GB")
     elif room is not None:
@@ -104,7 +105,7 @@ def forget_accelerate():
 
 
 def run_phases(
-    args, data: Data, encoder, optimizers: dict, weights: dict[str, Iterable], samples, train: dict[str, Callable],
+    data: Data, encoder, optimizers: dict, weights: dict[str, Iterable], samples, train: dict[str, Callable],
     show: Callable, export: Callable,
 ) -> list[Phase]:  # fmt: skip
     """Measures the phases of a run whose set-up is done.
@@ -153,7 +154,7 @@ def fill(encoder, samples: list[Sample]):
 
 
 def largest_samples(args, sizes, pixels: bool = True) -> list[Sample]:
-    """Samples of the largest of these sizes: as many as a batch has, or as are encoded at a time; `pixels` if they are."""
+    """Samples of the largest of these sizes, as many as a batch has, or with `pixels` as are encoded at a time."""
     height, width = (size := max(sizes, key=math.prod))[-2:]
     with Meter.running.weights(HOST):
         shown = torch.empty(3, *size, dtype=torch.uint8) if pixels else None
@@ -188,38 +189,46 @@ def operations(args, phases: list[Phase]) -> list[str]:
         of = {kind: count * passes / min(passes, MOST_PASSES) for kind, count in phase.operations.items()}
         parts = ", ".join(f"{count / 1e12:.4g} of {kind}" for kind, count in of.items())
         total = sum(of.values())
-        lines.append(f"\n{phase.name}: {total / 1e12:.4g} TFLOP ({parts}) for a step of {samples} samples; at best, in bf16:")
-        lines += [f"  {name:10}{total / most:10.3g} s{samples * most / total:10.3g} samples/s" for name, most in GPUS.items()]
+        lines.append(
+            f"\n{phase.name}: {total / 1e12:.4g} TFLOP ({parts}) for a step of {samples} samples; at best, in bf16:"
+        )
+        lines += [
+            f"  {name:10}{total / most:10.3g} s{samples * most / total:10.3g} samples/s" for name, most in GPUS.items()
+        ]
     return lines
 
 
-# Flags that save memory, by when: whether the run has them, given args and the phase that takes most
-# fmt: off
-REMEDIES: list[tuple[str, Callable, dict]] = [
-    ("--vae_encode_batch_size 1", lambda a, most: most == "filling the caches" and a.vae_encode_batch_size > 1, {"vae_encode_batch_size": 1}),
-    ("--text_encoder_1_precision int8-torchao", lambda a, most: most == "filling the caches" and a.text_encoder_1_precision == "no_change", {"text_encoder_1_precision": "int8-torchao"}),
-    ("--gradient_checkpointing", lambda a, most: most == "training" and not a.gradient_checkpointing, {"gradient_checkpointing": True}),
-    ("--ema_device cpu", lambda a, most: getattr(a, "use_ema", False) and a.ema_device != "cpu", {"ema_device": "cpu"}),
-    ("--optimizer adamw8bit", lambda a, most: optimizer_name(a) != "adamw8bit", {"optimizer": "adamw8bit"}),
-    ("--train_batch_size 1", lambda a, most: a.train_batch_size > 1, {"train_batch_size": 1}),
-    ("--base_model_precision int8-torchao", lambda a, most: a.base_model_precision == "no_change", {"base_model_precision": "int8-torchao"}),
-    ("--lora_rank 32", lambda a, most: (a.lora_rank or 0) > 32, {"lora_rank": 32}),
+def encodes(args, phase: str) -> bool:
+    return phase == "filling the caches"
+
+
+# Flags that save memory: a flag and its value, and whether it may help a run whose largest phase is this one
+REMEDIES: list[tuple[str, object, Callable]] = [
+    ("vae_encode_batch_size", 1, encodes),
+    ("text_encoder_1_precision", "int8-torchao", encodes),
+    ("gradient_checkpointing", True, lambda args, phase: not encodes(args, phase)),
+    ("ema_device", "cpu", lambda args, phase: getattr(args, "use_ema", False)),
+    ("optimizer", "adamw8bit", lambda args, phase: optimizer_name(args) != "adamw8bit"),
+    ("train_batch_size", 1, lambda args, phase: True),
+    ("base_model_precision", "int8-torchao", lambda args, phase: args.base_model_precision == "no_change"),
+    ("lora_rank", 32, lambda args, phase: (args.lora_rank or 0) > 32),
 ]
-# fmt: on
 
 
 def advice(main, args, rest, phases: list[Phase], room: float):
     """A line for each flag that saves memory, each on top of those before, until the run fits."""
-    for flag, applies, changes in REMEDIES:
+    for flag, value, helps in REMEDIES:
         largest = max(phases, key=lambda phase: phase.total)
-        if applies(args, largest.name):
-            changed = Flags(**vars(args) | changes)
-            with contextlib.redirect_stdout(io.StringIO()):
-                less = measure(main, changed, rest)
-            now = max(phase.total for phase in less)
-            if now < largest.total:
-                args, phases = changed, less
-                yield f"  {flag:42}{(now + RESERVE) / GB:8.1f}"
-                if now + RESERVE <= room:
-                    return
+        if getattr(args, flag, value) == value or not helps(args, largest.name):
+            continue
+        changed = Flags(**vars(args) | {flag: value})
+        with contextlib.redirect_stdout(io.StringIO()):
+            less = measure(main, changed, rest)
+        now = max(phase.total for phase in less)
+        if now < largest.total:
+            args, phases = changed, less
+            given = f"--{flag}" if value is True else f"--{flag} {value}"
+            yield f"  {given:42}{(now + RESERVE) / GB:8.1f}"
+            if now + RESERVE <= room:
+                return
     yield "  and still not: lower --resolution, --model_type lora, more GPUs, or a larger one"

@@ -5,7 +5,7 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from common.plan.memory import Meter
+from common.plan.meter import Meter
 from common.solvers import roll_out
 from common.wan import causal as module
 from common.wan.causal import BlockCausal, block_ends, extend, first_tokens
@@ -205,9 +205,9 @@ def test_what_a_rollout_keeps_grows_as_the_clip_does(checkpointing):
         network.enable_gradient_checkpointing()
     kept = []
     for count in (4, 8, 12):
-        with Meter([]) as meter:
+        with Meter(fake=False, block=1) as meter:
             made = clip(network, causal, [1] * count, [0] * count)
-            kept.append(meter.now)
+            kept.append(meter.total)
             torch.cat(made, 2).square().mean().backward()
         del made
     first, second = kept[1] - kept[0], kept[2] - kept[1]
