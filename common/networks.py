@@ -26,7 +26,8 @@ PRECISIONS = ("no_change", "int8-quanto", "int8-torchao", "fp8-torchao")
 def load_network(cls, source: str, folder: str | None, dtype: torch.dtype, **options) -> torch.nn.Module:
     """A frozen network of a pipeline's folder, of the libraries' class `cls`; `options` are from_pretrained's."""
     if Meter.running:
-        return network_of_config(cls, source, folder, dtype, **options).requires_grad_(False).eval()
+        with Meter.running.weights(f"weights: {folder or source}"):
+            return network_of_config(cls, source, folder, dtype, **options)
     network, loading = cls.from_pretrained(source, subfolder=folder, dtype=dtype, output_loading_info=True, **options)
     missing, unexpected = (sorted(loading[name]) for name in ("missing_keys", "unexpected_keys"))
     if not issubclass(cls, ModelMixin):  # old files of text encoders also hold buffers, which are computed now
@@ -39,22 +40,22 @@ def load_network(cls, source: str, folder: str | None, dtype: torch.dtype, **opt
 
 
 def network_of_config(cls, source: str, folder: str | None, dtype: torch.dtype, **options) -> torch.nn.Module:
-    """The network that from_pretrained would load, by its config alone and without content, for --plan."""
+    """The same network by its config alone: without content where a plan runs, else with random weights."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with Meter.running.weights(f"weights: {folder or source}"):
-            if not issubclass(cls, ModelMixin):  # a text encoder
-                config = cls.config_class.from_pretrained(source, subfolder=folder or "", **options)
-                config.dtype = dtype
-                return cls(config)
+        if issubclass(cls, ModelMixin):
             network = cls.from_config(cls.load_config(source, subfolder=folder, **options))
             for name, p in network.named_parameters():
                 if set(network._keep_in_fp32_modules or []) & set(name.split(".")):
                     p.data = p.data.float()
-            return network
+        else:  # a text encoder
+            config = cls.config_class.from_pretrained(source, subfolder=folder or "", **options)
+            config.dtype = dtype
+            network = cls(config)
     finally:
         torch.set_default_dtype(default)
+    return network.requires_grad_(False).eval()
 
 
 def guidance_embedding(w: torch.Tensor, dim: int) -> torch.Tensor:

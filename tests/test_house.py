@@ -24,7 +24,7 @@ WAN = "train_dmd_distill_wan"
 SCRIPTS = (*LCM, WAN)
 COMMON = sorted(path for path in (ROOT / "common").rglob("*.py") if path.read_text().strip())
 CODE = [*(ROOT / f"{name}.py" for name in SCRIPTS), *COMMON]
-MOST_FLOORS, MOST_FILES, MOST_LINES_OF_MAIN, MOST_CLOSURES = 7, 28, 200, 6
+MOST_FLOORS, MOST_FILES, MOST_LINES_OF_MAIN, MOST_CLOSURES = 7, 29, 200, 6
 
 
 @functools.cache
