@@ -9,6 +9,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
@@ -25,7 +26,8 @@ COUNTED = {
 PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 SMALL = 4096  # numbers: so small a tensor that is made of nothing is real
 UNWRITTEN = (aten.empty, aten.empty_strided)  # but for these, of which networks' weights are made
-SAME, VIEW, CPU = "same", "view", torch.device("cpu")
+CPU = torch.device("cpu")
+SAME, VIEW = "same", "view"  # results that are an argument, or views of one
 ACTIVATIONS, CASTS, GRADIENTS, HOST = "activations", "weights that autocast has cast", "gradients", "on the machine"
 # What autocast computes in fp32 on CUDA and not on a CPU (ATen/autocast_mode.h), as far as networks have it
 FP32_ON_CUDA = (
@@ -60,12 +62,14 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if kwargs.get("device"):  # accelerate's cpu:0 is another device to fake tensors
+            kwargs = kwargs | {"device": CPU}
         if any(kind not in PLAIN for kind in types):  # of 8 bits, or split: its own code calls with what is inside
             return NotImplemented
         result = self.run(operation, args, kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self.follow(tensor.untyped_storage(), self.kind_made(operation, args))
+                self.follow(tensor.untyped_storage(), self.kind_made(tensor, operation, args))
         for name, counts in COUNTED.items():
             if count := counts.get(operation.overloadpacket):
                 self.operations[name] += count(*args, **kwargs, out_val=result)
@@ -83,7 +87,8 @@ class Meter(TorchDispatchMode):
                 return self.again(self.known[key], operation, args, kwargs)
             with self.fake:
                 result = operation(*args, **kwargs)
-            if (recipe := recipe_of(result, given, args)) is not None and len(fake) == len(given):
+            simple = operation.namespace == "aten" and len(fake) == len(given)
+            if simple and (recipe := recipe_of(result, given, args)) is not None:
                 self.known[key] = recipe
             return result
         with self.fake:
@@ -102,22 +107,32 @@ class Meter(TorchDispatchMode):
                 result = operation(*args, **kwargs)
             return tree_map(lambda part: FakeTensor(self.fake, part, CPU), result)
         kind, layouts = recipe
-        made = [torch.empty_strided(*layout, dtype=dtype, device="meta") for *layout, dtype in layouts]
-        made = [FakeTensor(self.fake, part, CPU) for part in made]
+        made = [
+            FakeTensor(self.fake, torch.empty_strided(*layout, dtype=dtype, device="meta"), CPU)
+            for *layout, dtype in layouts
+        ]
         return made[0] if kind is torch.Tensor else kind(made)
 
-    def kind_made(self, operation, args) -> str:
+    def kind_made(self, tensor, operation, args) -> str:
         """The kind of what an operation makes: weights that are moved stay weights."""
         if operation is aten._to_copy.default and "weights" in (kind := self.kind_of(args[0])):
-            return CASTS if torch.is_autocast_enabled("cpu") else kind
+            return kind if tensor.dtype == args[0].dtype else CASTS
         return self.kind
 
     def follow(self, storage: torch.UntypedStorage, kind: str):
-        key = storage._cdata
-        if key not in self.alive:
-            size = -(-storage.nbytes() // self.block) * self.block
-            self.count(key, size, kind)
+        if (key := storage._cdata) not in self.alive:
+            self.count(key, self.blocks(storage), kind)
             weakref.finalize(storage, self.drop, key)
+
+    def blocks(self, storage: torch.UntypedStorage) -> int:
+        """Bytes of a storage, in whole blocks."""
+        return -(-storage.nbytes() // self.block) * self.block
+
+    def resized(self, storage: torch.UntypedStorage):
+        if (key := storage._cdata) in self.alive:
+            _, kind = self.alive[key]
+            self.drop(key)
+            self.count(key, self.blocks(storage), kind)
 
     def count(self, key: int, size: int, kind: str):
         self.alive[key] = size, kind
@@ -203,7 +218,7 @@ def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     if isinstance(tensor, FakeTensor) or not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-    return [inner for part in parts for inner in inner_tensors(part)]
+    return [inner for part in parts if isinstance(part, torch.Tensor) for inner in inner_tensors(part)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,17 +276,21 @@ class FusedNorm(torch.autograd.Function):
 @contextlib.contextmanager
 def fake_tensors_suffice():
     """Inside, fake tensors can also be moved by Module.to(), given to numpy, as zeros, and saved, as nothing."""
-    exchange = torch.utils.swap_tensors
+    exchange, resize_itself = torch.utils.swap_tensors, torch.UntypedStorage.resize_
 
     def swap(parameter, other):  # the original refuses tensors with weak references, as FakeTensorMode has
         if isinstance(parameter, FakeTensor) and isinstance(other, FakeTensor):
             parameter.data = other
-        else:
+        elif not isinstance(parameter, DTensor):  # which are on their device already
             exchange(parameter, other)
 
     def zeros(tensor, **_):
         return np.zeros(tensor.shape, str(tensor.dtype).removeprefix("torch."))
 
+    def resize(storage, size: int):  # by FSDP, before and after a network's turn
+        resize_itself(storage, size)
+        Meter.running.resized(storage)
+
     with patch("torch.utils.swap_tensors", swap), patch.object(FakeTensor, "numpy", zeros):
-        with patch("safetensors.torch.serialize_file"):
+        with patch("safetensors.torch.serialize_file"), patch.object(torch.UntypedStorage, "resize_", resize):
             yield

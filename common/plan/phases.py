@@ -61,6 +61,8 @@ def planned(main):
 
 
 def print_plan(main, args, rest):
+    if int(os.environ.get("RANK", 0)):
+        return  # the main process speaks for all
     room = args.plan * GB or None
     if room is None and torch.cuda.is_available():
         room = torch.cuda.get_device_properties(0).total_memory
@@ -85,6 +87,7 @@ def measure(main, args, rest, cuda: bool = True) -> list[Phase]:
     flags["gradient_accumulation_steps"] = min(args.gradient_accumulation_steps, MOST_PASSES)
     forget_accelerate()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(other_processes())
         flags["output_dir"] = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # the step of 8-bit optimizers
@@ -97,6 +100,21 @@ def measure(main, args, rest, cuda: bool = True) -> list[Phase]:
         finally:
             Meter.running = None
             forget_accelerate()
+
+
+@contextlib.contextmanager
+def other_processes():
+    """Inside, the main process has the others that accelerate has launched, which send nothing."""
+    if (count := int(os.environ.get("WORLD_SIZE", 1))) == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def forget_accelerate():
