@@ -52,7 +52,6 @@ import copy
 import functools
 import itertools
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -109,7 +108,7 @@ from common.optim import (
     optimizer_name,
     update_ema,
 )
-from common.pictures import validation_prompts
+from common.pictures import share_prompts, to_bytes, validation_prompts
 from common.plan.memory import Setup, plan_of
 from common.run import Saver, check_finite, end_run, open_repository, start_run, teacher_missing
 from common.solvers import (
@@ -1050,26 +1049,29 @@ def planned_setup(args, data, method, dtype: torch.dtype) -> Setup:
 class Clips:
     """Clips by teacher, student, or the student's moving average (ema), each with its own sampler."""
 
-    def __init__(self, args, method, networks: Networks, as_average, encoder: SampleEncoder, scheduler):
-        """`as_average(wanted)` is a context in which the student is its moving average."""
+    def __init__(self, args, method, networks: Networks, as_average, encoder: SampleEncoder, scheduler, shared: bool):
+        """`as_average(wanted)` is a context in which the student is its moving average; `shared` among all processes
+        are the prompts."""
         self.args, self.method, self.networks, self.as_average = args, method, networks, as_average
         self.encoder, self.scheduler = encoder, scheduler
         frames = latent_frames(method.validation_frames, FRAMES_PER_LATENT)  # which may be more than are trained
         self.blocks = block_lengths(frames, args.num_frame_per_block, args.independent_first_frame)
+        # What fits into memory in training fits here
+        self.generate = share_prompts(self.some, networks.accelerator if shared else None, args.train_batch_size)
 
     def __call__(self, which: str, prompts: list[str], steps: int, seed: int, size=None) -> list:
-        """A clip [F, H, W, 3] in [0, 1] for each prompt, the i-th from noise of seed + i.
+        """A clip [F, H, W, 3] in bytes for each prompt, the i-th from noise of seed + i.
 
         The teacher takes so many `steps`; a student always takes its own.
         """
-        clips, size = [], size or self.args.validation_resolution[0]
-        fitting = self.args.train_batch_size  # what fits into memory in training fits here
-        for i in range(0, len(prompts), fitting):
-            cond = self.encoder.encode_text(prompts[i : i + fitting])
-            rngs = [torch.Generator().manual_seed(seed + i + k) for k in range(len(prompts[i : i + fitting]))]
-            generate = self.by_teacher if which == "teacher" else functools.partial(self.by_student, which)
-            clips += decode(self.encoder.vae, generate(cond, steps, rngs, size))
-        return clips
+        return self.generate(which, prompts, steps, seed, size=size or self.args.validation_resolution[0])
+
+    def some(self, which: str, prompts: list[str], steps: int, seed: int, size) -> list:
+        """Clips of as many prompts as there may be at a time."""
+        cond = self.encoder.encode_text(prompts)
+        rngs = [torch.Generator().manual_seed(seed + k) for k in range(len(prompts))]
+        generate = self.by_teacher if which == "teacher" else functools.partial(self.by_student, which)
+        return [to_bytes(clip) for clip in decode(self.encoder.vae, generate(cond, steps, rngs, size))]
 
     def by_teacher(self, cond, steps: int, rngs: list[torch.Generator], size):
         args, networks = self.args, self.networks
@@ -1184,15 +1186,15 @@ def main(args, data, method, notes):
                 return export(args, method, Path(args.output_dir), network, weight_dtype)
             return None
 
-    def report() -> str:
-        """The exported student against the teacher. Where all processes generate, the main one alone keeps files."""
-        with as_average(args.use_ema), tempfile.TemporaryDirectory() as nowhere:
-            folder = args.output_dir if accelerator.is_main_process else nowhere
-            return write_clips_report(args, clips, len(method.steps), Path(folder), FRAMES_PER_SECOND)
+    def report(folder: Path) -> str:
+        """The exported student against the teacher."""
+        sharers = processes if shared else 1
+        with as_average(args.use_ema):
+            return write_clips_report(args, clips, len(method.steps), folder, FRAMES_PER_SECOND, sharers)
 
-    all_processes = wants_fsdp(accelerator) or sharing > 1  # have to take part in a forward
     tracking, means = Tracking(args, accelerator, total_steps), Means(MEANS, device)
-    clips = Clips(args, method, networks, as_average, encoder, scheduler)
+    shared = not wants_fsdp(accelerator) and sharing == 1  # else all processes have to take part in a forward
+    clips = Clips(args, method, networks, as_average, encoder, scheduler, shared)
     comparison = ClipComparison(args, clips, tracking, say, accelerator.is_main_process, FRAMES_PER_SECOND)
 
     def validate():
@@ -1268,7 +1270,7 @@ def main(args, data, method, notes):
             bar.set_postfix(clips_per_s=f"{rate:.2f}", **losses)
             tracking.values(values | {"lr": lr_schedule.get_last_lr()[0], "clips_per_s": rate}, step)
         validation = args.validation_steps and step % args.validation_steps == 0 and step < total_steps
-        if validation and (accelerator.is_main_process or all_processes):
+        if validation:
             validate()
         if checkpoint and step < total_steps:
             saver.save(step, student_updates=updates)
@@ -1279,13 +1281,12 @@ def main(args, data, method, notes):
             stopping = stop_signal.agreed(accelerator)  # all leave the loop at the same step
     bar.close()
 
-    # ---- The end: all processes save a checkpoint; unless a signal stopped the run, the main one, or all where a
-    # forward takes all, then validate, export, report and upload ----
+    # ---- The end: all processes save a checkpoint, and unless a signal stopped the run, export, validate, report ----
     check_finite(args, step, **means.read(accelerator))  # a stop may come between two logs
     end_run(
         args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal,
         stopped=stopping, student_updates=updates, validate=validate, export=export_student, report=report,
-        method=args.distillation_method, teacher=teacher_of(args), all_processes=all_processes,
+        method=args.distillation_method, teacher=teacher_of(args),
     )  # fmt: skip
 
 

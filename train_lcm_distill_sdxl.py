@@ -80,7 +80,7 @@ from common.flags import (
 from common.losses import consistency_loss
 from common.networks import adapters_off, dropout_off, quantize, speed_up, weights_copy, weights_exchanged, with_uncond
 from common.optim import betas_and_decay, clip_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
-from common.pictures import Comparison, open_preview, validation_prompts
+from common.pictures import Comparison, open_preview, share_prompts, validation_prompts
 from common.report import hold_out, open_clip, write_report
 from common.run import Saver, check_finite, end_run, open_repository, start_run, teacher_missing
 from common.solvers import DDIMSolver, boundary_scalings, expand_to, noised, sampled_x_t, student_scheduler, to_x0_eps
@@ -678,7 +678,8 @@ def main(args, data, notes):
 
     tracking, clip = Tracking(args, accelerator, total_steps), open_clip(args, accelerator)
     preview = open_preview(args, PREVIEW_MODEL, accelerator, lambda *shown: tracking.picture(*shown, step, "debug"))
-    comparison = Comparison(args, pictures, preview, clip)
+    shared = share_prompts(pictures, accelerator)  # all processes draw
+    comparison = Comparison(args, shared, preview, clip)
 
     def validate():
         sheet, scores = comparison.sheet()
@@ -690,8 +691,14 @@ def main(args, data, notes):
         return sheet
 
     def export_target():
-        with networks.as_target():
-            return export(args, Path(args.output_dir), target, scheduler, weight_dtype)
+        """Files and usage, from the main process."""
+        if accelerator.is_main_process:
+            with networks.as_target():
+                return export(args, Path(args.output_dir), target, scheduler, weight_dtype)
+        return None
+
+    def report(folder: Path) -> str:
+        return write_report(args, shared, clip, TOY_SIZES, folder, accelerator.num_processes)
 
     # ---- Training loop ----
     loss_of = functools.partial(lcm_loss, args, accelerator, networks, solver, uncond)
@@ -739,7 +746,7 @@ def main(args, data, notes):
         if args.eval_steps and step % args.eval_steps == 0:
             tracking.values(held_out_loss(args, loss_of, student, held_out, encoder), step)
         validation = args.validation_steps and step % args.validation_steps == 0 and step < total_steps
-        if validation and accelerator.is_main_process:
+        if validation:
             validate()
         if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step < total_steps:
             saver.save(step)
@@ -749,12 +756,11 @@ def main(args, data, notes):
             stopping = stop_signal.agreed(accelerator)  # all leave the loop at the same step
     bar.close()
 
-    # ---- The end: all processes save a checkpoint; unless a signal stopped the run, the main one then validates,
-    # exports, reports and uploads ----
+    # ---- The end: all processes save a checkpoint, and unless a signal stopped the run, export, validate, report ----
     end_run(
         args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal,
-        stopped=stopping, validate=validate, export=export_target,
-        report=lambda: write_report(args, pictures, clip, TOY_SIZES), method="lcm", teacher=teacher_of(args),
+        stopped=stopping, validate=validate, export=export_target, report=report, method="lcm",
+        teacher=teacher_of(args),
     )  # fmt: skip
 
 
