@@ -48,7 +48,6 @@ To fork it for another model, replace the block "The model": nothing else knows 
 """
 
 import contextlib
-import copy
 import functools
 import itertools
 import math
@@ -122,7 +121,7 @@ from common.solvers import (
     roll_out,
 )
 from common.tracking import GAP_RANGES, Means, Tracking, gap_name, webhook_errors
-from common.wan.parallel import check_processes, gathered, shard, wants_fsdp
+from common.wan.parallel import check_processes, gathered, load_split, wants_fsdp
 from common.wan.report import ClipComparison, write_clips_report
 
 FLOW_STEPS = 20  # even ones of the teacher's trajectories, besides the student's own timesteps
@@ -993,19 +992,20 @@ def lcm_backward(args, method, networks, means, draws, cond, uncond, shape, exit
 
 def load_networks(args, accelerator, weight_dtype) -> Networks:
     """All networks on the device, split between processes and compiled as the flags say."""
-    where = "cpu" if args.quantize_via == "cpu" else accelerator.device
-    teacher, roles = load_transformer(args, weight_dtype), METHODS[args.distillation_method]
+    roles = METHODS[args.distillation_method]
+
+    def load(dtype: torch.dtype) -> torch.nn.Module:
+        read = functools.partial(load_transformer, args, dtype)
+        return load_split(read, BLOCKS, accelerator) if wants_fsdp(accelerator) else read()
+
+    teacher = load(weight_dtype)
+    quantize(teacher, args.base_model_precision, "cpu" if args.quantize_via == "cpu" else accelerator.device)
     if args.model_type == "lora":
-        quantize(teacher, args.base_model_precision, where)
         by_role = dict.fromkeys(("teacher", *roles), add_adapters(args, teacher, roles))
-    else:
-        student = load_transformer(args, torch.float32).requires_grad_(True)
-        quantize(teacher, args.base_model_precision, where)
-        by_role = {"teacher": teacher, "student": student} | {role: copy.deepcopy(student) for role in roles[1:]}
+    else:  # from the weights on disk, not from the teacher's, which its precision has rounded
+        by_role = {"teacher": teacher} | {role: load(torch.float32).requires_grad_(True) for role in roles}
     causal = make_causal(by_role["student"]) if args.num_frame_per_block else None
     for network in {id(network): network for network in by_role.values()}.values():  # with LoRA one
-        if wants_fsdp(accelerator):
-            shard(network, BLOCKS, accelerator)
         network.to(accelerator.device)
         if args.context_parallel_degree > 1:
             # BlockCausal cuts the rotary embedding to the block, and only then splits it between processes
@@ -1181,7 +1181,7 @@ def main(args, data, method, notes):
     def export_student():
         """Files and usage, from the main process; all have to call it where weights are split."""
         with as_average(args.use_ema):
-            network = gathered(student)
+            network = student if lora else gathered(student)
             if accelerator.is_main_process:
                 return export(args, method, Path(args.output_dir), network, weight_dtype)
             return None
@@ -1245,7 +1245,7 @@ def main(args, data, method, notes):
         turns = [("student", args.max_grad_norm)] if student_turn else []
         turns += [] if regression_turn or lcm else [("fake_score", args.fake_score_grad_clip)]
         for name, most in turns:
-            if not wants_fsdp(accelerator):  # whose backward() has averaged them
+            if lora or not wants_fsdp(accelerator):  # whose backward() has averaged those of split weights
                 average_gradients(trained[name], processes, sharing)
             means.add(f"{name}_grad_norm", gradient_norm(trained[name]))
             clip_gradients(accelerator, trained[name], args.grad_clip_method, most)

@@ -89,7 +89,8 @@ def test_each_process_has_its_own_tokens(monkeypatch):
 
 def settings(**changes) -> Namespace:
     usual = {"context_parallel_degree": 1, "model_type": "full", "ema_device": "accelerator"}
-    return Namespace(**usual | {"base_model_precision": "no_change"} | changes)
+    usual |= {"base_model_precision": "no_change", "optimizer": "adamw", "use_8bit_adam": False}
+    return Namespace(**usual | changes)
 
 
 def test_processes_share_tokens_only_where_that_comes_out_even():
@@ -108,9 +109,13 @@ def test_what_does_not_go_with_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert wants_fsdp(four) and not wants_fsdp(one)
     assert check_processes(settings(), four) == 1
-    for changes in ({"model_type": "lora"}, {"ema_device": "cpu"}, {"base_model_precision": "int8-torchao"}):
-        with pytest.raises(SystemExit, match="goes with --model_type full, --ema_device accelerator and no 8 bits"):
+    for changes, rule in (
+        ({"base_model_precision": "int8-torchao"}, "--base_model_precision int8-torchao: one or the other"),
+        ({"ema_device": "cpu"}, "--ema_device accelerator"), ({"use_8bit_adam": True}, "no 8-bit AdamW"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit, match=rule):
             check_processes(settings(**changes), four)
         assert check_processes(settings(**changes), one) == 1  # a single process splits nothing
+    assert check_processes(settings(model_type="lora", ema_device="cpu", use_8bit_adam=True), four) == 1
     with pytest.raises(SystemExit, match="goes without FSDP"):
         check_processes(settings(context_parallel_degree=2), four)
