@@ -996,7 +996,8 @@ def load_networks(args, accelerator, weight_dtype) -> Networks:
 
     def load(dtype: torch.dtype) -> torch.nn.Module:
         read = functools.partial(load_transformer, args, dtype)
-        return load_split(read, BLOCKS, accelerator) if wants_fsdp(accelerator) else read()
+        gathered_in = torch.float32 if args.compile else weight_dtype  # a graph is of a block, and gathers no layer
+        return load_split(read, BLOCKS, accelerator, gathered_in) if wants_fsdp(accelerator) else read()
 
     teacher = load(weight_dtype)
     quantize(teacher, args.base_model_precision, "cpu" if args.quantize_via == "cpu" else accelerator.device)

@@ -8,6 +8,8 @@ Tokens are split by diffusers' context parallelism (Ulysses, Jacobs et al. 2023,
 of the sequence, and in self-attention all of the sequence in a part of the heads. The processes' gradients add up.
 """
 
+import functools
+
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
@@ -16,7 +18,7 @@ from diffusers.hooks.context_parallel import apply_context_parallel
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from common.optim import optimizer_name
 
@@ -45,19 +47,26 @@ def check_processes(args, accelerator) -> int:
     return sharing
 
 
-def shard(network: torch.nn.Module, blocks: tuple[str, ...], accelerator):
+def shard(network: torch.nn.Module, blocks: tuple[str, ...], accelerator, dtype: torch.dtype):
     """Splits a network in place; its `blocks`, names of classes, are gathered one at a time.
 
-    Weights are gathered in the precision in which they are stored, so that autocast works as in one process.
+    Of fp32 weights, those of the blocks' Linear layers are gathered in `dtype`, to which autocast would bring them, layer
+    by layer; all others, as of norms, as they are stored. Gradients are added up in fp32.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for module in [*(module for module in network.modules() if type(module).__name__ in blocks), network]:
-        # Also the network itself is split again after a forward, since validation then changes its weights
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # Also the network itself is split again after a forward, since validation then changes its weights
+    split = functools.partial(fully_shard, mesh=mesh, reshard_after_forward=True)
+    for block in (module for module in network.modules() if type(module).__name__ in blocks):
+        if dtype != torch.float32:
+            for layer in (module for module in block.modules() if isinstance(module, torch.nn.Linear)):
+                split(layer, mp_policy=policy)
+        split(block)
+    split(network)
 
 
-def load_split(load, blocks: tuple[str, ...], accelerator) -> torch.nn.Module:
-    """The frozen network that load() reads, split between the processes.
+def load_split(load, blocks: tuple[str, ...], accelerator, dtype: torch.dtype) -> torch.nn.Module:
+    """The frozen network that load() reads, split between the processes, and gathered in `dtype` where it is in fp32.
 
     The main process alone reads it, into the machine's memory; others build it without weights, and each gets its part
     of one weight after another. What is drawn next, as adapters are, is alike in all, and as without splitting.
@@ -65,11 +74,11 @@ def load_split(load, blocks: tuple[str, ...], accelerator) -> torch.nn.Module:
     whole, made_of = None, None
     if accelerator.is_main_process:
         whole = load()
-        made_of = type(whole), dict(whole.config), torch.get_rng_state()
-    network_class, config, rng_state = broadcast_object_list([made_of])[0]
+        made_of = type(whole), dict(whole.config), whole.dtype, torch.get_rng_state()
+    network_class, config, stored, rng_state = broadcast_object_list([made_of])[0]
     with init_empty_weights(include_buffers=False):
         network = network_class.from_config(config).requires_grad_(False).eval()
-    shard(network, blocks, accelerator)
+    shard(network, blocks, accelerator, dtype if stored == torch.float32 else torch.float32)
     torch.set_rng_state(rng_state)
     weights = whole.state_dict() if accelerator.is_main_process else {}
     set_model_state_dict(network, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))

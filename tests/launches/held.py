@@ -40,12 +40,14 @@ class Peak:
         self.beyond = self.most - self.start
 
 
-if __name__ == "__main__":
-    args, *_ = script.parse_args(sys.argv[1:])
-    accelerator = Accelerator()
-    with Peak() as loading:
-        networks = script.load_networks(args, accelerator, torch.float32)
-    saved = {name: networks.by_role[name] for name in ("student", "fake_score")}
+def parts(networks) -> float:
+    """Megabytes of this process's parts of all networks."""
+    own = {id(p): getattr(p, "_local_tensor", p) for network in networks for p in network.parameters()}
+    return sum(p.nbytes for p in own.values()) / 2**20
+
+
+def resuming(args, accelerator, saved: dict) -> float:
+    """The most that is held while a checkpoint is read, of networks that have made a step."""
 
     def optimizers() -> dict:
         return {name: torch.optim.AdamW(network.parameters()) for name, network in saved.items()}
@@ -59,8 +61,17 @@ if __name__ == "__main__":
     folder = save_checkpoint(args.output_dir, 1, saved, trained, {}, main=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     del trained
-    with Peak() as resuming:
+    with Peak() as peak:
         load_checkpoint(folder, saved, optimizers())
-    print(
-        f"process {accelerator.process_index}: loading {loading.beyond:.0f} resuming {resuming.beyond:.0f}", flush=True
-    )
+    return peak.beyond
+
+
+if __name__ == "__main__":
+    args, *_ = script.parse_args(sys.argv[1:])
+    accelerator = Accelerator()
+    with Peak() as loading:
+        by_role = script.load_networks(args, accelerator, torch.float32).by_role
+    found = [accelerator.process_index, loading.beyond, parts(by_role.values())]
+    if args.model_type == "full":
+        found.append(resuming(args, accelerator, {name: by_role[name] for name in ("student", "fake_score")}))
+    print("held", *found, flush=True)

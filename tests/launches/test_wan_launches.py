@@ -78,6 +78,10 @@ def test_two_processes_with_half_the_batch_equal_one(flags, fsdp, wan_teacher, t
         torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=0)
 
 
+def test_gathering_in_bf16_changes_nothing_of_bf16():
+    assert "all are alike" in launch("tests/launches/gathering.py", processes=2, fsdp=True).stdout
+
+
 def test_a_lora_on_a_split_base_is_that_on_a_whole_one(wan_teacher, tmp_path):
     """Self-forcing with checkpointing, so that adapters change while blocks are gathered; stopped and resumed.
 
@@ -184,7 +188,7 @@ def test_two_processes_that_share_the_tokens_equal_one(flags, wan_teacher, tmp_p
 
 
 def test_no_process_holds_a_network_that_it_has_a_part_of(wan_teacher, tmp_path):
-    """In units of a network, of which two processes split three, and four moments of the same size.
+    """In units of a network, of which two processes split three, and four moments of the same size; or a LoRA's base.
 
     The first process reads each network from its file, whose pages are not counted; one in bf16 it would hold whole.
     """
@@ -193,10 +197,14 @@ def test_no_process_holds_a_network_that_it_has_a_part_of(wan_teacher, tmp_path)
     network = WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=16, freq_dim=16, **sizes)
     network.save_pretrained(teacher / "transformer")
     whole = sum(p.numel() for p in network.parameters()) * 4 / 2**20
-    flags = [*user_flags(teacher, tmp_path, "out"), *FULL.split()]
-    told = launch("tests/launches/held.py", *flags, processes=2, fsdp=True, MALLOC_MMAP_THRESHOLD_="65536").stdout
-    rows = [line.split() for line in told.splitlines() if line.startswith("process")]
-    found = {row[1][0]: (float(row[3]) / whole, float(row[5]) / whole) for row in rows}
-    assert found.keys() == {"0", "1"}
-    assert max(loading for loading, _ in found.values()) < 1.9, found  # the parts are 1.5
-    assert max(resuming for _, resuming in found.values()) < 2.9, found  # moments are 2, and a network's gradients 0.5
+    found = []
+    for kind in (FULL, "--lora_rank 2"):
+        flags = [*user_flags(teacher, tmp_path, "out"), *kind.split()]
+        told = launch("tests/launches/held.py", *flags, processes=2, fsdp=True, MALLOC_MMAP_THRESHOLD_="65536").stdout
+        rows = [line.split()[1:] for line in told.splitlines() if line.startswith("held ")]
+        assert sorted(row[0] for row in rows) == ["0", "1"]
+        found += [max(float(row[column]) / whole for row in rows) for column in range(1, len(rows[0]))]
+    loading, parts, resuming, loading_lora, parts_lora = found
+    assert 1.5 <= parts < 1.55 and loading < 1.9, found
+    assert 0.5 <= parts_lora < 0.55 and loading_lora < 0.9, found
+    assert resuming < 2.9, found  # the moments are 2, and a network's gradients 0.5
