@@ -50,8 +50,8 @@ def check_processes(args, accelerator) -> int:
 def shard(network: torch.nn.Module, blocks: tuple[str, ...], accelerator, dtype: torch.dtype):
     """Splits a network in place; its `blocks`, names of classes, are gathered one at a time.
 
-    Of fp32 weights, those of the blocks' Linear layers are gathered in `dtype`, to which autocast would bring them, layer
-    by layer; all others, as of norms, as they are stored. Gradients are added up in fp32.
+    Of fp32 weights, those of the blocks' Linear layers are gathered in `dtype`, to which autocast would bring them,
+    layer by layer; all others, as of norms, as they are stored. Gradients are added up in fp32.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
