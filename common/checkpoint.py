@@ -1,5 +1,6 @@
 """Checkpoints, each of which is complete or does not exist, and the signals that ask for one."""
 
+import itertools
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 MOMENTS = "state."  # begins the names of moments beside those of weights
 SETTINGS = "optimizer.json"
+FILE_BYTES = 2**32  # of all processes' parts in files of one number
 
 
 def options(trained_only: bool) -> StateDictOptions:
@@ -39,6 +41,8 @@ def save_checkpoint(output_dir, step: int, networks: dict, optimizers: dict, sta
     if main:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
+    if any(is_split(network) for network in networks.values()):
+        torch.distributed.barrier()  # others make folders in it
     for name, network in networks.items():
         if is_split(network):
             write_parts(part / name, network, optimizers.get(name), main)
@@ -87,10 +91,12 @@ def parts_of(network, optimizer) -> tuple[dict[str, torch.Tensor], dict]:
 def write_parts(folder: Path, network, optimizer, main: bool):
     """Writes a split network and its moments as safetensors, each process its part; any number can read them.
 
-    The other format of such checkpoints has a pickle.
+    The other format of such checkpoints has a pickle. A file is made in memory, and so there are several.
     """
     tensors, settings = parts_of(network, optimizer)
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    ends = itertools.accumulate(value.nbytes for value in tensors.values())
+    files = {key: 1 + end // FILE_BYTES for key, end in zip(tensors, ends, strict=True)}
+    writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     distributed_checkpoint.save(tensors, storage_writer=writer)
     if main:
         Path(folder, SETTINGS).write_text(json.dumps(settings))

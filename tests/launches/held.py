@@ -1,4 +1,4 @@
-"""Prints how much memory a process of the Wan script holds at most: while networks load, and while a run is resumed."""
+"""Prints how much memory a process of the Wan script holds at most: while networks load, and at checkpoints."""
 
 import sys
 import threading
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train_dmd_distill_wan as script
+from common import checkpoint
 from common.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -46,8 +47,8 @@ def parts(networks) -> float:
     return sum(p.nbytes for p in own.values()) / 2**20
 
 
-def resuming(args, accelerator, saved: dict) -> float:
-    """The most that is held while a checkpoint is read, of networks that have made a step."""
+def saving_and_resuming(args, accelerator, saved: dict) -> list[float]:
+    """The most that is held while a checkpoint is written, and read, of networks that have made a step."""
 
     def optimizers() -> dict:
         return {name: torch.optim.AdamW(network.parameters()) for name, network in saved.items()}
@@ -58,20 +59,22 @@ def resuming(args, accelerator, saved: dict) -> float:
             p.grad = torch.ones_like(p)
         trained[name].step()
         trained[name].zero_grad()
-    folder = save_checkpoint(args.output_dir, 1, saved, trained, {}, main=accelerator.is_main_process)
-    accelerator.wait_for_everyone()
+    with Peak() as saving:
+        folder = save_checkpoint(args.output_dir, 1, saved, trained, {}, main=accelerator.is_main_process)
+        accelerator.wait_for_everyone()
     del trained
-    with Peak() as peak:
+    with Peak() as resuming:
         load_checkpoint(folder, saved, optimizers())
-    return peak.beyond
+    return [saving.beyond, resuming.beyond]
 
 
 if __name__ == "__main__":
     args, *_ = script.parse_args(sys.argv[1:])
-    accelerator = Accelerator()
+    accelerator, checkpoint.FILE_BYTES = Accelerator(), 2**26
     with Peak() as loading:
         by_role = script.load_networks(args, accelerator, torch.float32).by_role
     found = [accelerator.process_index, loading.beyond, parts(by_role.values())]
     if args.model_type == "full":
-        found.append(resuming(args, accelerator, {name: by_role[name] for name in ("student", "fake_score")}))
+        saved = {name: by_role[name] for name in ("student", "fake_score")}
+        found += saving_and_resuming(args, accelerator, saved)
     print("held", *found, flush=True)

@@ -204,7 +204,8 @@ def test_no_process_holds_a_network_that_it_has_a_part_of(wan_teacher, tmp_path)
         rows = [line.split()[1:] for line in told.splitlines() if line.startswith("held ")]
         assert sorted(row[0] for row in rows) == ["0", "1"]
         found += [max(float(row[column]) / whole for row in rows) for column in range(1, len(rows[0]))]
-    loading, parts, resuming, loading_lora, parts_lora = found
+    loading, parts, saving, resuming, loading_lora, parts_lora = found
     assert 1.5 <= parts < 1.55 and loading < 1.9, found
     assert 0.5 <= parts_lora < 0.55 and loading_lora < 0.9, found
+    assert saving < 0.8, found  # files of a third of a network, or 0.16 for each process
     assert resuming < 2.9, found  # the moments are 2, and a network's gradients 0.5
