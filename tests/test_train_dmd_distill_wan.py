@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file
 
 import train_dmd_distill_wan as script
+from common import pictures
 from common.cache import text_key
 from common.data.clips import ClipReader, open_clip_readers, save_clip
 from common.data.sources import read_part
@@ -726,6 +727,19 @@ def latents_generated(flags: str, run, monkeypatch) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_batch_at_a_time_is_generated_by_one_process_or_by_all(shared, monkeypatch):
+    """What the second of two processes makes of five prompts."""
+    asked = []
+    args = {"train_batch_size": 2, "num_frame_per_block": 0, "independent_first_frame": False}
+    args = Namespace(**args, validation_resolution=[(32, 32)])
+    monkeypatch.setattr(script.Clips, "some", lambda *given, size: asked.append((given[2], given[4])) or [])
+    monkeypatch.setattr(pictures, "gather_object", lambda drawn: drawn)
+    networks = Namespace(accelerator=Namespace(process_index=1, num_processes=2))
+    script.Clips(args, Namespace(validation_frames=9), networks, None, None, None, shared)("student", [*"abcde"], 3, 7)
+    assert asked == ([(["c", "d"], 9)] if shared else [(["a", "b"], 7), (["c", "d"], 9), (["e"], 11)])
+
+
 def test_clips_follow_from_the_validation_seed(run, monkeypatch):
     first = latents_generated("--validation_seed 5", run, monkeypatch)
     other = latents_generated("--validation_seed 6", run, monkeypatch)
