@@ -49,31 +49,6 @@ def with_uncond(cond, uncond) -> dict[str, torch.Tensor]:
     return {name: torch.cat([v, rows[name]]) for name, v in cond.items()}
 
 
-@contextlib.contextmanager
-def adapters_off(unet, wanted: bool = True):
-    """Inside, the network is its base without adapters, unless that is not `wanted`."""
-    if wanted:
-        unet.disable_adapters()
-    try:
-        yield
-    finally:
-        if wanted:
-            unet.enable_adapters()
-
-
-@contextlib.contextmanager
-def dropout_off(network, wanted=True):
-    """Inside, the network drops nothing out, unless that is not `wanted`."""
-    training = network.training
-    if wanted:
-        network.eval()
-    try:
-        yield
-    finally:
-        if wanted:
-            network.train(training)
-
-
 def adapter_layers(network: torch.nn.Module) -> list[BaseTunerLayer]:
     """Layers of a network that have adapters."""
     return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
@@ -87,9 +62,10 @@ def active_adapter(layers: list[BaseTunerLayer], name: str):
     get no gradient from then on. Here only the choice of the adapter changes. backward() belongs inside as well, since
     activation checkpointing computes again with the adapter that is active then. Dropout acts where gradients are on.
     """
-    before = [(layer._disable_adapters, layer._active_adapter, layer.lora_dropout.training) for layer in layers]
+    before = [(layer._disable_adapters, layer._active_adapter, layer.training) for layer in layers]
+    dropout = torch.is_grad_enabled()
     for layer in layers:
-        set_layer(layer, name not in layer.lora_A, [name], torch.is_grad_enabled())
+        set_layer(layer, name not in layer.scaling, [name], dropout)
     try:
         yield
     finally:
@@ -98,10 +74,14 @@ def active_adapter(layers: list[BaseTunerLayer], name: str):
 
 
 def set_layer(layer: BaseTunerLayer, disabled: bool, active: list[str], dropout: bool):
-    """Sets which adapters of a layer act, and whether their dropout does."""
-    layer._disable_adapters, layer._active_adapter = disabled, active
-    if layer.lora_dropout.training != dropout:
-        layer.lora_dropout.train(dropout)
+    """Sets which adapters of a layer act, and whether their dropout does.
+
+    Past nn.Module's own way to set an attribute, which takes most of the time of a switch.
+    """
+    vars(layer).update(_disable_adapters=disabled, _active_adapter=active)
+    if layer.training != dropout:
+        for module in (layer, *layer.lora_dropout.values()):  # DoRA asks its layer whether there is dropout
+            vars(module)["training"] = dropout
 
 
 def adapter_weights(network: torch.nn.Module, name: str) -> torch.nn.ParameterDict:

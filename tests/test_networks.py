@@ -16,9 +16,7 @@ from common.networks import (
     active_adapter,
     adapter_layers,
     adapter_weights,
-    adapters_off,
     check_precision,
-    dropout_off,
     guidance_embedding,
     precision_name,
     quantize,
@@ -35,13 +33,13 @@ def inputs():
     return torch.randn(2, 4, 4, 4, generator=rng), torch.tensor([999, 19]), torch.randn(2, 32, 16, generator=rng)
 
 
-def unet(*adapters: str, seed: int = 0, dropout: float = 0.0):
+def unet(*adapters: str, seed: int = 0, dropout: float = 0.0, precision: str = "no_change", **config):
     """With adapters that do something, each something else."""
     torch.manual_seed(seed)
-    network = tiny_unet().requires_grad_(False).eval()
+    network = quantize(tiny_unet().requires_grad_(False).eval(), precision, "cpu")
     for name in adapters:
-        config = LoraConfig(r=2, lora_alpha=2, lora_dropout=dropout, target_modules=["to_q", "to_v", "conv1"])
-        network.add_adapter(config, name)
+        targets = ["to_q", "to_v", "conv1"]
+        network.add_adapter(LoraConfig(r=2, lora_alpha=2, lora_dropout=dropout, target_modules=targets, **config), name)
     for name, p in network.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3)
@@ -79,15 +77,18 @@ def test_the_second_half_of_a_batch_has_the_empty_prompt_and_all_else_of_the_fir
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_adapters_are_off_inside_and_on_again_after_an_error():
-    network = unet("default")
-    plain, adapted = output(unet()), output(network)
+@pytest.mark.parametrize("kind", ["lora", "dora", "int8-torchao"])
+def test_the_base_alone_acts_inside_and_its_adapter_again_after_an_error(kind):
+    bits = kind if kind.startswith("int8") else "no_change"
+    network = unet("default", use_dora=kind == "dora", precision=bits)
+    plain, adapted, layers = output(unet(precision=bits)), output(network), adapter_layers(network)
     assert (adapted - plain).abs().mean() > 1e-2
-    with adapters_off(network):
+    with active_adapter(layers, "none"):
         assert torch.equal(output(network), plain)
-    with adapters_off(network, wanted=False):
-        assert torch.equal(output(network), adapted)
-    with pytest.raises(KeyError), adapters_off(network):
+        with active_adapter(layers, "default"):
+            assert torch.equal(output(network), adapted)
+        assert torch.equal(output(network), plain)
+    with pytest.raises(KeyError), active_adapter(layers, "none"):
         raise KeyError
     assert torch.equal(output(network), adapted)
 
@@ -111,8 +112,9 @@ def test_only_the_adapter_that_is_asked_for_acts_and_gradients_stay_as_they_are(
     ] and len(weights) == 2 * len(layers)
 
 
-def test_dropout_is_where_a_gradient_is_or_nowhere():
-    network = unet("default", dropout=0.5).train()
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_is_where_a_gradient_is(dora):
+    network = unet("default", dropout=0.5, use_dora=dora).train()
     layers = adapter_layers(network)
 
     def repeats() -> bool:
@@ -120,15 +122,11 @@ def test_dropout_is_where_a_gradient_is_or_nowhere():
         return torch.equal(network(x, t, cond).sample, network(x, t, cond).sample)
 
     assert not repeats()
-    with dropout_off(network):
-        assert repeats()
-    assert network.training and not repeats()
-    with dropout_off(network, wanted=False):
-        assert not repeats()
     with active_adapter(layers, "default"):
         assert not repeats()
     with torch.no_grad(), active_adapter(layers, "default"):
-        assert repeats()
+        assert repeats() and torch.equal(output(network), output(network.eval()))  # and DoRA takes its shorter way
+        network.train()
     assert not repeats()
 
 

@@ -380,8 +380,8 @@ def test_an_adapter_is_active_again_where_another_one_s_turn_ends(parse):
             assert all(layer.disable_adapters for layer in layers)
             raise RuntimeError
         assert all(layer.active_adapters == ["student"] and not layer.disable_adapters for layer in layers)
-        assert all(layer.lora_dropout.training for layer in layers)
-    assert not any(layer.lora_dropout.training for layer in layers)
+        assert all(layer.lora_dropout["student"].training for layer in layers)
+    assert not any(layer.lora_dropout["student"].training for layer in layers)
 
 
 def test_bf16_leaves_every_trained_weight_a_gradient_and_timesteps_their_digits(run, monkeypatch):
