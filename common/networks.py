@@ -165,6 +165,8 @@ def speed_up(args, networks, compiled_blocks: tuple[str, ...], say):
             say("--enable_xformers_memory_efficient_attention: not installed, PyTorch's SDPA is in use")
     for network in {id(network): network for network in networks}.values():
         set_attention(network, backend)
+        for layer in adapter_layers(network):  # PEFT brings inputs to the adapter's fp32, and autocast back again
+            layer.cast_input_dtype_enabled = False
         # Frozen weights come from one file in every process, and those in 8 bits cannot be broadcast
         frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, frozen)

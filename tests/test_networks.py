@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import networks
 from common.networks import (
@@ -25,7 +26,7 @@ from common.networks import (
     weights_exchanged,
     with_uncond,
 )
-from tests.helpers import tiny_unet
+from tests.helpers import tiny_unet, tiny_wan
 
 
 def inputs():
@@ -33,14 +34,16 @@ def inputs():
     return torch.randn(2, 4, 4, 4, generator=rng), torch.tensor([999, 19]), torch.randn(2, 32, 16, generator=rng)
 
 
-def unet(*adapters: str, seed: int = 0, dropout: float = 0.0, precision: str = "no_change", **config):
+def unet(*adapters: str, base=tiny_unet, seed=0, dropout=0.0, precision="no_change", dtype=torch.float32, **config):
     """With adapters that do something, each something else."""
     torch.manual_seed(seed)
-    network = quantize(tiny_unet().requires_grad_(False).eval(), precision, "cpu")
+    network = quantize(base().requires_grad_(False).eval().to(dtype), precision, "cpu")
     for name in adapters:
         targets = ["to_q", "to_v", "conv1"]
         network.add_adapter(LoraConfig(r=2, lora_alpha=2, lora_dropout=dropout, target_modules=targets, **config), name)
     for name, p in network.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.float()
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3)
     return network
@@ -201,6 +204,45 @@ def test_named_blocks_alone_are_compiled_once_and_frozen_weights_are_not_exchang
     assert compiled == blocks and len(blocks) > 2
     ignored = set(network._ddp_params_and_buffers_to_ignore)
     assert ignored == {name for name, p in network.named_parameters() if not p.requires_grad}
+
+
+class CastsUp(TorchDispatchMode):
+    """Counts the casts from bf16 to fp32."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if function is torch.ops.aten._to_copy.default:
+            self.count += args[0].dtype == torch.bfloat16 and out.dtype == torch.float32
+        return out
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "tolerance"),
+    [
+        (tiny_unet, {}, 0.0),
+        (tiny_unet, {"use_dora": True}, 0.02),  # whose norms are in bf16 then, as those of convolutions are anyway
+        (tiny_unet, {"precision": "int8-torchao"}, 0.0),
+        (tiny_wan, {}, 0.0),
+    ],
+)
+def test_under_autocast_an_adapter_leaves_its_input_in_bf16(base, settings, tolerance):
+    x, t, cond = (part.bfloat16() if part.is_floating_point() else part for part in inputs())
+    x = x if base is tiny_unet else x[:, :, None]  # [B, C, F, h, w]
+    found = []
+    for change in (lambda network: network, fast):
+        network = change(unet("default", base=base, dtype=torch.bfloat16, **settings))
+        layers = adapter_layers(network)
+        with torch.autocast("cpu", torch.bfloat16):
+            with CastsUp() as alone, active_adapter(layers, "none"):
+                network(x, t, cond)
+            with CastsUp() as adapted:
+                out = network(x, t, cond).sample
+        found.append((out.float(), adapted.count - alone.count))
+    (usual, casts), (out, casts_now) = found
+    assert casts >= len(layers) > 3 and casts_now == 0
+    assert (out - usual).norm() <= tolerance * usual.norm()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
