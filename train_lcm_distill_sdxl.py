@@ -504,7 +504,8 @@ def load_networks(args, accelerator, weight_dtype) -> tuple[torch.nn.Module, tor
     student = add_lora(args, teacher) if lora else student
     student.to(device, **({} if lora else layout))
     target = student if lora else copy.deepcopy(student).requires_grad_(False).eval()
-    speed_up(args, (teacher, student, target), COMPILED_BLOCKS, accelerator.print)
+    # A network's blocks have a dozen shapes and more, and each bucket would have as many of its own
+    speed_up(args, (teacher, student, target), COMPILED_BLOCKS, accelerator.print, dynamic=True)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     return teacher, student.train(), target

@@ -8,6 +8,7 @@ import os
 import warnings
 
 import torch
+import torch._dynamo
 from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 ATTENTION = ("diffusers", *(backend.value for backend in AttentionBackendName))  # diffusers: PyTorch's SDPA
 # Features of diffusers' attention layers that BackendAttention leaves out, and that no U-Net's layers use
 UNSUPPORTED = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
+MOST_GRAPHS = 1024  # of the code of a compiled block
 PRECISIONS = ("no_change", "int8-quanto", "int8-torchao", "fp8-torchao")
 
 
@@ -156,8 +158,11 @@ def dynamo_backend() -> str:
     return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
 
 
-def speed_up(args, networks, compiled_blocks: tuple[str, ...], say):
-    """Sets attention kernels and compilation of networks, each of them once, and keeps DDP off frozen weights."""
+def speed_up(args, networks, compiled_blocks: tuple[str, ...], say, dynamic: bool = False):
+    """Sets attention kernels and compilation of networks, each of them once, and keeps DDP off frozen weights.
+
+    Compiled blocks are `dynamic`, where one code is for all shapes, or have a code for each.
+    """
     backend = args.attention_mechanism
     if args.enable_xformers_memory_efficient_attention:
         backend = "xformers" if is_xformers_available() else backend
@@ -173,7 +178,28 @@ def speed_up(args, networks, compiled_blocks: tuple[str, ...], say):
         if args.compile:  # in place and block by block: names of weights stay, and equal blocks share their code
             for block in network.modules():
                 if type(block).__name__ in compiled_blocks:
-                    block.compile()
+                    block.compile(dynamic=dynamic)
+    if args.compile:
+        allow_graphs(say)
+
+
+def allow_graphs(say):
+    """Lets torch.compile make as many graphs of a block's code as networks, roles and shapes ask for, or says so once.
+
+    Its own limit is 8, and a class of blocks has one code: SDXL's ResnetBlock2D alone has 12 pairs of channels.
+    """
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST_GRAPHS
+    said = []
+
+    def once(record: logging.LogRecord) -> bool:
+        if not record.getMessage().startswith("torch._dynamo hit config."):
+            return True
+        if not said:
+            said.append(record)
+            say(f"--compile: more than {MOST_GRAPHS} graphs of {record.args[2]}: it goes on without compilation")
+        return False
+
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(once)
 
 
 def precision_name(given: str) -> str:
