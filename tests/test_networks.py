@@ -157,10 +157,18 @@ def test_a_copy_of_the_trained_weights_changes_places_with_them():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def fast(network, said=None, **flags):
+def one_block():
+    """A network with a single BasicTransformerBlock."""
+    return tiny_unet(
+        down_block_types=("DownBlock2D",), mid_block_type=None, up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(8,), layers_per_block=0,
+    )  # fmt: skip
+
+
+def fast(network, said=None, dynamic=False, **flags):
     usual = {"attention_mechanism": "diffusers", "enable_xformers_memory_efficient_attention": False, "compile": False}
     said = [] if said is None else said
-    speed_up(SimpleNamespace(**usual | flags), (network, network), ("BasicTransformerBlock",), said.append)
+    speed_up(SimpleNamespace(**usual | flags), (network, network), ("BasicTransformerBlock",), said.append, dynamic)
     return network
 
 
@@ -198,12 +206,37 @@ def test_what_cannot_be_had_is_said(monkeypatch):
 
 def test_named_blocks_alone_are_compiled_once_and_frozen_weights_are_not_exchanged(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: compiled.append(self))
     network = fast(unet("default"), compile=True)
     blocks = [module for module in network.modules() if type(module).__name__ == "BasicTransformerBlock"]
     assert compiled == blocks and len(blocks) > 2
     ignored = set(network._ddp_params_and_buffers_to_ignore)
     assert ignored == {name for name, p in network.named_parameters() if not p.requires_grad}
+
+
+@pytest.mark.parametrize(("dynamic", "more"), [(True, 0), (False, 1)])
+def test_a_compiled_block_has_one_graph_for_all_shapes_or_one_for_each(dynamic, more, graphs):
+    network, plain = fast(unet(base=one_block), compile=True, dynamic=dynamic), unet(base=one_block)
+    counts = []
+    for side in (6, 10):
+        x, t, cond = torch.randn(2, 4, side, 8), torch.tensor(5), torch.randn(2, 7, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(network(x, t, cond).sample, plain(x, t, cond).sample)
+        counts.append(graphs.count)
+    assert counts == [counts[0], counts[0] + more]
+    graphs.check()
+
+
+def test_a_block_that_is_no_longer_compiled_is_told_of_once(graphs, monkeypatch, caplog):
+    said = []
+    monkeypatch.setattr(networks, "MOST_GRAPHS", 1)
+    network = fast(unet(base=one_block), said, compile=True)
+    for batch in (2, 3, 4):
+        with torch.no_grad():
+            network(torch.randn(batch, 4, 4, 4), torch.tensor(5), torch.randn(batch, 7, 16))
+    (sentence,) = said
+    assert sentence.startswith("--compile: more than 1 graphs of 'forward' (") and "without compilation" in sentence
+    assert not any("recompile_limit" in message for message in caplog.messages)
 
 
 class CastsUp(TorchDispatchMode):

@@ -24,8 +24,9 @@ from common.networks import active_adapter, adapter_layers
 from common.optim import update_ema
 from common.report import ClipScore
 from common.solvers import DDIMSolver, boundary_scalings
-from tests.helpers import teacher_like, tiny_autoencoder
-from tests.lcm import TWO_STEPS, Runner, check_weights, lcm_in_float64, perturb, randomize_adapters
+from tests.compiled import REAL_SD
+from tests.helpers import teacher_like, tiny_autoencoder, tiny_pipeline
+from tests.lcm import TWO_STEPS, Runner, check_graphs, check_weights, lcm_in_float64, perturb, randomize_adapters
 
 ROLLOUTS = "--scheduled_sampling_probability 1 --scheduled_sampling_max_step_offset 10"
 
@@ -668,6 +669,30 @@ def test_embeddings_of_another_precision_are_not_taken_from_the_cache(lcm, tmp_p
     for flags in ("", "--text_encoder_1_precision int8-torchao"):
         lcm.run(flags + f" --cache_dir_text {tmp_path / 'shared'}")
     assert len(list((tmp_path / "shared").iterdir())) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compilation
+# ---------------------------------------------------------------------------------------------------------------------
+
+ONE_LEVEL = {
+    "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "block_out_channels": (8,)
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("blocks", "flags"),
+    [
+        (ONE_LEVEL, f"--lora_rank 2 --lora_dropout 0.1 --ema_decay 0.9 --gradient_checkpointing {ROLLOUTS}"),
+        (ONE_LEVEL, "--use_dora --lora_rank 2 --mixed_precision bf16"),
+        (REAL_SD, "--model_type full --gradient_checkpointing"),
+    ],
+)
+def test_compile_makes_graphs_where_a_shape_is_new_alone(blocks, flags, lcm, two_shapes, graphs, monkeypatch, tmp_path):
+    """Ten steps on two shapes, with pictures between: no later step waits for the compiler, and none is without it."""
+    teacher = tiny_pipeline(tmp_path / "teacher", unet=blocks)
+    check_graphs(script, lcm, teacher, f"{flags} {two_shapes}", graphs, monkeypatch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import train_lcm_distill_sdxl as script
 from common.networks import active_adapter, adapter_layers
-from tests.helpers import ROOT, teacher_like, tiny_autoencoder, write_shard
-from tests.lcm import SHORT, TWO_STEPS, Runner, check_weights, lcm_in_float64, perturb, randomize_adapters
+from tests.compiled import REAL_SDXL
+from tests.helpers import ROOT, teacher_like, tiny_autoencoder, tiny_sdxl_pipeline, write_shard
+from tests.lcm import SHORT, TWO_STEPS, Runner, check_graphs, check_weights, lcm_in_float64, perturb, randomize_adapters
 
 ODD_SIZE = (257, 515)  # height and width of an original; bf16 has neither
 CONFIGS = ROOT / "tests" / "configs"
@@ -755,3 +756,15 @@ def test_every_key_of_the_documents_is_seen_by_a_test():
     assert set().union(*(keys_of(json.loads(path.read_text())) for path in files)) == SEEN_BY.keys()
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name in set(SEEN_BY.values()) if f"\ndef {name}(" not in tests] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compilation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_compile_makes_graphs_where_a_shape_is_new_alone(lcm, two_shapes, graphs, monkeypatch, tmp_path):
+    """SDXL's blocks: their classes have more pairs of channels than torch's own limit of graphs."""
+    teacher = tiny_sdxl_pipeline(tmp_path / "teacher", **REAL_SDXL)
+    check_graphs(script, lcm, teacher, f"--lora_rank 2 {two_shapes}", graphs, monkeypatch)
