@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import itertools
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -224,6 +225,21 @@ def test_a_compiled_block_has_one_graph_for_all_shapes_or_one_for_each(dynamic, 
             torch.testing.assert_close(network(x, t, cond).sample, plain(x, t, cond).sample)
         counts.append(graphs.count)
     assert counts == [counts[0], counts[0] + more]
+    graphs.check()
+
+
+def test_what_checkpointing_computes_again_makes_no_graph(graphs):
+    """On a GPU backward() has a thread of its own, to which this one's settings of torch.compile mean nothing."""
+    network = fast(unet("default", base=one_block, dropout=0.5).train(), compile=True, dynamic=True)
+    network.enable_gradient_checkpointing()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = network(torch.randn(2, 4, 6, 8), torch.tensor(5), torch.randn(2, 7, 16)).sample
+    count = graphs.count
+    thread = threading.Thread(target=out.sum().backward)
+    thread.start()
+    thread.join()
+    assert graphs.count == count > 0
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.requires_grad)
     graphs.check()
 
 
