@@ -1020,7 +1020,7 @@ def load_networks(args, accelerator, weight_dtype) -> Networks:
             # BlockCausal cuts the rotary embedding to the block, and only then splits it between processes
             splits_rotary = not causal or network is not by_role["student"]
             share_tokens(network, args.context_parallel_degree, accelerator, splits_rotary)
-    speed_up(args, by_role.values(), BLOCKS, accelerator.print)
+    speed_up(args, by_role.values(), BLOCKS, accelerator.print)  # all blocks of a clip have one shape
     if args.gradient_checkpointing:
         for role in roles:
             by_role[role].enable_gradient_checkpointing()

@@ -8,6 +8,7 @@ import os
 import warnings
 
 import torch
+import torch._dynamo
 from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 ATTENTION = ("diffusers", *(backend.value for backend in AttentionBackendName))  # diffusers: PyTorch's SDPA
 # Features of diffusers' attention layers that BackendAttention leaves out, and that no U-Net's layers use
 UNSUPPORTED = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
+MOST_GRAPHS = 1024  # of the code of a compiled block
 PRECISIONS = ("no_change", "int8-quanto", "int8-torchao", "fp8-torchao")
 
 
@@ -49,31 +51,6 @@ def with_uncond(cond, uncond) -> dict[str, torch.Tensor]:
     return {name: torch.cat([v, rows[name]]) for name, v in cond.items()}
 
 
-@contextlib.contextmanager
-def adapters_off(unet, wanted: bool = True):
-    """Inside, the network is its base without adapters, unless that is not `wanted`."""
-    if wanted:
-        unet.disable_adapters()
-    try:
-        yield
-    finally:
-        if wanted:
-            unet.enable_adapters()
-
-
-@contextlib.contextmanager
-def dropout_off(network, wanted=True):
-    """Inside, the network drops nothing out, unless that is not `wanted`."""
-    training = network.training
-    if wanted:
-        network.eval()
-    try:
-        yield
-    finally:
-        if wanted:
-            network.train(training)
-
-
 def adapter_layers(network: torch.nn.Module) -> list[BaseTunerLayer]:
     """Layers of a network that have adapters."""
     return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
@@ -87,9 +64,10 @@ def active_adapter(layers: list[BaseTunerLayer], name: str):
     get no gradient from then on. Here only the choice of the adapter changes. backward() belongs inside as well, since
     activation checkpointing computes again with the adapter that is active then. Dropout acts where gradients are on.
     """
-    before = [(layer._disable_adapters, layer._active_adapter, layer.lora_dropout.training) for layer in layers]
+    before = [(layer._disable_adapters, layer._active_adapter, layer.training) for layer in layers]
+    dropout = torch.is_grad_enabled()
     for layer in layers:
-        set_layer(layer, name not in layer.lora_A, [name], torch.is_grad_enabled())
+        set_layer(layer, name not in layer.scaling, [name], dropout)
     try:
         yield
     finally:
@@ -98,10 +76,14 @@ def active_adapter(layers: list[BaseTunerLayer], name: str):
 
 
 def set_layer(layer: BaseTunerLayer, disabled: bool, active: list[str], dropout: bool):
-    """Sets which adapters of a layer act, and whether their dropout does."""
-    layer._disable_adapters, layer._active_adapter = disabled, active
-    if layer.lora_dropout.training != dropout:
-        layer.lora_dropout.train(dropout)
+    """Sets which adapters of a layer act, and whether their dropout does.
+
+    Past nn.Module's own way to set an attribute, which takes most of the time of a switch.
+    """
+    vars(layer).update(_disable_adapters=disabled, _active_adapter=active)
+    if layer.training != dropout:
+        for module in (layer, *layer.lora_dropout.values()):  # DoRA asks its layer whether there is dropout
+            vars(module)["training"] = dropout
 
 
 def adapter_weights(network: torch.nn.Module, name: str) -> torch.nn.ParameterDict:
@@ -176,8 +158,11 @@ def dynamo_backend() -> str:
     return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
 
 
-def speed_up(args, networks, compiled_blocks: tuple[str, ...], say):
-    """Sets attention kernels and compilation of networks, each of them once, and keeps DDP off frozen weights."""
+def speed_up(args, networks, compiled_blocks: tuple[str, ...], say, dynamic: bool = False):
+    """Sets attention kernels and compilation of networks, each of them once, and keeps DDP off frozen weights.
+
+    Compiled blocks are `dynamic`, where one code is for all shapes, or have a code for each.
+    """
     backend = args.attention_mechanism
     if args.enable_xformers_memory_efficient_attention:
         backend = "xformers" if is_xformers_available() else backend
@@ -185,13 +170,36 @@ def speed_up(args, networks, compiled_blocks: tuple[str, ...], say):
             say("--enable_xformers_memory_efficient_attention: not installed, PyTorch's SDPA is in use")
     for network in {id(network): network for network in networks}.values():
         set_attention(network, backend)
+        for layer in adapter_layers(network):  # PEFT brings inputs to the adapter's fp32, and autocast back again
+            layer.cast_input_dtype_enabled = False
         # Frozen weights come from one file in every process, and those in 8 bits cannot be broadcast
         frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, frozen)
         if args.compile:  # in place and block by block: names of weights stay, and equal blocks share their code
             for block in network.modules():
                 if type(block).__name__ in compiled_blocks:
-                    block.compile()
+                    block.compile(dynamic=dynamic)
+    if args.compile:
+        allow_graphs(say)
+
+
+def allow_graphs(say):
+    """Lets torch.compile make as many graphs of a block's code as networks, roles and shapes ask for, or says so once.
+
+    Its own limit is 8, and a class of blocks has one code: SDXL's ResnetBlock2D alone has 12 pairs of channels.
+    """
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST_GRAPHS
+    said = []
+
+    def once(record: logging.LogRecord) -> bool:
+        if not record.getMessage().startswith("torch._dynamo hit config."):
+            return True
+        if not said:
+            said.append(record)
+            say(f"--compile: more than {MOST_GRAPHS} graphs of {record.args[2]}: it goes on without compilation")
+        return False
+
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(once)
 
 
 def precision_name(given: str) -> str:

@@ -9,6 +9,7 @@ CausVid (Yin et al. 2024, arXiv 2412.07772), Self-Forcing (Huang et al. 2025, ar
 """
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from common.wan.parallel import heads_to_tokens, own_tokens, token_group, tokens_to_heads
 
-Piece = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [B, tokens, heads, D]
+Piece = Sequence[Sequence[torch.Tensor]]  # keys and values of each layer, [B, tokens, heads, D]
 Cache = tuple[Piece, ...]  # in the order of time
 
 
@@ -28,21 +29,17 @@ class Context(NamedTuple):
     """Arguments of self-attention besides its input. They travel with the rotary embedding, an argument of each layer,
     so that activation checkpointing computes again with the values of the first time."""
 
-    past: Cache | None  # of earlier blocks
+    past: Cache | None  # of earlier blocks; a layer gets its own keys and values alone, [(k, v), ...]
     ends: tuple[int, ...] | None  # last token + 1 of each block, where the input is many blocks
-    kept: list | None  # a list that collects each layer's keys and values
+    kept: list | None  # a list that collects each layer's keys and values; a layer gets a list for its own
     computed_again: bool  # whether activation checkpointing repeats the call in backward()
 
 
 class BlockCausalAttention(WanAttnProcessor):
-    """Self-attention of one layer; without a Context it is the stock one.
+    """Self-attention of any layer; without a Context it is the stock one.
 
     Where processes share a clip's tokens, each of them attends from all tokens to all, in its share of the heads.
     """
-
-    def __init__(self, layer: int):
-        super().__init__()
-        self.layer = layer
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         if len(rotary_emb) == 2:
@@ -54,8 +51,8 @@ class BlockCausalAttention(WanAttnProcessor):
         group = token_group(self)
         q, k, v = (tokens_to_heads(part, group) for part in (q, k, v))
         if context.kept is not None:
-            context.kept.append((k.detach(), v.detach()))
-        past = [piece[self.layer] for piece in context.past or ()]
+            context.kept.extend((k.detach(), v.detach()))
+        past = context.past
         pieces = [k for k, _ in past] + [k], [v for _, v in past] + [v]
         k, v = (torch.cat(each, 1) if past else each[0] for each in pieces)
         earlier = k.shape[1] - q.shape[1]  # tokens
@@ -71,6 +68,25 @@ class BlockCausalAttention(WanAttnProcessor):
         for layer in attn.to_out:
             out = layer(out)
         return out
+
+
+@torch.compiler.disable
+def own_part(layer: int, block, inputs):
+    """Inputs of a layer, with its own part of the Context. Compiled, all layers then have the same code: it neither
+    counts layers nor pieces of the cache, which are joined before it, and takes a past of any length."""
+    *others, rotary_emb = inputs
+    if len(rotary_emb) == 2:
+        return None
+    *angles, context = rotary_emb
+    past = [piece[layer] for piece in context.past or ()]
+    if past and block._compiled_call_impl is not None:
+        past = [tuple(torch.cat(each, 1) for each in zip(*past, strict=True))]
+        for joined in past[0]:
+            torch._dynamo.maybe_mark_dynamic(joined, 1)
+    kept = None if context.kept is None else []
+    if kept is not None:
+        context.kept.append(kept)
+    return *others, (*angles, context._replace(past=past, kept=kept))
 
 
 def saved_in_pieces(joined, pieces):
@@ -107,7 +123,8 @@ class BlockCausal:
         self.call = None  # inside block(): its first frame, and a Context
         self.transformer = transformer
         for layer, block in enumerate(transformer.blocks):
-            block.attn1.set_processor(BlockCausalAttention(layer))
+            block.attn1.set_processor(BlockCausalAttention())
+            block.register_forward_pre_hook(functools.partial(own_part, layer))
         transformer.rope.register_forward_pre_hook(self.lengthen)
         transformer.rope.register_forward_hook(self.cut)
 
@@ -153,8 +170,10 @@ class BlockCausal:
         if self.call is not None:
             start, context = self.call
             tokens = angles[0].shape[1] * start // inputs[0].shape[2]  # [1, L, 1, D] from frame 0 on
-            # Copies, since a view would keep the angles of all frames in memory
-            return *(own_tokens(part[:, tokens:], self.transformer).clone() for part in angles), context
+            # Copies, since a view would keep the angles of all frames in memory, and its strides tell of their number
+            whole = torch.contiguous_format
+            own = (own_tokens(part[:, tokens:], self.transformer).clone(memory_format=whole) for part in angles)
+            return *own, context
         return tuple(own_tokens(part, self.transformer) for part in angles)
 
 

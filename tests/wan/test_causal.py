@@ -261,3 +261,18 @@ def test_every_attention_backend_is_asked(monkeypatch):
     with causal.block(0):
         call(network, x, t, text)
     assert set(asked) == {"_native_math"} and len(asked) == 2
+
+
+def test_compiled_all_layers_have_one_code_for_a_past_of_any_length(graphs):
+    """Without a past, and with one; torch's own limit is 8 graphs."""
+    x, t, text = inputs(frames=4)
+    plain, network = tiny_wan(), tiny_wan()
+    expected = rolled(plain, BlockCausal(plain), x, t, text, [1, 1, 1, 1])
+    causal = BlockCausal(network)
+    for block in network.blocks:
+        block.compile(dynamic=False)
+    with torch.no_grad():
+        found = rolled(network, causal, x, t, text, [1, 1, 1, 1])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert graphs.count == 2
+    graphs.check()
