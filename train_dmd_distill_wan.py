@@ -69,7 +69,7 @@ from common.data.clips import clip_size, open_caption_readers, open_clip_readers
 from common.data.datasets import Data, open_data, plan_buckets
 from common.data.encoder import SampleEncoder, open_encoder
 from common.data.stream import open_batches
-from common.draws import Draws, draw_dropped, draw_exits, score_range, score_timesteps, tied_noise
+from common.draws import Draws, draw_dropped, draw_exits, score_range, score_timesteps, tied_noise, to_device
 from common.export import push_to_hub
 from common.flags import (
     Flags,
@@ -625,14 +625,14 @@ def encode_prompts(text_encoder, prompts: list[str], length: int) -> dict[str, l
     rows = []
     for prompt in prompts:
         tokens = tokenizer(prompt_clean(prompt), max_length=length, truncation=True, return_tensors="pt")
-        rows.append(encoder(tokens.input_ids.to(encoder.device)).last_hidden_state[0])
+        rows.append(encoder(to_device(tokens.input_ids, encoder.device)).last_hidden_state[0])
     return {"prompt_embeds": rows}
 
 
 def latent_statistics(vae) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each channel of the VAE's latents, fp32, [1, C, 1, 1, 1]."""
     mean, std = (torch.tensor(getattr(vae.config, name)) for name in ("latents_mean", "latents_std"))
-    return mean.view(1, -1, 1, 1, 1).to(vae.device), std.view(1, -1, 1, 1, 1).to(vae.device)
+    return tuple(to_device(values.view(1, -1, 1, 1, 1), vae.device) for values in (mean, std))
 
 
 def encode_pixels(vae, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -852,7 +852,7 @@ class Networks:
 
     def velocity(self, role: str, x, t, cond):
         """v of a role at x_t, [B, C, f, h, w]; t is a number or [B]."""
-        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+        t = t if torch.is_tensor(t) else torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         with self.acting(role), self.accelerator.autocast():
             return predict(self.by_role[role], x, t, cond).float()
 
@@ -860,7 +860,7 @@ class Networks:
         """uncond + scale * (cond - uncond), both in one forward; a scale of 0 or 1 means cond alone."""
         if scale in (0.0, 1.0):
             return self.velocity(role, x, t, cond)
-        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x)).repeat(2)
+        t = t.repeat(2) if torch.is_tensor(t) else t
         v_cond, v_uncond = self.velocity(role, torch.cat([x, x]), t, with_uncond(cond, uncond)).chunk(2)
         return v_uncond + scale * (v_cond - v_uncond)
 
@@ -900,7 +900,7 @@ def dmd_backward(args, method, networks, means, draws, cond, uncond, blocks, sha
         """Timesteps [B] at which the rollout is judged, on the CPU and on the device, and noise."""
         ratios = args.min_timestep_ratio, args.max_timestep_ratio
         t = score_timesteps(draws.uniform(), low, high, args.timestep_shift, *ratios)
-        return t, t.to(x_g.device), draws.normal(*x_g.shape[1:])
+        return t, to_device(t, x_g.device), draws.normal(*x_g.shape[1:])
 
     # 3. Student: down the gradient, x_g goes from the fake score's x0 to the teacher's
     if student_turn:

@@ -59,7 +59,7 @@ from common.data.datasets import open_data, plan_buckets
 from common.data.encoder import open_encoder
 from common.data.samples import open_readers
 from common.data.stream import open_batches
-from common.draws import Draws, draw_dropped, draw_rollout
+from common.draws import Draws, draw_dropped, draw_rollout, to_device
 from common.export import push_to_hub
 from common.flags import (
     Switch,
@@ -341,7 +341,7 @@ def encode_prompts(text_encoder, prompts: list[str]) -> dict[str, torch.Tensor]:
         prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
     mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
-    return {"prompt_embeds": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]}
+    return {"prompt_embeds": encoder(to_device(tokens.input_ids, encoder.device), attention_mask=mask)[0]}
 
 
 def encode_empty_prompt(args, encoder: SampleEncoder) -> dict[str, torch.Tensor]:
@@ -503,7 +503,7 @@ def draw(args, positions: list[int], images, text, uncond, device):
     # 1. Draws
     draws = Draws(args.seed, positions, device)
     index = draws.integers(args.num_ddim_timesteps)  # [B], places in the solver's grid
-    w = args.w_min + (args.w_max - args.w_min) * draws.uniform().to(device)
+    w = args.w_min + (args.w_max - args.w_min) * to_device(draws.uniform(), device)
     cond = conditions(draw_dropped(draws, args.proportion_empty_prompts, text, uncond), images)
     latents = sample_latents(images, draws)
     eps = draws.normal(*latents.shape[1:])

@@ -65,7 +65,7 @@ from common.data.datasets import open_data, plan_buckets
 from common.data.encoder import open_encoder
 from common.data.samples import open_readers
 from common.data.stream import open_batches
-from common.draws import Draws, draw_dropped, draw_rollout
+from common.draws import Draws, draw_dropped, draw_rollout, to_device
 from common.export import push_to_hub
 from common.flags import (
     Switch,
@@ -361,7 +361,7 @@ def encode_prompts(text_encoders, prompts: list[str]) -> dict[str, torch.Tensor]
         tokens = tokenizer(
             prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         )
-        out = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
+        out = encoder(to_device(tokens.input_ids, encoder.device), output_hidden_states=True)
         states.append(out.hidden_states[-2])  # before the last layer, without the final norm
     return {"prompt_embeds": torch.cat(states, dim=-1), "text_embeds": out.text_embeds}
 
@@ -533,7 +533,7 @@ def draw(args, positions: list[int], images, text, uncond, device):
     # 1. Draws
     draws = Draws(args.seed, positions, device)
     index = draws.integers(args.num_ddim_timesteps)  # [B], places in the solver's grid
-    w = args.w_min + (args.w_max - args.w_min) * draws.uniform().to(device)
+    w = args.w_min + (args.w_max - args.w_min) * to_device(draws.uniform(), device)
     cond = conditions(draw_dropped(draws, args.proportion_empty_prompts, text, uncond), images)
     latents = sample_latents(images, draws)
     eps = draws.normal(*latents.shape[1:])

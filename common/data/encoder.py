@@ -16,6 +16,7 @@ from common.data.samples import Sample
 from common.data.shards import is_local
 from common.data.sources import part_fingerprint
 from common.data.stream import ShardPass, load, open_batches
+from common.draws import to_device
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class SampleEncoder:
 
     def records_of(self, samples: list[Sample]) -> list[dict[str, torch.Tensor]]:
         """What is cached of each of these samples of one bucket: its latents by the VAE, and its size_ids."""
-        pixels = torch.stack([sample.pixels for sample in samples]).to(self.device, non_blocking=True)
+        pixels = to_device(torch.stack([sample.pixels for sample in samples]), self.device)
         encoded = self.encoders.encode_pixels(self.vae, pixels.float() / 127.5 - 1.0)
         return [
             {name: values[row] for name, values in encoded.items()} | {"size_ids": torch.tensor(sample.size_ids)}
@@ -113,8 +114,13 @@ class SampleEncoder:
         def padded(row):  # [L, C] -> [length, C]
             return row if length is None else torch.nn.functional.pad(row, (0, 0, 0, length - len(row)))
 
-        names = rows[0] if rows else {}
-        return {name: torch.stack([padded(row[name].to(self.device)) for row in rows]) for name in names}
+        stacked = {}
+        for name in rows[0] if rows else {}:
+            values = [padded(row[name]) for row in rows]
+            if len({value.device for value in values}) > 1:  # from the cache some, from the encoder others
+                values = [to_device(value, self.device) for value in values]
+            stacked[name] = to_device(torch.stack(values), self.device)
+        return stacked
 
     def fill(self, accelerator, datasets: tuple[Dataset, ...], readers, workers: int):
         """Encodes all that the caches lack, each process of its share of the parts. Marked parts are not read."""
