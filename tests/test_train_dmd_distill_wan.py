@@ -34,6 +34,7 @@ from common.solvers import flow_grid, roll_out
 from common.tracking import Means
 from common.wan.causal import block_ends, first_tokens
 from tests.helpers import ROOT, folder_of_clips, short_wan_run, without
+from tests.waits import steps_without_waits
 
 LORA, FULL, CAUSAL = "--lora_rank 4", "--model_type full", "--lora_rank 4 --num_frame_per_block 1"
 LCM = "--distillation_method lcm"
@@ -884,6 +885,19 @@ def test_of_clips_the_captions_and_sizes_are_read_alone(wan_teacher, tmp_path, m
     (sample,) = next(script.open_batches(args, data, accelerator, readers, None))
     assert (sample.caption, sample.bucket, sample.pixels) == ("a red ball", (9, 32, 48), None)
     assert encoder.encode_text([sample.caption])["prompt_embeds"].shape == (1, 512, 16)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        f"{FULL} --use_ema --fake_score_guidance_scale 2 --proportion_empty_prompts 0.5",
+        f"{CAUSAL} --causal_init_steps 1 --context_noise 10 --lora_dropout 0.1",
+        f"{LORA} {LCM}",
+    ],
+)
+def test_the_loop_does_not_wait_for_the_device(flags, parse, monkeypatch):
+    monkeypatch.setattr(script, "FLOW_STEPS", 2)  # more of them only take time
+    assert steps_without_waits(script, *parse(f"{flags} --num_frames 5 --max_train_steps 2")) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from common.report import ClipScore
 from common.solvers import DDIMSolver, boundary_scalings
 from tests.helpers import teacher_like, tiny_autoencoder
 from tests.lcm import TWO_STEPS, Runner, check_weights, lcm_in_float64, perturb, randomize_adapters
+from tests.waits import steps_without_waits
 
 
 @pytest.fixture
@@ -655,6 +656,26 @@ def test_the_flow_loss_is_on_velocities(lcm, sd_teacher, watch):
         # what the flow model says must give the same noisy sample back: x_t = (alpha + sigma) x0 + sigma v
         torch.testing.assert_close((alpha + sigma) * clean + sigma * velocity, x_t.double(), rtol=1e-3, atol=1e-3)
     assert losses[1][1] > losses[0][1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Waits for the device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+STREAMED = "--lora_rank 4 --ema_decay 0.5 --lora_dropout 0.1 --vae_cache_disable --proportion_empty_prompts 0.5"
+STREAMED += " --scheduled_sampling_probability 0.5 --scheduled_sampling_max_step_offset 5 --optimizer lion"
+
+
+@pytest.mark.parametrize("flags", ["--loss_type huber --diff2flow_loss", STREAMED])
+def test_the_loop_does_not_wait_for_the_device(flags, lcm):
+    assert steps_without_waits(script, *lcm.parse(f"{flags} --max_train_steps 2")) == 2
+
+
+def test_a_wait_that_somebody_adds_is_found(lcm, monkeypatch):
+    monkeypatch.setattr(script, "consistency_loss", lambda prediction, *_: prediction.mean() * prediction.mean().item())
+    with pytest.raises(AssertionError, match="_local_scalar_dense.*waits for the device"):
+        steps_without_waits(script, *lcm.parse())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

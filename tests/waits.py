@@ -1,8 +1,8 @@
-"""A run whose host must not wait for the device between two lines of the log.
+"""A run whose host must not wait for the device between two lines of the log, on a GPU or on a CPU.
 
-On a GPU PyTorch itself tells. On a CPU a device is played: its tensors hold those of the CPU, and show another device.
-What would make the host wait for a GPU is an error there: a value that is read, a size that depends on values, a copy
-to the CPU, and one from it that is not of pinned memory or not asynchronous.
+On a CPU a device is played: its tensors hold those of the CPU, and show another device. What would make the host wait
+for a GPU is an error there: a value that is read, a size that depends on values, a copy to the CPU, and one from it
+that is not of pinned memory or not asynchronous. A GPU is asked by steps_without_waits(script, *parsed, on=gpu).
 """
 
 import contextlib
@@ -59,7 +59,6 @@ class PlayedDevice(TorchDispatchMode):
         if target is not None:
             on_device, kwargs = torch.device(target).type == PLAYED.type, kwargs | {"device": "cpu"}
 
-
         def wrap(found):
             if id(found) in wrappers:
                 return wrappers[id(found)]
@@ -112,17 +111,18 @@ def played_device():
 
 @contextlib.contextmanager
 def gpu():
-    """The same on a GPU."""
+    """The same on a GPU, where PyTorch itself tells."""
+    assert torch.cuda.is_available()
     yield lambda forbidden: torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
 
 
-def steps_without_waits(script, *parsed) -> int:
+def steps_without_waits(script, *parsed, on=played_device) -> int:
     """The number of steps that a script's loop has made, in none of which the host has waited for the device.
 
     A step is watched from its beginning to its line in the log, or to its end. Encoders may wait where they are loaded.
     """
     steps, in_loop, load = [], False, SampleEncoder.load
-    with gpu() if torch.cuda.is_available() else played_device() as forbid, contextlib.ExitStack() as stack:
+    with on() as forbid, contextlib.ExitStack() as stack:
 
         class Watched(script.StopSignal):  # made as the loop begins, asked as a step ends
             def __init__(self):
