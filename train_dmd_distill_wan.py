@@ -111,7 +111,15 @@ from common.optim import (
 )
 from common.pictures import validation_prompts
 from common.plan.memory import Setup, plan_of
-from common.run import Saver, check_finite, end_run, open_repository, start_run, teacher_missing
+from common.run import (
+    Saver,
+    check_finite,
+    end_run,
+    machine_defaults,
+    open_repository,
+    start_run,
+    teacher_missing,
+)
 from common.solvers import (
     TIMESTEPS,
     block_lengths,
@@ -246,7 +254,8 @@ def parse_args(argv=None):
     check_model_flags(parser, args)
     rules, size_notes = bucket_rules(parser, args)
     data, data_notes = open_data(parser, args, rules, FRAMES_PER_LATENT)
-    args = filled(args, validation_resolution=[target_size(1, 1, rules)], **shared_defaults(args))
+    chosen, machine_notes = machine_defaults(args, data, decodes=trains_on_clips(args, data))
+    args = filled(args, validation_resolution=[target_size(1, 1, rules)], **chosen, **shared_defaults(args))
     for height, width in args.validation_resolution:
         if height % SIDE_FACTOR or width % SIDE_FACTOR:
             parser.error(f"--validation_resolution {width}x{height}: must be multiples of {SIDE_FACTOR}")
@@ -268,6 +277,7 @@ def parse_args(argv=None):
         *notes,
         *size_notes,
         *data_notes,
+        *machine_notes,
         *block_notes,
     ]
     return args, data, method, notes
@@ -482,6 +492,7 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import is_ftfy_available
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from common.cache import weights_identity
@@ -500,6 +511,7 @@ LORA_TARGETS = "to_q,to_k,to_v,to_out.0,ffn.net.0.proj,ffn.net.2"
 BLOCKS = ("WanTransformerBlock",)  # layers that are compiled one by one, and gathered one by one where split
 FRAMES_PER_LATENT = 4  # of a clip, for each latent frame after the first
 FRAMES_PER_SECOND = 16
+TOKENS_ENCODED = 4096  # of prompts, padding among them, that go through the text encoder at a time
 SIDE_FACTOR = 16  # of a clip's sides: the VAE's 8, and the transformer's patches of 2
 TOY = Path(__file__).parent / "tests" / "toy"
 
@@ -619,14 +631,21 @@ def encoders(args, device, dtype: torch.dtype) -> Encoders:
 def encode_prompts(text_encoder, prompts: list[str], length: int) -> dict[str, list[torch.Tensor]]:
     """States of each prompt's own tokens, [L, C] with L up to `length`; they are padded when they are used.
 
-    One at a time, so that a prompt's embedding is the same whatever is encoded beside it.
+    Prompts of similar length go together, so that little is padded. The padding is masked: of what is beside it a
+    prompt's embedding keeps no more than a rounding error.
     """
     tokenizer, encoder = text_encoder
-    rows = []
-    for prompt in prompts:
-        tokens = tokenizer(prompt_clean(prompt), max_length=length, truncation=True, return_tensors="pt")
-        rows.append(encoder(to_device(tokens.input_ids, encoder.device)).last_hidden_state[0])
-    return {"prompt_embeds": rows}
+    tokens = [tokenizer(prompt_clean(prompt), max_length=length, truncation=True).input_ids for prompt in prompts]
+    rows, waiting = {}, sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
+    while waiting:
+        count = max(1, TOKENS_ENCODED // len(tokens[waiting[-1]]))  # the longest first
+        chunk, waiting = waiting[-count:], waiting[:-count]
+        ids = pad_sequence([torch.tensor(tokens[i]) for i in chunk], batch_first=True)  # [B, L]
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(tokens[i]) for i in chunk])[:, None]
+        ids, mask = (to_device(each, encoder.device) for each in (ids, mask.long()))
+        states = encoder(ids, attention_mask=mask).last_hidden_state
+        rows |= {i: states[row, : len(tokens[i])] for row, i in enumerate(chunk)}
+    return {"prompt_embeds": [rows[i] for i in range(len(prompts))]}
 
 
 def latent_statistics(vae) -> tuple[torch.Tensor, torch.Tensor]:

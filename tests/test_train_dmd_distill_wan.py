@@ -968,6 +968,22 @@ def test_embeddings_are_the_pipelines(wan_teacher):
         assert not padded[len(row) :].any()
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_prompts_of_similar_length_are_encoded_together(dtype, rounding, parse, monkeypatch):
+    """And an embedding does not depend on what is beside it, but for rounding."""
+    monkeypatch.setattr(script, "TOKENS_ENCODED", 64)
+    tokenizer, encoder = script.load_text_encoder(parse("")[0], torch.device("cpu"), dtype)
+    shapes, prompts = [], ["", "x" * 40, *("a ball " * (1 + i % 5) for i in range(20)), "y" * 90]
+    with torch.no_grad():
+        alone = [script.encode_prompts((tokenizer, encoder), [prompt], 512)["prompt_embeds"][0] for prompt in prompts]
+        encoder.encoder.embed_tokens.register_forward_pre_hook(lambda _, ids: shapes.append(ids[0].shape))
+        rows = script.encode_prompts((tokenizer, encoder), prompts, 512)["prompt_embeds"]
+    assert len(shapes) < 14 and all(len(shape) == 2 and (shape.numel() <= 64 or shape[0] == 1) for shape in shapes)
+    for row, expected in zip(rows, alone, strict=True):
+        assert row.shape == expected.shape
+        torch.testing.assert_close(row, expected, rtol=rounding, atol=rounding * expected.abs().max().item())
+
+
 def test_latents_are_the_pipelines(wan_teacher):
     """WanVideoToVideoPipeline's, without the noise that it adds."""
     args = Namespace(pretrained_teacher_model=wan_teacher, teacher_revision=None, cache_dir=None)

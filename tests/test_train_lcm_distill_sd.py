@@ -526,6 +526,20 @@ def test_guidance_on_top_of_a_loras_own_changes_its_pictures_and_is_warned_about
     assert [arguments[7] for arguments, _ in calls] == [1.0, 11.0, 3.4, 11.0]
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"), [("--lora_rank 2", True), ("--lora_rank 2 --w_min 4 --w_max 4", False), ("", False)]
+)
+def test_a_lora_over_a_range_of_w_is_warned_about(flags, said, lcm):
+    warnings = [note for note in lcm.parse(flags)[2] if "is not told w" in note]
+    assert len(warnings) == said
+    for text in (
+        "--w_min 5 and --w_max 15",
+        "guidance_scale 6 to 16, near to 11",
+        "--w_min 10 --w_max 10 makes it one",
+    ):
+        assert all(text in warning for warning in warnings)
+
+
 def test_lora_type_means_a_lora(lcm):
     assert lcm.args("--lora_type standard").model_type == "lora" and lcm.args().model_type == "full"
 

@@ -18,6 +18,8 @@ from common.data.sources import part_fingerprint
 from common.data.stream import ShardPass, load, open_batches
 from common.draws import to_device
 
+CAPTIONS_AT_ONCE = 32  # that go to the text encoder while caches are filled
+
 
 @dataclass(frozen=True)
 class Encoders:
@@ -43,7 +45,8 @@ class SampleEncoder:
         self.encoders, self.latents, self.text = encoders, latents, text
         self.vae_batch_size, self.device = vae_batch_size, device
         self.loaded = {}  # by loader; a None is not loaded again
-        self.waiting: dict[tuple, list[Sample]] = {}  # by bucket, of those to be cached
+        self.waiting: dict[tuple, list[Sample]] = {}  # by bucket, of those whose latents are to be cached
+        self.captions: dict[str, None] = {}  # to be cached, in the order in which they came
 
     def load(self, loader):
         """The network of this loader, which is called once until release()."""
@@ -171,20 +174,24 @@ class SampleEncoder:
         return self.text if self.latents is None else self.latents[dataset]
 
     def encode_soon(self, sample: Sample):
-        """Caches captions and latents of a sample as soon as enough others of its bucket wait for it."""
-        if sample.latents is None or any(text_key(caption) not in self.text for caption in sample.captions):
+        """Caches captions of a sample as soon as enough wait, and its latents as soon as enough of its bucket do."""
+        self.captions |= {caption: None for caption in sample.captions if text_key(caption) not in self.text}
+        if len(self.captions) >= CAPTIONS_AT_ONCE:
+            self.encode_captions()
+        if sample.latents is None:
             self.waiting.setdefault(sample.bucket, []).append(sample)
             if len(self.waiting[sample.bucket]) == self.vae_batch_size:
-                self.encode(self.waiting.pop(sample.bucket))
+                self.encode_images(self.waiting.pop(sample.bucket))
 
     def encode_waiting(self):
+        self.encode_captions()
         while self.waiting:
-            self.encode(self.waiting.popitem()[1])
+            self.encode_images(self.waiting.popitem()[1])
 
-    def encode(self, samples: list[Sample]):
-        """Caches captions and latents of samples of one bucket."""
-        self.encode_text(list(dict.fromkeys(caption for sample in samples for caption in sample.captions)))
-        self.encode_images([sample for sample in samples if sample.latents is None])
+    def encode_captions(self):
+        if self.captions:
+            self.encode_text(list(self.captions))
+        self.captions.clear()
 
     def done_name(self, dataset: Dataset, part) -> str:
         """Name under which a store remembers that it has all of a part: it holds all that decides its records."""

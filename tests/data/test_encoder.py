@@ -382,6 +382,13 @@ def test_images_of_a_small_bucket_have_a_record_of_their_own(sd_teacher, several
     assert (records(tmp_path / "vae_a"), loads["vae"]) == (8 + 4, 0)
 
 
+def test_captions_are_encoded_together_however_few_pictures_are(sd_teacher, shards, tmp_path, watch):
+    calls = watch(script, "encode_prompts")
+    encoder, *_ = opened(sd_teacher, shards, tmp_path, "--vae_encode_batch_size", 1)
+    assert len(calls) == 1 + 2  # the run's own prompts, and those of each shard
+    assert sum(len(prompts) for (_, prompts), _ in calls) == len(encoder.text.index) > 10
+
+
 def test_a_batch_is_one_copy_for_each_tensor(sd_teacher, shards, tmp_path, watch):
     encoder, batches, _ = opened(sd_teacher, shards, tmp_path)
     samples, copies = next(batches), watch(encoders_module, "to_device")
