@@ -61,8 +61,15 @@ class Draws:
 
 def draw_dropped(draws: Draws, share: float, text: dict, empty: dict) -> dict[str, torch.Tensor]:
     """Conditions of a batch in which a share of the samples, drawn at random, has those of the empty prompt."""
-    dropped = to_device(draws.uniform() < share, draws.device)
-    return {name: torch.where(expand_to(dropped, rows), empty[name], rows) for name, rows in text.items()}
+    return with_dropped(draws.uniform() < share, text, empty)
+
+
+def with_dropped(dropped: torch.Tensor, text: dict, empty: dict) -> dict[str, torch.Tensor]:
+    """Conditions of a batch in which the `dropped` samples, [B] on the CPU, have those of the empty prompt."""
+    return {
+        name: torch.where(expand_to(to_device(dropped, rows.device), rows), empty[name], rows)
+        for name, rows in text.items()
+    }
 
 
 def draw_rollout(args, positions: list[int], shape, device) -> tuple[torch.Tensor, torch.Tensor]:

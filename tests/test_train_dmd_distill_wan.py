@@ -815,6 +815,55 @@ def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, monk
     assert after < 0.5 * min(before, far)
 
 
+REGRESSION = "--causal_init_steps 4 --max_train_steps 4 --causal_init_trajectories 2 --proportion_empty_prompts 0.5"
+
+
+@pytest.mark.parametrize("student", [CAUSAL, FULL])
+def test_kept_trajectories_need_no_teacher_and_give_the_same_weights(student, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "FLOW_STEPS", 2)  # more of them only take time
+    flags = f"{student} {REGRESSION} --cache_dir_trajectories {tmp_path / 'kept'}"
+    filled = run(flags)["student"]
+    with monkeypatch.context() as without_cache:
+        without_cache.setattr(script.Trajectories, "all_have", lambda kept, found: False)
+        assert equal(run(flags)["student"], filled)
+    monkeypatch.setattr(script, "flow_trajectory", lambda *_: pytest.fail("the teacher was asked"))
+    assert equal(run(flags)["student"], filled)
+    with pytest.raises(pytest.fail.Exception, match="the teacher was asked"):
+        run(f"{student} {REGRESSION.replace('trajectories 2', 'trajectories 0')}")
+
+
+@pytest.fixture
+def kept(run, monkeypatch, tmp_path):
+    """`kept(flags)`: how many trajectories a run adds to those of before."""
+    monkeypatch.setattr(script, "FLOW_STEPS", 2)
+
+    def added(flags: str = "") -> int:
+        before = len(list((tmp_path / "kept").rglob("*.safetensors")))
+        once = "--causal_init_steps 2 --max_train_steps 2 --causal_init_trajectories 1"
+        run(f"{CAUSAL} {once} --cache_dir_trajectories {tmp_path / 'kept'} {flags}")
+        return len(list((tmp_path / "kept").rglob("*.safetensors"))) - before
+
+    return added
+
+
+def test_trajectories_are_kept_for_a_prompt_and_not_for_a_visit_or_a_seed(kept):
+    assert kept() == 1
+    assert kept("--seed 7 --causal_init_steps 3 --max_train_steps 3 --learning_rate 1") == 0
+    assert kept("--causal_init_trajectories 3 --causal_init_steps 12 --max_train_steps 12") == 2
+
+
+@pytest.mark.slow
+def test_what_shapes_a_trajectory_is_in_its_key(kept):
+    assert kept() == 1
+    for flags in (
+        "--causal_init_guidance 2", "--negative_prompt bad", "--dmd_denoising_steps 1000,500",
+        "--flow_schedule_shift 7", "--num_frames 5", "--num_frame_per_block 3", "--proportion_empty_prompts 1",
+        "--max_sequence_length 8", "--mixed_precision bf16", "--base_model_precision int8-torchao",
+    ):  # fmt: skip
+        assert (flags, kept(flags)) == (flags, 1)
+    assert kept() == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
