@@ -592,7 +592,7 @@ def load_transformer(args, dtype: torch.dtype) -> WanTransformer3DModel:
 
 def teacher_identity(args) -> str:
     """A name of the teacher's weights, for what is kept of its outputs."""
-    return weights_identity(teacher_of(args), "transformer", args.teacher_revision)
+    return weights_identity(teacher_of(args), "transformer", args.teacher_revision, args.teacher_variant)
 
 
 def add_adapters(args, transformer: WanTransformer3DModel, names: tuple[str, ...]) -> WanTransformer3DModel:

@@ -952,6 +952,13 @@ def test_the_loop_does_not_wait_for_the_device(flags, parse, monkeypatch):
     assert steps_without_waits(script, *parse(f"{flags} --num_frames 5 --max_train_steps 2")) == 2
 
 
+def test_kept_trajectories_come_without_a_wait(run, parse, monkeypatch):
+    monkeypatch.setattr(script, "FLOW_STEPS", 2)
+    flags = f"{CAUSAL} --num_frames 5 --causal_init_steps 1 --causal_init_trajectories 1"
+    run(flags, "kept")
+    assert steps_without_waits(script, *parse(flags, "kept")) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Wan's encoders and the caches
 # ---------------------------------------------------------------------------------------------------------------------
