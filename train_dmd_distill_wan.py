@@ -61,13 +61,23 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from common.cache import TensorStore, identity, text_key
 from common.checkpoint import StopSignal, resume
 from common.data.buckets import check_frame_count, latent_frames, pixel_frames, target_size, targets_in_shapes
 from common.data.clips import clip_size, open_caption_readers, open_clip_readers
 from common.data.datasets import Data, open_data, plan_buckets
 from common.data.encoder import SampleEncoder, open_encoder
 from common.data.stream import open_batches
-from common.draws import Draws, draw_dropped, draw_exits, score_range, score_timesteps, tied_noise
+from common.draws import (
+    Draws,
+    draw_exits,
+    sample_generator,
+    score_range,
+    score_timesteps,
+    tied_noise,
+    to_device,
+    with_dropped,
+)
 from common.export import push_to_hub
 from common.flags import (
     Flags,
@@ -109,7 +119,15 @@ from common.optim import (
 )
 from common.pictures import share_prompts, to_bytes, validation_prompts
 from common.plan.memory import Setup, plan_of
-from common.run import Saver, check_finite, end_run, open_repository, start_run, teacher_missing
+from common.run import (
+    Saver,
+    check_finite,
+    end_run,
+    machine_defaults,
+    open_repository,
+    start_run,
+    teacher_missing,
+)
 from common.solvers import (
     TIMESTEPS,
     block_lengths,
@@ -223,6 +241,8 @@ def parse_args(argv=None):
     add("--causal_init_steps", type=int, default=0, help="the first of --max_train_steps regress the student to the teacher's own trajectories")
     add("--causal_init_lr", type=float, help="their rate, by a schedule of their own; default: --learning_rate")
     add("--causal_init_guidance", type=float, metavar="S", help="of the teacher on these trajectories; default: --real_score_guidance_scale")
+    add("--causal_init_trajectories", type=int, default=0, metavar="N", help="of these trajectories each prompt has N, each from a noise of its own; they are kept on disk and used again, in later epochs and other runs too; 0: a new one at each visit, and none is kept")
+    add("--cache_dir_trajectories", type=str, help="folder of --causal_init_trajectories, which runs may share; default: OUTPUT_DIR/cache/trajectories")
 
     add = parser.add_argument_group("validation of clips").add_argument
     add("--validation_num_video_frames", type=int, help="default: --num_frames")
@@ -245,7 +265,8 @@ def parse_args(argv=None):
     check_model_flags(parser, args)
     rules, size_notes = bucket_rules(parser, args)
     data, data_notes = open_data(parser, args, rules, FRAMES_PER_LATENT)
-    args = filled(args, validation_resolution=[target_size(1, 1, rules)], **shared_defaults(args))
+    chosen, machine_notes = machine_defaults(args, data, decodes=trains_on_clips(args, data))
+    args = filled(args, validation_resolution=[target_size(1, 1, rules)], **chosen, **shared_defaults(args))
     for height, width in args.validation_resolution:
         if height % SIDE_FACTOR or width % SIDE_FACTOR:
             parser.error(f"--validation_resolution {width}x{height}: must be multiples of {SIDE_FACTOR}")
@@ -267,6 +288,7 @@ def parse_args(argv=None):
         *notes,
         *size_notes,
         *data_notes,
+        *machine_notes,
         *block_notes,
     ]
     return args, data, method, notes
@@ -311,7 +333,7 @@ def check_dmd_flags(parser, args):
         at_least_one=("lora_rank", "lora_alpha", "num_training_frames", "context_parallel_degree",
                       "generator_update_interval", "ema_update_interval", "num_ddim_timesteps"),
         not_negative=("num_frame_per_block", "fake_score_guidance_scale", "fake_score_weight_decay",
-                      "causal_init_steps", "plan"),
+                      "causal_init_steps", "causal_init_trajectories", "plan"),
         positive=("fake_score_lr", "fake_score_eps", "fake_score_grad_clip", "timestep_shift", "flow_schedule_shift",
                   "causal_init_lr", "huber_c"),
         below_one=("lora_dropout", "ema_decay"), share=("min_timestep_ratio", "max_timestep_ratio"),
@@ -319,6 +341,10 @@ def check_dmd_flags(parser, args):
     for name in ("causal_init_lr", "causal_init_guidance"):
         if getattr(args, name) is not None and not args.causal_init_steps and not toy:  # the toy's recipe has both
             parser.error(f"--{name}: belongs to --causal_init_steps, and there are none")
+    if args.causal_init_trajectories and not args.causal_init_steps:
+        parser.error("--causal_init_trajectories: belongs to --causal_init_steps, and there are none")
+    if args.cache_dir_trajectories and not args.causal_init_trajectories:
+        parser.error("--cache_dir_trajectories: belongs to --causal_init_trajectories, and there are none")
     args = filled(
         args, causal_init_lr=args.learning_rate, causal_init_guidance=args.real_score_guidance_scale,
         negative_prompt=args.validation_negative_prompt or "",
@@ -465,7 +491,8 @@ def check_blocks(parser, args, data: Data) -> tuple[Data, int, list[str]]:
 # What the rest of the script asks for:
 #   constants  FAMILY, LORA_TARGETS, BLOCKS, FRAMES_PER_LATENT, FRAMES_PER_SECOND, SIDE_FACTOR
 #   flags      add_model_flags, check_model_flags, toy_recipe, teacher_of
-#   networks   load_scheduler, schedule_shift, load_transformer, add_adapters, make_causal, share_tokens
+#   networks   load_scheduler, schedule_shift, load_transformer, teacher_identity, add_adapters, make_causal,
+#              share_tokens
 #   data       encoders, latent_shape, vae_factor, tokens_of_frame
 #   use        predict, generate_by_teacher, decode, export
 #   --plan     planned_model, text_rows
@@ -481,6 +508,7 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import is_ftfy_available
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from common.cache import weights_identity
@@ -499,6 +527,7 @@ LORA_TARGETS = "to_q,to_k,to_v,to_out.0,ffn.net.0.proj,ffn.net.2"
 BLOCKS = ("WanTransformerBlock",)  # layers that are compiled one by one, and gathered one by one where split
 FRAMES_PER_LATENT = 4  # of a clip, for each latent frame after the first
 FRAMES_PER_SECOND = 16
+TOKENS_ENCODED = 4096  # of prompts, padding among them, that go through the text encoder at a time
 SIDE_FACTOR = 16  # of a clip's sides: the VAE's 8, and the transformer's patches of 2
 TOY = Path(__file__).parent / "tests" / "toy"
 
@@ -557,6 +586,11 @@ def load_transformer(args, dtype: torch.dtype) -> WanTransformer3DModel:
     if dtype == torch.float16:
         raise SystemExit("mixed_precision fp16 of accelerate's config: Wan's activations overflow it; bf16 or no")
     return load_network(WanTransformer3DModel, teacher_of(args), "transformer", dtype, **weights_options(args))
+
+
+def teacher_identity(args) -> str:
+    """A name of the teacher's weights, for what is kept of its outputs."""
+    return weights_identity(teacher_of(args), "transformer", args.teacher_revision, args.teacher_variant)
 
 
 def add_adapters(args, transformer: WanTransformer3DModel, names: tuple[str, ...]) -> WanTransformer3DModel:
@@ -623,20 +657,27 @@ def encoders(args, device, dtype: torch.dtype) -> Encoders:
 def encode_prompts(text_encoder, prompts: list[str], length: int) -> dict[str, list[torch.Tensor]]:
     """States of each prompt's own tokens, [L, C] with L up to `length`; they are padded when they are used.
 
-    One at a time, so that a prompt's embedding is the same whatever is encoded beside it.
+    Prompts of similar length go together, so that little is padded. The padding is masked: of what is beside it a
+    prompt's embedding keeps no more than a rounding error.
     """
     tokenizer, encoder = text_encoder
-    rows = []
-    for prompt in prompts:
-        tokens = tokenizer(prompt_clean(prompt), max_length=length, truncation=True, return_tensors="pt")
-        rows.append(encoder(tokens.input_ids.to(encoder.device)).last_hidden_state[0])
-    return {"prompt_embeds": rows}
+    tokens = [tokenizer(prompt_clean(prompt), max_length=length, truncation=True).input_ids for prompt in prompts]
+    rows, waiting = {}, sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
+    while waiting:
+        count = max(1, TOKENS_ENCODED // len(tokens[waiting[-1]]))  # the longest first
+        chunk, waiting = waiting[-count:], waiting[:-count]
+        ids = pad_sequence([torch.tensor(tokens[i]) for i in chunk], batch_first=True)  # [B, L]
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(tokens[i]) for i in chunk])[:, None]
+        ids, mask = (to_device(each, encoder.device) for each in (ids, mask.long()))
+        states = encoder(ids, attention_mask=mask).last_hidden_state
+        rows |= {i: states[row, : len(tokens[i])] for row, i in enumerate(chunk)}
+    return {"prompt_embeds": [rows[i] for i in range(len(prompts))]}
 
 
 def latent_statistics(vae) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each channel of the VAE's latents, fp32, [1, C, 1, 1, 1]."""
     mean, std = (torch.tensor(getattr(vae.config, name)) for name in ("latents_mean", "latents_std"))
-    return mean.view(1, -1, 1, 1, 1).to(vae.device), std.view(1, -1, 1, 1, 1).to(vae.device)
+    return tuple(to_device(values.view(1, -1, 1, 1, 1), vae.device) for values in (mean, std))
 
 
 def encode_pixels(vae, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -858,7 +899,7 @@ class Networks:
 
     def velocity(self, role: str, x, t, cond):
         """v of a role at x_t, [B, C, f, h, w]; t is a number or [B]."""
-        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+        t = t if torch.is_tensor(t) else torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         with self.acting(role), self.accelerator.autocast():
             return predict(self.by_role[role], x, t, cond).float()
 
@@ -866,7 +907,7 @@ class Networks:
         """uncond + scale * (cond - uncond), both in one forward; a scale of 0 or 1 means cond alone."""
         if scale in (0.0, 1.0):
             return self.velocity(role, x, t, cond)
-        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x)).repeat(2)
+        t = t.repeat(2) if torch.is_tensor(t) else t
         v_cond, v_uncond = self.velocity(role, torch.cat([x, x]), t, with_uncond(cond, uncond)).chunk(2)
         return v_uncond + scale * (v_cond - v_uncond)
 
@@ -906,7 +947,7 @@ def dmd_backward(args, method, networks, means, draws, cond, uncond, blocks, sha
         """Timesteps [B] at which the rollout is judged, on the CPU and on the device, and noise."""
         ratios = args.min_timestep_ratio, args.max_timestep_ratio
         t = score_timesteps(draws.uniform(), low, high, args.timestep_shift, *ratios)
-        return t, t.to(x_g.device), draws.normal(*x_g.shape[1:])
+        return t, to_device(t, x_g.device), draws.normal(*x_g.shape[1:])
 
     # 3. Student: down the gradient, x_g goes from the fake score's x0 to the teacher's
     if student_turn:
@@ -931,7 +972,59 @@ def dmd_backward(args, method, networks, means, draws, cond, uncond, blocks, sha
     means.add("fake_score_loss", loss)
 
 
-def regression_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, grid):
+class Trajectories:
+    """The teacher's trajectories on disk, --causal_init_trajectories of them for each prompt.
+
+    Their noise follows from the prompt and their number alone, so that later epochs, other seeds and other runs find
+    them. They are in fp32, and of x_t hold the first block's frames, which are all that regression_backward asks for.
+    """
+
+    def __init__(self, args, method, networks: Networks, grid: list[float], embeddings: str, dtype, sharing):
+        """`embeddings` names all that shapes them; `sharing` processes next to each other have the same samples."""
+        accelerator = networks.accelerator
+        name = identity(
+            teacher=teacher_identity(args), base_precision=precision_name(args.base_model_precision),
+            embeddings=embeddings, dtype=dtype,
+            guidance=args.causal_init_guidance, negative_prompt=args.negative_prompt, grid=grid, steps=method.steps,
+        )  # fmt: skip
+        folder = Path(args.cache_dir_trajectories or Path(args.output_dir, "cache", "trajectories"), name)
+        self.store = TensorStore(folder, records_per_file=1)  # at once there for other processes
+        self.count, self.accelerator = args.causal_init_trajectories, accelerator
+        self.writes = accelerator.process_index % sharing == 0
+        self.together = wants_fsdp(accelerator) or sharing > 1
+        accelerator.print(f"trajectories: {len(self.store.index)} in {folder}")
+
+    def of(self, flow: Callable, draws: Draws, prompts: list[str], dropped: list[bool], shape, first: int):
+        """What flow(noise) returns, from the disk where it has those of all samples; else they are written there.
+
+        `prompts` have the noise even where they are `dropped` and the teacher gets the empty one.
+        """
+        numbers = (draws.uniform() * self.count).long().tolist()
+        names = [f"trajectory {number} of {prompt}" for number, prompt in zip(numbers, prompts, strict=True)]
+        keys = [text_key(f"{drop} {shape} {first} {name}") for drop, name in zip(dropped, names, strict=True)]
+        if any(key not in self.store for key in keys):
+            self.store.refresh()
+        rows = [self.store.get(key) for key in keys]
+        if self.all_have(None not in rows):
+            x_t, x0 = (to_device(torch.stack([row[name] for row in rows]), draws.device) for name in ("x_t", "x0"))
+        else:
+            x_t, x0 = flow(Draws.of([sample_generator(0, name) for name in names], draws.device).normal(*shape))
+            x_t, x0 = torch.stack(x_t, 1), x0.contiguous()  # laid out as they come from the disk
+            for i, key in enumerate(keys):
+                if self.writes and rows[i] is None:
+                    self.store.put(key, {"x_t": x_t[i], "x0": x0[i]})
+        return x_t.unbind(1), x0
+
+    def all_have(self, found: bool) -> bool:
+        """Whether all processes have found theirs, where a forward of the teacher takes all processes."""
+        if not self.together:
+            return found
+        return self.accelerator.reduce(torch.tensor(float(found), device=self.accelerator.device), "mean").item() == 1.0
+
+
+def regression_backward(
+    args, method, networks, means, draws, cond, uncond, blocks, shape, grid, kept: Callable | None = None
+):
     """Gradients of the student towards the teacher's own trajectories (CausVid, section 4.3, but for the noise).
 
     A trajectory leads the teacher, with guidance, from noise along `grid` to a clean clip x0. For each of the student's
@@ -942,6 +1035,8 @@ def regression_backward(args, method, networks, means, draws, cond, uncond, bloc
     causal student does not: it would learn a blurred mean. tied_noise makes the noise of later blocks a function of the
     first's, by moving its channels on, so that x0 follows from what the student sees. But then a later block's x_t on
     the trajectory would tell it of the blocks before; it gets x0 with independent noise instead, as in a rollout.
+
+    `kept` is the method `of` of Trajectories, with the batch's prompts, or None where each visit has a new one.
     """
     noise = draws.keyed_normal(*shape)  # an independent draw for each key
     predict_block, _ = networks.student_calls(cond)
@@ -949,8 +1044,13 @@ def regression_backward(args, method, networks, means, draws, cond, uncond, bloc
         velocity = functools.partial(
             networks.guided, "teacher", cond=cond, uncond=uncond, scale=args.causal_init_guidance
         )  # fmt: skip
-        # x_t of each of the student's steps, and x0, [B, C, f, h, w] each
-        trajectory, x0 = flow_trajectory(velocity, tied_noise(noise("start"), blocks[0]), grid, method.steps)
+
+        def flow(start):
+            """x_t of each of the student's steps, in the first block, and x0, [B, C, f, h, w] each."""
+            x_t, x0 = flow_trajectory(velocity, tied_noise(start, blocks[0]), grid, method.steps)
+            return [x[:, :, : blocks[0]] for x in x_t], x0
+
+        trajectory, x0 = kept(flow, draws, shape=shape, first=blocks[0]) if kept else flow(noise("start"))
         kv_caches = [None]  # keys and values before each block
         if len(blocks) > 1:
             context = renoise(x0, args.context_noise / TIMESTEPS, noise(None)) if args.context_noise else x0
@@ -959,7 +1059,7 @@ def regression_backward(args, method, networks, means, draws, cond, uncond, bloc
     for k, (x_t, t) in enumerate(zip(trajectory, method.steps, strict=True)):
         x_later = renoise(x0, t / TIMESTEPS, noise(k)) if len(blocks) > 1 else None
         for kv_cache, (first, end) in zip(kv_caches, pairwise((0, *accumulate(blocks))), strict=True):
-            x = (x_t if first == 0 else x_later)[:, :, first:end]
+            x = x_t if first == 0 else x_later[:, :, first:end]
             v_target = (x - x0[:, :, first:end]) * TIMESTEPS / t
             share = (end - first) / sum(blocks) / len(method.steps)  # of the whole loss, a mean over steps and frames
             with networks.acting("student"):
@@ -1177,6 +1277,10 @@ def main(args, data, method, notes):
         args, data, readers, encoders(args, device, weight_dtype), accelerator, prompts, state, sharing
     )  # fmt: skip
     uncond, empty = encoder.encode_text([args.negative_prompt]), encoder.encode_text([""])  # [1, L, C] each
+    trajectories = None
+    if args.causal_init_trajectories and step < args.causal_init_steps:
+        embeddings = identity(**encoder.encoders.text_identity())
+        trajectories = Trajectories(args, method, networks, grid, embeddings, weight_dtype, sharing)
     batches = open_batches(args, data, accelerator, readers, state["stream"], sharing)
     saver = Saver(
         args, accelerator, saved, optimizers, lr_schedule, encoder, batches, state["skipped"], sharing
@@ -1233,10 +1337,15 @@ def main(args, data, method, notes):
                 )
             draws = Draws(args.seed, [sample.position for sample in samples], device)
             text = encoder.encode_text([sample.caption for sample in samples])
-            cond = draw_dropped(draws, args.proportion_empty_prompts, text, empty)
+            dropped = draws.uniform() < args.proportion_empty_prompts
+            cond = with_dropped(dropped, text, empty)
             torch.manual_seed(args.seed + samples[0].position)  # for dropout, so that a resumed run draws the same
             if regression_turn:
-                regression_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, grid)
+                kept = None
+                if trajectories is not None:
+                    prompts = [sample.caption for sample in samples]
+                    kept = functools.partial(trajectories.of, prompts=prompts, dropped=dropped.tolist())
+                regression_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, grid, kept)
                 continue
             exits = draw_exits(
                 args.seed, step * args.gradient_accumulation_steps + micro_batch, len(method.steps), len(blocks),

@@ -59,7 +59,7 @@ from common.data.datasets import open_data, plan_buckets
 from common.data.encoder import open_encoder
 from common.data.samples import open_readers
 from common.data.stream import open_batches
-from common.draws import Draws, draw_dropped, draw_rollout
+from common.draws import Draws, draw_dropped, draw_rollout, to_device
 from common.export import push_to_hub
 from common.flags import (
     Switch,
@@ -84,7 +84,15 @@ from common.networks import (
 from common.optim import betas_and_decay, clip_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
 from common.pictures import Comparison, open_preview, share_prompts, validation_prompts
 from common.report import hold_out, open_clip, write_report
-from common.run import Saver, check_finite, end_run, open_repository, start_run, teacher_missing
+from common.run import (
+    Saver,
+    check_finite,
+    end_run,
+    machine_defaults,
+    open_repository,
+    start_run,
+    teacher_missing,
+)
 from common.solvers import DDIMSolver, boundary_scalings, expand_to, noised, sampled_x_t, student_scheduler, to_x0_eps
 from common.tracking import Tracking, webhook_errors
 
@@ -136,8 +144,9 @@ def parse_args(argv=None):
     args, lcm_notes = check_lcm_flags(parser, args)
     rules, size_notes = check_model_flags(parser, args)
     data, data_notes = open_data(parser, args, rules)
-    args = filled(args, validation_resolution=[target_size(1, 1, rules)], **shared_defaults(args))
-    return args, data, [*lcm_notes, *notes, *size_notes, *data_notes]
+    chosen, machine_notes = machine_defaults(args, data)
+    args = filled(args, validation_resolution=[target_size(1, 1, rules)], **chosen, **shared_defaults(args))
+    return args, data, [*lcm_notes, *notes, *size_notes, *data_notes, *machine_notes]
 
 
 def check_lcm_flags(parser, args):
@@ -163,6 +172,13 @@ def check_lcm_flags(parser, args):
     notes = []
     if args.pretrained_teacher_model is None:
         notes.append(f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type}).")
+    if args.model_type == "lora" and args.w_min < args.w_max:
+        middle = middle_w(args)
+        notes.append(
+            f"warning: --w_min {args.w_min:g} and --w_max {args.w_max:g}: a LoRA is not told w, and learns the mean of "
+            f"pictures of guidance_scale {1 + args.w_min:g} to {1 + args.w_max:g}, near to {1 + middle:g}, which are "
+            f"softer; --w_min {middle:g} --w_max {middle:g} makes it one. It is sampled with guidance_scale 1"
+        )
     guidance, trained = args.validation_guidance, f"{1 + args.w_min:g} to {1 + args.w_max:g}"
     if guidance is not None and args.model_type == "full" and middle_w(args) != guidance - 1.0:
         notes.append(f"--validation_guidance {guidance:g}: trained is {trained}, {1 + middle_w(args):g} is taken")
@@ -358,7 +374,7 @@ def encode_prompts(text_encoder, prompts: list[str]) -> dict[str, torch.Tensor]:
         prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
     mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
-    return {"prompt_embeds": encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]}
+    return {"prompt_embeds": encoder(to_device(tokens.input_ids, encoder.device), attention_mask=mask)[0]}
 
 
 def encode_empty_prompt(args, encoder: SampleEncoder) -> dict[str, torch.Tensor]:
@@ -534,7 +550,7 @@ def draw(args, positions: list[int], images, text, uncond, device):
     # 1. Draws
     draws = Draws(args.seed, positions, device)
     index = draws.integers(args.num_ddim_timesteps)  # [B], places in the solver's grid
-    w = args.w_min + (args.w_max - args.w_min) * draws.uniform().to(device)
+    w = args.w_min + (args.w_max - args.w_min) * to_device(draws.uniform(), device)
     cond = conditions(draw_dropped(draws, args.proportion_empty_prompts, text, uncond), images)
     latents = sample_latents(images, draws)
     eps = draws.normal(*latents.shape[1:])

@@ -138,7 +138,7 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--interpolation_type", type=str, default="bilinear", choices=["bilinear", "bicubic", "box", "nearest", "nearest_exact", "hamming", "lanczos"], help="filter that resizes images")
     add("--center_crop", action=Switch, help="crop from the centre; default: at random")
     add("--random_flip", action=Switch, help="mirror half of the images")
-    add("--dataloader_num_workers", type=int, default=0, help="reader processes per training process; 0 reads in the training process")
+    add("--dataloader_num_workers", type=int, help="reader processes per training process; 0 reads in the training process; default: as many of 1, 2, 4 or 8 as leave it a core; 0 on a CPU, whose cores train, and where no picture is read")
     add("--max_train_samples", type=int, help="samples in an epoch; default: as many as local shards hold")
     add("--proportion_empty_prompts", type=float, default=0.0, help="share of samples that train on the empty prompt, 0 to 1")
 
@@ -149,7 +149,7 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--vae_cache_ondemand", action=Switch, help="encode and keep a sample when training first reads it; default: all of them before training")
     add("--vae_cache_disable", action=Switch, help="encode pictures each time and keep no latents; texts are cached all the same. Of shards that are not local nothing is kept but by --vae_cache_ondemand")
     add("--compress_disk_cache", action=Switch, help="compress cached latents with zlib: about 10%% smaller, for some CPU time")
-    add("--vae_encode_batch_size", "--encode_batch_size", type=int, default=32, help="samples that the VAE encodes at a time")
+    add("--vae_encode_batch_size", "--encode_batch_size", type=int, help="samples that the VAE encodes at a time; default: as many pictures as have 2 megapixels together, but no more than 32")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--train_batch_size", type=int, default=16, help="samples per process and forward pass")

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
 
 from common.checkpoint import find_checkpoint, save_checkpoint
+from common.data.buckets import target_size
 from common.data.stream import gather_states
 from common.export import create_hub_repository, push_to_hub, write_model_card
 from common.tracking import tracker_names
@@ -19,11 +20,33 @@ from common.tracking import tracker_names
 # How long processes wait for each other, in place of NCCL's ten minutes: a clip of a large teacher, an export or an
 # upload by the main process takes longer. Where one of them has died, accelerate's launcher ends the others at once.
 PATIENCE = timedelta(hours=3)
+MOST_READERS = 8  # reader processes of a training process
+# Pictures that the VAE encodes at a time; SDXL's takes 2.7 GB for each of 1024x1024 in fp32, and is as fast with two
+MOST_ENCODED, PIXELS_ENCODED = 32, 2 * 1024**2
 
 
 def available_cores() -> int:
     """Cores that this process may use; macOS knows all of the machine alone."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def machine_defaults(args, data, decodes: bool = True) -> tuple[dict, list[str]]:
+    """Reader processes and pictures that the VAE encodes at a time, by flag, where no flag gives them; and notes.
+
+    `decodes` says that training reads pictures or clips, not captions alone.
+    """
+    processes, cores = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), available_cores()
+    on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    free = cores // processes - 1 if on_gpu and decodes else 0
+    # A power of two, as the order of samples is the same for 1, 2, 4 and 8 readers
+    workers = min(MOST_READERS, 1 << free.bit_length() - 1) if free > 0 else 0
+    pixels = max(math.prod(target_size(1, 1, dataset.rules)) for dataset in data.datasets)
+    encoded, notes = min(MOST_ENCODED, max(1, PIXELS_ENCODED // pixels)), []
+    if args.dataloader_num_workers is None and workers:
+        notes.append(f"--dataloader_num_workers: {workers} by default, of {cores} cores for {processes} processes here")
+    if args.vae_encode_batch_size is None and encoded < MOST_ENCODED:
+        notes.append(f"--vae_encode_batch_size: {encoded} by default, of pictures of {pixels / 1e6:.2f} megapixels")
+    return {"dataloader_num_workers": workers, "vae_encode_batch_size": encoded}, notes
 
 
 def start_run(args, notes: list[str], splits: bool = False, **options) -> tuple[Accelerator, torch.dtype]:

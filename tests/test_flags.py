@@ -447,6 +447,7 @@ def test_flags_without_a_job_say_so(parse_script, monkeypatch):
     assert [note.split(":")[0] for note in parse_script(None, "--allow_tf32", "--local_rank", 3)[2]] == [
         "--allow_tf32",
         "--local_rank",
+        "--vae_encode_batch_size",
     ]
 
 

@@ -13,7 +13,16 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from PIL import Image
 
 from common import run
-from common.run import Saver, available_cores, check_finite, end_run, open_repository, start_run
+from common.data.buckets import Rules
+from common.run import (
+    Saver,
+    available_cores,
+    check_finite,
+    end_run,
+    machine_defaults,
+    open_repository,
+    start_run,
+)
 
 
 def flags(folder, **more) -> SimpleNamespace:
@@ -129,6 +138,43 @@ def test_the_toy_has_all_of_the_machine(teacher, threads, tmp_path, monkeypatch)
 def test_cores_are_counted_on_macos_too(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
     assert available_cores() == os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cores", "processes", "workers"),
+    [(True, 16, 1, 8), (True, 64, 8, 4), (True, 6, 1, 4), (True, 4, 1, 2), (True, 2, 1, 1), (True, 8, 8, 0),
+     (True, 4, 8, 0), (False, 64, 1, 0)],
+)  # fmt: skip
+def test_readers_follow_from_the_cores_beside_a_gpu(gpu, cores, processes, workers, monkeypatch):
+    """One core is left for training, and their number is one of those that read in the same order."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(run, "available_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    args, data = SimpleNamespace(dataloader_num_workers=None, vae_encode_batch_size=1), data_of(64)
+    found, notes = machine_defaults(args, data)
+    assert found["dataloader_num_workers"] == workers
+    said = f"--dataloader_num_workers: {workers} by default, of {cores} cores for {processes} processes here"
+    assert notes == [said] * (workers > 0)
+    assert machine_defaults(args, data, decodes=False) == (found | {"dataloader_num_workers": 0}, [])
+    assert machine_defaults(SimpleNamespace(**vars(args) | {"dataloader_num_workers": 3}), data)[1] == []
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert machine_defaults(args, data)[0]["dataloader_num_workers"] == 0
+
+
+def data_of(*resolutions: int) -> SimpleNamespace:
+    return SimpleNamespace(datasets=[SimpleNamespace(rules=Rules(side, alignment=8)) for side in resolutions])
+
+
+@pytest.mark.parametrize(
+    ("resolutions", "at_once"), [((1024,), 2), ((512,), 8), ((64,), 32), ((512, 1024), 2), ((2048,), 1)]
+)
+def test_the_vae_encodes_two_megapixels_at_a_time(resolutions, at_once):
+    args = SimpleNamespace(dataloader_num_workers=0, vae_encode_batch_size=None)
+    found, notes = machine_defaults(args, data_of(*resolutions))
+    assert found["vae_encode_batch_size"] == at_once
+    assert [note.split(",")[0] for note in notes] == [f"--vae_encode_batch_size: {at_once} by default"] * (at_once < 32)
+    assert machine_defaults(SimpleNamespace(**vars(args) | {"vae_encode_batch_size": 5}), data_of(1024))[1] == []
 
 
 @pytest.mark.parametrize(("push", "main", "there"), [(True, True, True), (True, False, False), (False, True, False)])

@@ -35,6 +35,7 @@ from common.solvers import flow_grid, roll_out
 from common.tracking import Means
 from common.wan.causal import block_ends, first_tokens
 from tests.helpers import ROOT, folder_of_clips, short_wan_run, without
+from tests.waits import steps_without_waits
 
 LORA, FULL, CAUSAL = "--lora_rank 4", "--model_type full", "--lora_rank 4 --num_frame_per_block 1"
 LCM = "--distillation_method lcm"
@@ -591,6 +592,9 @@ def test_defaults_that_follow_from_other_flags(parse):
             "must be the last whole blocks .* as 3 or 6",
         ),
         ("--causal_init_lr 1e-4", "there are none"),
+        ("--causal_init_trajectories 1", "--causal_init_trajectories: belongs to --causal_init_steps"),
+        ("--causal_init_steps 1 --cache_dir_trajectories x", "belongs to --causal_init_trajectories"),
+        ("--causal_init_steps 1 --causal_init_trajectories -1", "must not be negative"),
         ("--causal_init_guidance 0.5 --causal_init_steps 1", "must be at least 1"),
         ("--model_type full --lora_rank 4", "takes no --lora_rank"),
         ("--mixed_precision fp16", "bf16 or no"),
@@ -863,6 +867,55 @@ def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, monk
     assert after < 0.5 * min(before, far)
 
 
+REGRESSION = "--causal_init_steps 4 --max_train_steps 4 --causal_init_trajectories 2 --proportion_empty_prompts 0.5"
+
+
+@pytest.mark.parametrize("student", [CAUSAL, FULL])
+def test_kept_trajectories_need_no_teacher_and_give_the_same_weights(student, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "FLOW_STEPS", 2)  # more of them only take time
+    flags = f"{student} {REGRESSION} --cache_dir_trajectories {tmp_path / 'kept'}"
+    filled = run(flags)["student"]
+    with monkeypatch.context() as without_cache:
+        without_cache.setattr(script.Trajectories, "all_have", lambda kept, found: False)
+        assert equal(run(flags)["student"], filled)
+    monkeypatch.setattr(script, "flow_trajectory", lambda *_: pytest.fail("the teacher was asked"))
+    assert equal(run(flags)["student"], filled)
+    with pytest.raises(pytest.fail.Exception, match="the teacher was asked"):
+        run(f"{student} {REGRESSION.replace('trajectories 2', 'trajectories 0')}")
+
+
+@pytest.fixture
+def kept(run, monkeypatch, tmp_path):
+    """`kept(flags)`: how many trajectories a run adds to those of before."""
+    monkeypatch.setattr(script, "FLOW_STEPS", 2)
+
+    def added(flags: str = "") -> int:
+        before = len(list((tmp_path / "kept").rglob("*.safetensors")))
+        once = "--causal_init_steps 2 --max_train_steps 2 --causal_init_trajectories 1"
+        run(f"{CAUSAL} {once} --cache_dir_trajectories {tmp_path / 'kept'} {flags}")
+        return len(list((tmp_path / "kept").rglob("*.safetensors"))) - before
+
+    return added
+
+
+def test_trajectories_are_kept_for_a_prompt_and_not_for_a_visit_or_a_seed(kept):
+    assert kept() == 1
+    assert kept("--seed 7 --causal_init_steps 3 --max_train_steps 3 --learning_rate 1") == 0
+    assert kept("--causal_init_trajectories 3 --causal_init_steps 12 --max_train_steps 12") == 2
+
+
+@pytest.mark.slow
+def test_what_shapes_a_trajectory_is_in_its_key(kept):
+    assert kept() == 1
+    for flags in (
+        "--causal_init_guidance 2", "--negative_prompt bad", "--dmd_denoising_steps 1000,500",
+        "--flow_schedule_shift 7", "--num_frames 5", "--num_frame_per_block 3", "--proportion_empty_prompts 1",
+        "--max_sequence_length 8", "--mixed_precision bf16", "--base_model_precision int8-torchao",
+    ):  # fmt: skip
+        assert (flags, kept(flags)) == (flags, 1)
+    assert kept() == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
@@ -935,6 +988,26 @@ def test_of_clips_the_captions_and_sizes_are_read_alone(wan_teacher, tmp_path, m
     assert encoder.encode_text([sample.caption])["prompt_embeds"].shape == (1, 512, 16)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        f"{FULL} --use_ema --fake_score_guidance_scale 2 --proportion_empty_prompts 0.5",
+        f"{CAUSAL} --causal_init_steps 1 --context_noise 10 --lora_dropout 0.1",
+        f"{LORA} {LCM}",
+    ],
+)
+def test_the_loop_does_not_wait_for_the_device(flags, parse, monkeypatch):
+    monkeypatch.setattr(script, "FLOW_STEPS", 2)  # more of them only take time
+    assert steps_without_waits(script, *parse(f"{flags} --num_frames 5 --max_train_steps 2")) == 2
+
+
+def test_kept_trajectories_come_without_a_wait(run, parse, monkeypatch):
+    monkeypatch.setattr(script, "FLOW_STEPS", 2)
+    flags = f"{CAUSAL} --num_frames 5 --causal_init_steps 1 --causal_init_trajectories 1"
+    run(flags, "kept")
+    assert steps_without_waits(script, *parse(flags, "kept")) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Wan's encoders and the caches
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1001,6 +1074,22 @@ def test_embeddings_are_the_pipelines(wan_teacher):
     for row, padded in zip(rows, expected, strict=True):
         torch.testing.assert_close(row, padded[: len(row)], rtol=1e-4, atol=1e-5)
         assert not padded[len(row) :].any()
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_prompts_of_similar_length_are_encoded_together(dtype, rounding, parse, monkeypatch):
+    """And an embedding does not depend on what is beside it, but for rounding."""
+    monkeypatch.setattr(script, "TOKENS_ENCODED", 64)
+    tokenizer, encoder = script.load_text_encoder(parse("")[0], torch.device("cpu"), dtype)
+    shapes, prompts = [], ["", "x" * 40, *("a ball " * (1 + i % 5) for i in range(20)), "y" * 90]
+    with torch.no_grad():
+        alone = [script.encode_prompts((tokenizer, encoder), [prompt], 512)["prompt_embeds"][0] for prompt in prompts]
+        encoder.encoder.embed_tokens.register_forward_pre_hook(lambda _, ids: shapes.append(ids[0].shape))
+        rows = script.encode_prompts((tokenizer, encoder), prompts, 512)["prompt_embeds"]
+    assert len(shapes) < 14 and all(len(shape) == 2 and (shape.numel() <= 64 or shape[0] == 1) for shape in shapes)
+    for row, expected in zip(rows, alone, strict=True):
+        assert row.shape == expected.shape
+        torch.testing.assert_close(row, expected, rtol=rounding, atol=rounding * expected.abs().max().item())
 
 
 def test_latents_are_the_pipelines(wan_teacher):

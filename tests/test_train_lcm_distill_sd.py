@@ -27,6 +27,7 @@ from common.solvers import DDIMSolver, boundary_scalings
 from tests.compiled import REAL_SD
 from tests.helpers import teacher_like, tiny_autoencoder, tiny_pipeline
 from tests.lcm import TWO_STEPS, Runner, check_graphs, check_weights, lcm_in_float64, perturb, randomize_adapters
+from tests.waits import steps_without_waits
 
 ROLLOUTS = "--scheduled_sampling_probability 1 --scheduled_sampling_max_step_offset 10"
 
@@ -579,6 +580,20 @@ def test_guidance_on_top_of_a_loras_own_changes_its_pictures_and_is_warned_about
     assert [arguments[7] for arguments, _ in calls] == [1.0, 11.0, 3.4, 11.0]
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"), [("--lora_rank 2", True), ("--lora_rank 2 --w_min 4 --w_max 4", False), ("", False)]
+)
+def test_a_lora_over_a_range_of_w_is_warned_about(flags, said, lcm):
+    warnings = [note for note in lcm.parse(flags)[2] if "is not told w" in note]
+    assert len(warnings) == said
+    for text in (
+        "--w_min 5 and --w_max 15",
+        "guidance_scale 6 to 16, near to 11",
+        "--w_min 10 --w_max 10 makes it one",
+    ):
+        assert all(text in warning for warning in warnings)
+
+
 def test_lora_type_means_a_lora(lcm):
     assert lcm.args("--lora_type standard").model_type == "lora" and lcm.args().model_type == "full"
 
@@ -733,6 +748,26 @@ def test_the_flow_loss_is_on_velocities(lcm, sd_teacher, watch):
         # what the flow model says must give the same noisy sample back: x_t = (alpha + sigma) x0 + sigma v
         torch.testing.assert_close((alpha + sigma) * clean + sigma * velocity, x_t.double(), rtol=1e-3, atol=1e-3)
     assert losses[1][1] > losses[0][1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Waits for the device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+STREAMED = "--lora_rank 4 --ema_decay 0.5 --lora_dropout 0.1 --vae_cache_disable --proportion_empty_prompts 0.5"
+STREAMED += " --scheduled_sampling_probability 0.5 --scheduled_sampling_max_step_offset 5 --optimizer lion"
+
+
+@pytest.mark.parametrize("flags", ["--loss_type huber --diff2flow_loss", STREAMED])
+def test_the_loop_does_not_wait_for_the_device(flags, lcm):
+    assert steps_without_waits(script, *lcm.parse(f"{flags} --max_train_steps 2")) == 2
+
+
+def test_a_wait_that_somebody_adds_is_found(lcm, monkeypatch):
+    monkeypatch.setattr(script, "consistency_loss", lambda prediction, *_: prediction.mean() * prediction.mean().item())
+    with pytest.raises(AssertionError, match="_local_scalar_dense.*waits for the device"):
+        steps_without_waits(script, *lcm.parse())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from common.networks import active_adapter, adapter_layers
 from tests.compiled import REAL_SDXL
 from tests.helpers import ROOT, teacher_like, tiny_autoencoder, tiny_sdxl_pipeline, write_shard
 from tests.lcm import SHORT, TWO_STEPS, Runner, check_graphs, check_weights, lcm_in_float64, perturb, randomize_adapters
+from tests.waits import steps_without_waits
 
 ODD_SIZE = (257, 515)  # height and width of an original; bf16 has neither
 CONFIGS = ROOT / "tests" / "configs"
@@ -337,6 +338,13 @@ def test_from_a_cache_the_teacher_is_told_what_it_is_told_without(two_shapes, lc
     assert {tuple(step["time_ids"][0].tolist()) for step in told[0]} == {(64, 40, 0, 0, 40, 24), (40, 64, 0, 0, 24, 40)}
     for other in told[1:]:
         torch.testing.assert_close(other, told[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("flags", "shards"), [("", "{00000..00001}.tar"), ("--lora_rank 4", "pipe:cat 00000.tar")])
+def test_the_loop_does_not_wait_for_the_device(flags, shards, lcm):
+    """With all caches full, and with both encoders in the loop."""
+    lcm.flags += ["--train_shards_path_or_url", shards]
+    assert steps_without_waits(script, *lcm.parse(f"{flags} --max_train_steps 2")) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,9 @@ from common.data.samples import Sample
 from common.data.shards import is_local
 from common.data.sources import part_fingerprint
 from common.data.stream import ShardPass, load, open_batches
+from common.draws import to_device
+
+CAPTIONS_AT_ONCE = 32  # that go to the text encoder while caches are filled
 
 ROUND = 60.0  # seconds of filling after which processes meet
 
@@ -45,7 +48,8 @@ class SampleEncoder:
         self.encoders, self.latents, self.text = encoders, latents, text
         self.vae_batch_size, self.device = vae_batch_size, device
         self.loaded = {}  # by loader; a None is not loaded again
-        self.waiting: dict[tuple, list[Sample]] = {}  # by bucket, of those to be cached
+        self.waiting: dict[tuple, list[Sample]] = {}  # by bucket, of those whose latents are to be cached
+        self.captions: dict[str, None] = {}  # to be cached, in the order in which they came
 
     def load(self, loader):
         """The network of this loader, which is called once until release()."""
@@ -81,7 +85,7 @@ class SampleEncoder:
 
     def records_of(self, samples: list[Sample]) -> list[dict[str, torch.Tensor]]:
         """What is cached of each of these samples of one bucket: its latents by the VAE, and its size_ids."""
-        pixels = torch.stack([sample.pixels for sample in samples]).to(self.device, non_blocking=True)
+        pixels = to_device(torch.stack([sample.pixels for sample in samples]), self.device)
         encoded = self.encoders.encode_pixels(self.vae, pixels.float() / 127.5 - 1.0)
         return [
             {name: values[row] for name, values in encoded.items()} | {"size_ids": torch.tensor(sample.size_ids)}
@@ -116,8 +120,13 @@ class SampleEncoder:
         def padded(row):  # [L, C] -> [length, C]
             return row if length is None else torch.nn.functional.pad(row, (0, 0, 0, length - len(row)))
 
-        names = rows[0] if rows else {}
-        return {name: torch.stack([padded(row[name].to(self.device)) for row in rows]) for name in names}
+        stacked = {}
+        for name in rows[0] if rows else {}:
+            values = [padded(row[name]) for row in rows]
+            if len({value.device for value in values}) > 1:  # from the cache some, from the encoder others
+                values = [to_device(value, self.device) for value in values]
+            stacked[name] = to_device(torch.stack(values), self.device)
+        return stacked
 
     def fill(self, accelerator, datasets: tuple[Dataset, ...], readers, workers: int) -> Iterator[None]:
         """Encodes all that the caches lack, each process of its share of the parts. Marked parts are not read."""
@@ -170,20 +179,24 @@ class SampleEncoder:
         return self.text if self.latents is None else self.latents[dataset]
 
     def encode_soon(self, sample: Sample):
-        """Caches captions and latents of a sample as soon as enough others of its bucket wait for it."""
-        if sample.latents is None or any(text_key(caption) not in self.text for caption in sample.captions):
+        """Caches captions of a sample as soon as enough wait, and its latents as soon as enough of its bucket do."""
+        self.captions |= {caption: None for caption in sample.captions if text_key(caption) not in self.text}
+        if len(self.captions) >= CAPTIONS_AT_ONCE:
+            self.encode_captions()
+        if sample.latents is None:
             self.waiting.setdefault(sample.bucket, []).append(sample)
             if len(self.waiting[sample.bucket]) == self.vae_batch_size:
-                self.encode(self.waiting.pop(sample.bucket))
+                self.encode_images(self.waiting.pop(sample.bucket))
 
     def encode_waiting(self):
+        self.encode_captions()
         while self.waiting:
-            self.encode(self.waiting.popitem()[1])
+            self.encode_images(self.waiting.popitem()[1])
 
-    def encode(self, samples: list[Sample]):
-        """Caches captions and latents of samples of one bucket."""
-        self.encode_text(list(dict.fromkeys(caption for sample in samples for caption in sample.captions)))
-        self.encode_images([sample for sample in samples if sample.latents is None])
+    def encode_captions(self):
+        if self.captions:
+            self.encode_text(list(self.captions))
+        self.captions.clear()
 
     def done_name(self, dataset: Dataset, part) -> str:
         """Name under which a store remembers that it has all of a part: it holds all that decides its records."""
