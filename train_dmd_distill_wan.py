@@ -92,6 +92,7 @@ from common.networks import (
     active_adapter,
     adapter_layers,
     adapter_weights,
+    checkpoint_activations,
     precision_name,
     quantize,
     speed_up,
@@ -491,7 +492,7 @@ from common.export import save_comfy_lora
 from common.networks import load_network
 from common.plan.memory import PlannedModel
 from common.solvers import stock_scheduler
-from common.wan.causal import BlockCausal
+from common.wan.causal import BlockCausal, own_attention
 from common.wan.parallel import share_tokens
 
 FAMILY = "wan"  # model_family of config files
@@ -553,7 +554,9 @@ def schedule_shift(scheduler) -> float:
 def load_transformer(args, dtype: torch.dtype) -> WanTransformer3DModel:
     if dtype == torch.float16:
         raise SystemExit("mixed_precision fp16 of accelerate's config: Wan's activations overflow it; bf16 or no")
-    return load_network(WanTransformer3DModel, teacher_of(args), "transformer", dtype, **hub_options(args))
+    return own_attention(
+        load_network(WanTransformer3DModel, teacher_of(args), "transformer", dtype, **hub_options(args))
+    )
 
 
 def add_adapters(args, transformer: WanTransformer3DModel, names: tuple[str, ...]) -> WanTransformer3DModel:
@@ -1015,7 +1018,7 @@ def load_networks(args, accelerator, weight_dtype) -> Networks:
     speed_up(args, by_role.values(), BLOCKS, accelerator.print)
     if args.gradient_checkpointing:
         for role in roles:
-            by_role[role].enable_gradient_checkpointing()
+            checkpoint_activations(args, by_role[role])
     return Networks(by_role, causal, accelerator)
 
 

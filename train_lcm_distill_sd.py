@@ -72,7 +72,16 @@ from common.flags import (
     shared_defaults,
 )
 from common.losses import consistency_loss
-from common.networks import adapters_off, dropout_off, quantize, speed_up, weights_copy, weights_exchanged, with_uncond
+from common.networks import (
+    adapters_off,
+    checkpoint_activations,
+    dropout_off,
+    quantize,
+    speed_up,
+    weights_copy,
+    weights_exchanged,
+    with_uncond,
+)
 from common.optim import betas_and_decay, clip_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
 from common.pictures import Comparison, open_preview, validation_prompts
 from common.report import hold_out, open_clip, write_report
@@ -468,7 +477,7 @@ def load_networks(args, accelerator, weight_dtype) -> tuple[torch.nn.Module, tor
     target = student if lora else copy.deepcopy(student).requires_grad_(False).eval()
     speed_up(args, (teacher, student, target), COMPILED_BLOCKS, accelerator.print)
     if args.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
+        checkpoint_activations(args, student)
     return teacher, student.train(), target
 
 

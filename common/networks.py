@@ -1,4 +1,4 @@
-"""Networks: guidance embedding, one network in several roles by adapters, attention kernels, compilation, 8 bits."""
+"""Networks: guidance embedding, several roles of one by adapters, attention, checkpointing, compilation, 8 bits."""
 
 import contextlib
 import importlib.util
@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import warnings
+from collections import deque
+from contextvars import ContextVar
 
 import torch
 from diffusers import ModelMixin
@@ -14,11 +16,14 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.utils import is_xformers_available
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 ATTENTION = ("diffusers", *(backend.value for backend in AttentionBackendName))  # diffusers: PyTorch's SDPA
 # Features of diffusers' attention layers that BackendAttention leaves out, and that no U-Net's layers use
 UNSUPPORTED = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
 PRECISIONS = ("no_change", "int8-quanto", "int8-torchao", "fp8-torchao")
+# A context for each call of attention of the checkpointed block that is computed now; None outside of such blocks
+CONTEXTS: ContextVar = ContextVar("contexts of attention", default=None)
 
 
 def load_network(cls, source: str, folder: str | None, dtype: torch.dtype, **options) -> torch.nn.Module:
@@ -135,11 +140,78 @@ def exchange(params, others):
         other.copy_(before)
 
 
-class BackendAttention:
-    """Attention of U-Nets by one of diffusers' backends; diffusers' own processor for them always calls SDPA."""
+def checkpoint_activations(args, network):
+    """Makes backward() compute a network's blocks again, of attention what is around it: its result is kept.
 
-    def __init__(self, backend: str):
-        self._attention_backend = AttentionBackendName(backend)
+    That is one more tensor [B, L, C] for each layer. Compiled blocks are computed again whole.
+    """
+    network.enable_gradient_checkpointing(None if args.checkpoint_attention or args.compile else checkpoint)
+
+
+def checkpoint(block, *inputs):
+    return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, context_fn=keeping_attention)
+
+
+def keeping_attention():
+    """The contexts of a block's first time, which keeps the results of attention, and of its second, which takes them.
+
+    PyTorch's own contexts do so, but would cost 30 us for each operation of a block; here they are around attention.
+    """
+    second = deque()
+
+    def first_time():
+        while True:
+            keeps, takes = create_selective_checkpoint_contexts(is_kernel)
+            second.append(takes)
+            yield keeps
+
+    def second_time():
+        while True:
+            yield second.popleft()
+
+    return inside_block(first_time()), inside_block(second_time())
+
+
+def is_kernel(_, operation, *inputs, **options) -> CheckpointPolicy:
+    kernel = any(name in str(operation) for name in ("attention", "attn"))
+    return CheckpointPolicy.MUST_SAVE if kernel else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextlib.contextmanager
+def inside_block(contexts):
+    token = CONTEXTS.set(contexts)
+    try:
+        yield
+    finally:
+        CONTEXTS.reset(token)
+
+
+def around(q, k):
+    """The context of a call of attention, of q and k [B, L, heads, D].
+
+    Attention to a text, of few keys, is as cheap as a linear layer: it is computed again.
+    """
+    contexts = None if torch.compiler.is_compiling() else CONTEXTS.get()
+    return contextlib.nullcontext() if contexts is None or k.shape[1] < q.shape[1] else next(contexts)
+
+
+class Kernels:
+    """What processors of attention that choose among diffusers' backends have in common."""
+
+    _attention_backend: AttentionBackendName | None = None  # diffusers sets it; None: PyTorch's SDPA
+    without_gradient: AttentionBackendName | None = None  # that of forwards without gradient; None: the same
+
+    def attend(self, q, k, v, mask=None):
+        """Attention of q [B, L, heads, D] to k and v [B, S, heads, D]."""
+        backend = (
+            self._attention_backend if torch.is_grad_enabled() else self.without_gradient or self._attention_backend
+        )
+        with around(q, k):
+            return dispatch_attention_fn(q, k, v, mask, backend=backend)
+
+
+class BackendAttention(Kernels):
+    """Attention of U-Nets by one of diffusers' backends; diffusers' own processor for them always calls SDPA."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         x = hidden_states  # [B, L, C]
@@ -149,26 +221,25 @@ class BackendAttention:
             attention_mask = attention_mask.view(len(x), attn.heads, -1, attention_mask.shape[-1])
         q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(context)
         q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in (q, k, v))  # [B, L, heads, C / heads]
-        out = dispatch_attention_fn(q, k, v, attention_mask, backend=self._attention_backend)
-        out = out.flatten(2).to(q.dtype)
+        out = self.attend(q, k, v, attention_mask).flatten(2).to(q.dtype)
         for layer in attn.to_out:
             out = layer(out)
         out = out + x if attn.residual_connection else out
         return out / attn.rescale_output_factor
 
 
-def set_attention(network, backend: str):
-    """Gives every attention layer of a network this backend; with `diffusers` all of them stay as they are."""
-    if backend == "diffusers":
-        return
+def set_attention(args, network, backend: str):
+    """Gives the attention layers of a network this backend, and what else flags say; `diffusers` leaves them as is."""
     plain = [module for module in network.modules() if isinstance(getattr(module, "processor", None), AttnProcessor2_0)]
     for module in plain:
-        if all(getattr(module, name) in (None, False) for name in UNSUPPORTED):
-            module.set_processor(BackendAttention(backend))
-    try:
-        network.set_attention_backend(backend)  # raises if its package is not installed
-    except (RuntimeError, ValueError, ImportError) as error:
-        raise SystemExit(f"--attention_mechanism {backend}: {error}") from None
+        if backend != "diffusers" or args.gradient_checkpointing:
+            if all(getattr(module, name) in (None, False) for name in UNSUPPORTED):
+                module.set_processor(BackendAttention())
+    if backend != "diffusers":
+        try:
+            network.set_attention_backend(backend)  # raises if its package is not installed
+        except (RuntimeError, ValueError, ImportError) as error:
+            raise SystemExit(f"--attention_mechanism {backend}: {error}") from None
 
 
 def dynamo_backend() -> str:
@@ -184,7 +255,7 @@ def speed_up(args, networks, compiled_blocks: tuple[str, ...], say):
         if backend != "xformers":
             say("--enable_xformers_memory_efficient_attention: not installed, PyTorch's SDPA is in use")
     for network in {id(network): network for network in networks}.values():
-        set_attention(network, backend)
+        set_attention(args, network, backend)
         # Frozen weights come from one file in every process, and those in 8 bits cannot be broadcast
         frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, frozen)

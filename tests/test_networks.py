@@ -158,6 +158,7 @@ def test_a_copy_of_the_trained_weights_changes_places_with_them():
 
 def fast(network, said=None, **flags):
     usual = {"attention_mechanism": "diffusers", "enable_xformers_memory_efficient_attention": False, "compile": False}
+    usual |= {"gradient_checkpointing": False, "attention_without_gradient": None}
     said = [] if said is None else said
     speed_up(SimpleNamespace(**usual | flags), (network, network), ("BasicTransformerBlock",), said.append)
     return network
