@@ -11,14 +11,17 @@ from contextvars import ContextVar
 
 import torch
 from diffusers import ModelMixin
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.utils import is_xformers_available
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 ATTENTION = ("diffusers", *(backend.value for backend in AttentionBackendName))  # diffusers: PyTorch's SDPA
+# Backends of diffusers through which no gradient goes: with sage the layers before attention would silently get none
+NO_BACKWARD = ("_flash_3", *(name for name in ATTENTION if "sage" in name))
 # Features of diffusers' attention layers that BackendAttention leaves out, and that no U-Net's layers use
 UNSUPPORTED = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
 PRECISIONS = ("no_change", "int8-quanto", "int8-torchao", "fp8-torchao")
@@ -206,6 +209,8 @@ class Kernels:
         backend = (
             self._attention_backend if torch.is_grad_enabled() else self.without_gradient or self._attention_backend
         )
+        if backend is not None:  # kernels of packages want one precision; SDPA is autocast's business
+            q, k = q.to(v.dtype), k.to(v.dtype)
         with around(q, k):
             return dispatch_attention_fn(q, k, v, mask, backend=backend)
 
@@ -230,16 +235,40 @@ class BackendAttention(Kernels):
 
 def set_attention(args, network, backend: str):
     """Gives the attention layers of a network this backend, and what else flags say; `diffusers` leaves them as is."""
-    plain = [module for module in network.modules() if isinstance(getattr(module, "processor", None), AttnProcessor2_0)]
-    for module in plain:
-        if backend != "diffusers" or args.gradient_checkpointing:
-            if all(getattr(module, name) in (None, False) for name in UNSUPPORTED):
+    if backend != "diffusers" or args.attention_without_gradient or args.gradient_checkpointing:
+        for module in network.modules():
+            plain = isinstance(getattr(module, "processor", None), AttnProcessor2_0)
+            if plain and all(getattr(module, name) in (None, False) for name in UNSUPPORTED):
                 module.set_processor(BackendAttention())
-    if backend != "diffusers":
-        try:
-            network.set_attention_backend(backend)  # raises if its package is not installed
-        except (RuntimeError, ValueError, ImportError) as error:
-            raise SystemExit(f"--attention_mechanism {backend}: {error}") from None
+    try:  # both raise where a package is not installed
+        flag, name = "attention_without_gradient", args.attention_without_gradient
+        if name:
+            with attention_backend(name):  # which is set for all networks, and put back at the end
+                pass
+        for module in network.modules():
+            if isinstance(getattr(module, "processor", None), Kernels):
+                module.processor.without_gradient = AttentionBackendName(name) if name else None
+        flag, name = "attention_mechanism", backend
+        if name != "diffusers":
+            network.set_attention_backend(name)
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise SystemExit(f"--{flag} {name}: {error}") from None
+
+
+def fastest_attention(network) -> tuple[str, str]:
+    """The backend that --attention_mechanism auto means for networks as this one, and what it is in words.
+
+    PyTorch's SDPA chooses among its kernels itself, for each call: cuDNN's where that is the fastest (Hopper and
+    Blackwell, if cuDNN is new enough), and another one where a mask, a head's width or the precision does not suit it.
+    """
+    weight = next(network.parameters())
+    q = torch.empty(1, 8, 256, 64, dtype=weight.dtype, device=weight.device)  # [B, heads, L, D]
+    kernel = SDPBackend(torch._fused_sdp_choice(q, q, q))
+    hopper = weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] == 9
+    half, installed = weight.dtype != torch.float32, importlib.util.find_spec("flash_attn_interface") is not None
+    if hopper and half and installed and kernel != SDPBackend.CUDNN_ATTENTION:
+        return "_flash_varlen_3", "FlashAttention 3"
+    return "diffusers", f"PyTorch's SDPA, by its kernel {kernel.name}"
 
 
 def dynamo_backend() -> str:
@@ -249,12 +278,16 @@ def dynamo_backend() -> str:
 
 def speed_up(args, networks, compiled_blocks: tuple[str, ...], say):
     """Sets attention kernels and compilation of networks, each of them once, and keeps DDP off frozen weights."""
+    networks = list({id(network): network for network in networks}.values())
     backend = args.attention_mechanism
+    if backend == "auto":
+        backend, words = fastest_attention(networks[0])
+        say(f"--attention_mechanism auto: {words}")
     if args.enable_xformers_memory_efficient_attention:
         backend = "xformers" if is_xformers_available() else backend
         if backend != "xformers":
             say("--enable_xformers_memory_efficient_attention: not installed, PyTorch's SDPA is in use")
-    for network in {id(network): network for network in networks}.values():
+    for network in networks:
         set_attention(args, network, backend)
         # Frozen weights come from one file in every process, and those in 8 bits cannot be broadcast
         frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
