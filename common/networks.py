@@ -51,9 +51,14 @@ def guidance_embedding(w: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.nn.functional.pad(embedding, (0, dim % 2))
 
 
+def unprompted(cond, uncond) -> dict[str, torch.Tensor]:
+    """Conditions `cond` [B, ...] with the embeddings in `uncond` [1, ...] in place of the prompts'."""
+    return {name: uncond[name].expand_as(v) if name in uncond else v for name, v in cond.items()}
+
+
 def with_uncond(cond, uncond) -> dict[str, torch.Tensor]:
     """Conditions of a batch of 2B: `cond` [B, ...], then the same with the embeddings in `uncond` [1, ...]."""
-    rows = {name: uncond[name].expand_as(v) if name in uncond else v for name, v in cond.items()}
+    rows = unprompted(cond, uncond)
     return {name: torch.cat([v, rows[name]]) for name, v in cond.items()}
 
 
