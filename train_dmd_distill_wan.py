@@ -1025,8 +1025,8 @@ def load_networks(args, accelerator, weight_dtype) -> Networks:
             share_tokens(network, args.context_parallel_degree, accelerator, splits_rotary)
     speed_up(args, by_role.values(), BLOCKS, accelerator.print)
     if args.gradient_checkpointing:
-        for role in roles:
-            checkpoint_activations(args, by_role[role])
+        for network in dict.fromkeys(by_role[role] for role in roles):  # each once
+            checkpoint_activations(args, network, BLOCKS)
     return Networks(by_role, causal, accelerator, has_many_tokens(args, by_role["student"]))
 
 

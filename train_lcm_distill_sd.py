@@ -477,7 +477,7 @@ def load_networks(args, accelerator, weight_dtype) -> tuple[torch.nn.Module, tor
     target = student if lora else copy.deepcopy(student).requires_grad_(False).eval()
     speed_up(args, (teacher, student, target), COMPILED_BLOCKS, accelerator.print)
     if args.gradient_checkpointing:
-        checkpoint_activations(args, student)
+        checkpoint_activations(args, student, COMPILED_BLOCKS)
     return teacher, student.train(), target
 
 

@@ -1,6 +1,7 @@
 """Networks: guidance embedding, several roles of one by adapters, attention, checkpointing, compilation, 8 bits."""
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import math
@@ -148,16 +149,29 @@ def exchange(params, others):
         other.copy_(before)
 
 
-def checkpoint_activations(args, network):
+def checkpoint_activations(args, network, compiled_blocks: tuple[str, ...]):
     """Makes backward() compute a network's blocks again, of attention what is around it: its result is kept.
 
-    That is one more tensor [B, L, C] for each layer. Compiled blocks are computed again whole.
+    That is one more tensor [B, L, C] for each layer.
     """
-    network.enable_gradient_checkpointing(None if args.checkpoint_attention or args.compile else checkpoint)
+    if args.checkpoint_attention or not args.compile:
+        network.enable_gradient_checkpointing(None if args.checkpoint_attention else checkpoint)
+        return
+    keeping = functools.partial(create_selective_checkpoint_contexts, keeps)  # which torch.compile knows
+    for block in network.modules():
+        if type(block).__name__ in compiled_blocks:
+            block.forward = functools.partial(checkpoint_inside, block.forward, keeping)
 
 
 def checkpoint(block, *inputs):
     return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, context_fn=keeping_attention)
+
+
+def checkpoint_inside(forward, contexts, *inputs, **options):
+    """A compiled block's forward, of which the compiler itself computes again what is not kept."""
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **options)
 
 
 def keeping_attention():
@@ -169,9 +183,9 @@ def keeping_attention():
 
     def first_time():
         while True:
-            keeps, takes = create_selective_checkpoint_contexts(is_kernel)
-            second.append(takes)
-            yield keeps
+            keeping, taking = create_selective_checkpoint_contexts(keeps)
+            second.append(taking)
+            yield keeping
 
     def second_time():
         while True:
@@ -180,9 +194,14 @@ def keeping_attention():
     return inside_block(first_time()), inside_block(second_time())
 
 
-def is_kernel(_, operation, *inputs, **options) -> CheckpointPolicy:
+def keeps(_, operation, *inputs, **options) -> CheckpointPolicy:
+    """Keeps results of attention's kernels, whose first inputs are q and k.
+
+    Attention to a text, of few keys, is as cheap as a linear layer: it is computed again.
+    """
     kernel = any(name in str(operation) for name in ("attention", "attn"))
-    return CheckpointPolicy.MUST_SAVE if kernel else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = kernel and inputs[1].numel() >= inputs[0].numel()
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextlib.contextmanager
@@ -192,15 +211,6 @@ def inside_block(contexts):
         yield
     finally:
         CONTEXTS.reset(token)
-
-
-def around(q, k):
-    """The context of a call of attention, of q and k [B, L, heads, D].
-
-    Attention to a text, of few keys, is as cheap as a linear layer: it is computed again.
-    """
-    contexts = None if torch.compiler.is_compiling() else CONTEXTS.get()
-    return contextlib.nullcontext() if contexts is None or k.shape[1] < q.shape[1] else next(contexts)
 
 
 class Kernels:
@@ -216,7 +226,8 @@ class Kernels:
         )
         if backend is not None:  # kernels of packages want one precision; SDPA is autocast's business
             q, k = q.to(v.dtype), k.to(v.dtype)
-        with around(q, k):
+        contexts = None if torch.compiler.is_compiling() else CONTEXTS.get()
+        with contextlib.nullcontext() if contexts is None else next(contexts):
             return dispatch_attention_fn(q, k, v, mask, backend=backend)
 
 

@@ -18,6 +18,7 @@ from common.wan.causal import own_attention
 from tests.helpers import short_wan_run, tiny_unet, tiny_wan, without
 from tests.lcm import Runner
 
+BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "WanTransformerBlock")
 TEXT = 3  # rows of text, fewer than tokens of pictures and clips
 
 
@@ -85,21 +86,46 @@ def test_checkpointing_computes_attention_once_and_gives_the_same_gradients(name
     network, call = network_and_call(name, lora, dropout=0.3)
     plain, layers, to_text = gradients(network, call, autocast)
     assert layers == sum(module_name.endswith("attn1") for module_name, _ in network.named_modules()) > 1
-    checkpoint_activations(flags(), network)
+    checkpoint_activations(flags(), network, BLOCKS)
     kept, *calls = gradients(network, call, autocast)
     assert calls == [layers, 2 * to_text]
     assert len(plain) > 20 and all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
-    for whole in ({"checkpoint_attention": True}, {"compile": True}):
-        checkpoint_activations(flags(**whole), network)
-        again, *calls = gradients(network, call, autocast)
-        assert calls == [2 * layers, 2 * to_text]
-        assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    checkpoint_activations(flags(checkpoint_attention=True), network, BLOCKS)
+    again, *calls = gradients(network, call, autocast)
+    assert calls == [2 * layers, 2 * to_text]
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("name", ["unet", "wan"])
+def test_compiled_blocks_compute_attention_once_too(name):
+    """By the compiler's own partition of a block's forward and backward, without its code generation."""
+    network, call = network_and_call(name, lora=True, dropout=0.3)
+    plain, layers, _ = gradients(network, call)
+    before = kept_bytes(network, call)
+    checkpoint_activations(flags(compile=True), network, BLOCKS)
+    for block in network.modules():
+        if type(block).__name__ in BLOCKS:
+            block.compile(backend="aot_eager_decomp_partition")
+    torch._dynamo.utils.counters.clear()
+    kept, calls, _ = gradients(network, call)
+    assert calls == layers and not torch._dynamo.utils.counters["graph_break"]
+    assert kept_bytes(network, call) < 0.7 * before
+    for a, b in zip(plain, kept, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def kept_bytes(network, call) -> int:
+    """What a forward keeps for backward()."""
+    with Meter([*network.parameters(), *network.buffers()]) as meter:
+        out = call()
+        assert out.requires_grad
+        return meter.now
 
 
 def test_attention_to_a_long_text_is_kept_too_each_result_in_its_place():
     network, call = network_and_call("unet", lora=True, rows=100)
     plain, layers, _ = gradients(network, call)
-    checkpoint_activations(flags(), network)
+    checkpoint_activations(flags(), network, BLOCKS)
     kept, calls, _ = gradients(network, call)
     assert calls == layers == 8 and all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
 
@@ -109,7 +135,7 @@ def test_what_is_kept_of_attention_is_its_result_alone():
     network, call = network_and_call("wan", lora=True)
     kept, left = [], []
     for whole in (True, False):
-        checkpoint_activations(flags(checkpoint_attention=whole), network)
+        checkpoint_activations(flags(checkpoint_attention=whole), network, BLOCKS)
         with Meter([*network.parameters(), *network.buffers()]) as meter:
             out = call()
             kept.append(meter.now)
@@ -154,7 +180,7 @@ def test_a_kernel_of_a_package_is_kept_too(monkeypatch):
     network, call = network_and_call("wan", lora=True)
     plain, *_ = gradients(network, call)
     monkeypatch.setattr(networks, "dispatch_attention_fn", lambda q, k, v, mask, backend: Flash.apply(q, k, v))
-    checkpoint_activations(flags(), network)
+    checkpoint_activations(flags(), network, BLOCKS)
     kept, *_ = gradients(network, call)
     assert len(calls) == 2  # layers
     for a, b in zip(plain, kept, strict=True):
