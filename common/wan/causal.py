@@ -34,7 +34,7 @@ class Context(NamedTuple):
     computed_again: bool  # whether activation checkpointing repeats the call in backward()
 
 
-WHOLE = Context(None, None, None, False)  # all of a clip
+WHOLE = Context((), None, None, False)  # all of a clip
 
 
 class BlockCausalAttention(Kernels, WanAttnProcessor):
