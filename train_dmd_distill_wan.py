@@ -173,6 +173,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_teacher_model", type=str, help="folder or hub name of the pipeline; default: the toy teacher, by its own recipe")
     add("--teacher_revision", type=str, help="the teacher's branch, tag or commit on the hub")
+    add("--teacher_variant", type=str, metavar="NAME", help="which of its files to load, as fp16 for diffusion_pytorch_model.fp16.safetensors; default: those without a name")
     add("--resolution", type=float, default=480, help="of training, in the unit of --resolution_type")
     add("--plan", type=float, nargs="?", const=0.0, metavar="GB", help="load and train nothing, but print what the run takes on each GPU, and what would make it fit into so many GB; default: those of the GPU that is here")
     add("--context_parallel_degree", type=int, default=1, metavar="N", help="N processes share each clip's tokens; the number of processes must be a multiple of it")
@@ -541,6 +542,10 @@ def hub_options(args) -> dict:
     return {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
 
 
+def weights_options(args) -> dict:
+    return hub_options(args) | {"variant": args.teacher_variant}
+
+
 def load_scheduler(args) -> SchedulerMixin:
     """The teacher's own sampler, of whatever kind."""
     parts = dict.fromkeys(("transformer", "vae", "text_encoder", "tokenizer"))
@@ -558,9 +563,8 @@ def schedule_shift(scheduler) -> float:
 def load_transformer(args, dtype: torch.dtype) -> WanTransformer3DModel:
     if dtype == torch.float16:
         raise SystemExit("mixed_precision fp16 of accelerate's config: Wan's activations overflow it; bf16 or no")
-    return own_attention(
-        load_network(WanTransformer3DModel, teacher_of(args), "transformer", dtype, **hub_options(args))
-    )
+    transformer = load_network(WanTransformer3DModel, teacher_of(args), "transformer", dtype, **weights_options(args))
+    return own_attention(transformer)
 
 
 def add_adapters(args, transformer: WanTransformer3DModel, names: tuple[str, ...]) -> WanTransformer3DModel:
@@ -586,19 +590,19 @@ def make_causal(transformer: WanTransformer3DModel) -> BlockCausal:
 def text_source(args) -> dict:
     """Where text encoder and tokenizer are, as from_pretrained takes it."""
     if args.pretrained_t5_model_name_or_path:
-        return {"model": args.pretrained_t5_model_name_or_path, "revision": None}
-    return {"model": teacher_of(args), "revision": args.teacher_revision}
+        return {"model": args.pretrained_t5_model_name_or_path, "revision": None, "variant": None}
+    return {"model": teacher_of(args), "revision": args.teacher_revision, "variant": args.teacher_variant}
 
 
 def load_vae(args, device, dtype: torch.dtype) -> AutoencoderKLWan:
-    return load_network(AutoencoderKLWan, teacher_of(args), "vae", dtype, **hub_options(args)).to(device)
+    return load_network(AutoencoderKLWan, teacher_of(args), "vae", dtype, **weights_options(args)).to(device)
 
 
 def load_text_encoder(args, device, dtype: torch.dtype):
     source = text_source(args)
     name, options = source["model"], {"revision": source["revision"], "cache_dir": args.cache_dir}
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", **options)
-    encoder = load_network(UMT5EncoderModel, name, "text_encoder", dtype, **options)
+    encoder = load_network(UMT5EncoderModel, name, "text_encoder", dtype, variant=source["variant"], **options)
     quantize(encoder, args.text_encoder_1_precision, "cpu" if args.quantize_via == "cpu" else device)
     return tokenizer, encoder.to(device)
 
@@ -612,10 +616,11 @@ def encoders(args, device, dtype: torch.dtype) -> Encoders:
         load_text=lambda: load_text_encoder(args, device, dtype),
         encode_prompts=functools.partial(encode_prompts, length=args.max_sequence_length),
         latents_identity=lambda: {
-            "vae": weights_identity(teacher_of(args), "vae", args.teacher_revision), "dtype": vae_dtype
+            "vae": weights_identity(teacher_of(args), "vae", args.teacher_revision, args.teacher_variant),
+            "dtype": vae_dtype,
         },
         text_identity=lambda: {
-            "text": [weights_identity(source["model"], f, source["revision"]) for f in ("text_encoder", "tokenizer")],
+            "text": [weights_identity(subfolder=f, **source) for f in ("text_encoder", "tokenizer")],
             "dtype": dtype, "precision": precision_name(args.text_encoder_1_precision),
             "length": args.max_sequence_length, "ftfy": is_ftfy_available(),
         },
@@ -776,6 +781,8 @@ def export(args, method, folder: Path, transformer, dtype: torch.dtype) -> tuple
     load = ""
     if args.teacher_revision:
         parts.append(f'revision="{args.teacher_revision}"')
+    if args.teacher_variant:
+        parts.append(f'variant="{args.teacher_variant}"')
     if source != base:
         load += (
             f'text_encoder = UMT5EncoderModel.from_pretrained("{source}", subfolder="text_encoder", dtype={dtype})\n'
@@ -807,7 +814,7 @@ def export(args, method, folder: Path, transformer, dtype: torch.dtype) -> tuple
             if source != base:
                 replaced["tokenizer"] = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
                 replaced["text_encoder"] = UMT5EncoderModel.from_pretrained(source, subfolder="text_encoder")
-            pipeline = PIPELINE.from_pretrained(base, **replaced, **hub_options(args))
+            pipeline = PIPELINE.from_pretrained(base, **replaced, **weights_options(args))
             pipeline.save_pretrained(folder)
             files += ["model_index.json", *(name for name, part in pipeline.components.items() if part is not None)]
             load, base, parts = "", folder, ["scheduler=scheduler", f"dtype={dtypes}"]

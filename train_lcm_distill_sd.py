@@ -101,6 +101,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_teacher_model", type=str, help="folder or hub name of the pipeline; default: the toy teacher, by its own recipe")
     add("--teacher_revision", type=str, help="the teacher's branch, tag or commit on the hub")
+    add("--teacher_variant", type=str, metavar="NAME", help="which of its files to load, as fp16 for diffusion_pytorch_model.fp16.safetensors; default: those without a name")
 
     add = parser.add_argument_group("student").add_argument
     add("--model_type", type=str, choices=["full", "lora"], help="default: lora where a --lora_* flag or --use_dora is given, else full")
@@ -265,6 +266,10 @@ def hub_options(args) -> dict:
     return {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
 
 
+def weights_options(args) -> dict:
+    return hub_options(args) | {"variant": args.teacher_variant}
+
+
 def load_scheduler(args) -> DDIMScheduler:
     """The teacher's own sampler."""
     return DDIMScheduler.from_pretrained(teacher_of(args), subfolder="scheduler", **hub_options(args))
@@ -276,7 +281,7 @@ def noise_schedule(scheduler) -> tuple[torch.Tensor, str]:
 
 
 def load_teacher(args, dtype: torch.dtype) -> UNet2DConditionModel:
-    return load_network(UNet2DConditionModel, teacher_of(args), "unet", dtype, **hub_options(args))
+    return load_network(UNet2DConditionModel, teacher_of(args), "unet", dtype, **weights_options(args))
 
 
 def make_student(args, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -306,20 +311,21 @@ def add_lora(args, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
 def vae_source(args) -> dict:
     if args.pretrained_vae_model_name_or_path:
         return {"model": args.pretrained_vae_model_name_or_path, "subfolder": None, "revision": args.revision}
-    return {"model": teacher_of(args), "subfolder": "vae", "revision": args.teacher_revision}
+    name, revision, variant = teacher_of(args), args.teacher_revision, args.teacher_variant
+    return {"model": name, "subfolder": "vae", "revision": revision, "variant": variant}
 
 
 def load_vae(args, device, dtype: torch.dtype) -> AutoencoderKL:
     source = vae_source(args)
-    options = {"revision": source["revision"], "cache_dir": args.cache_dir}
-    vae = load_network(AutoencoderKL, source["model"], source["subfolder"], dtype, **options)
+    name, folder = source.pop("model"), source.pop("subfolder")
+    vae = load_network(AutoencoderKL, name, folder, dtype, cache_dir=args.cache_dir, **source)
     return vae.to(device, memory_format=torch.channels_last)
 
 
 def load_text_encoder(args, device, dtype: torch.dtype):
     name = teacher_of(args)
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", use_fast=False, **hub_options(args))
-    encoder = load_network(CLIPTextModel, name, "text_encoder", dtype, **hub_options(args))
+    encoder = load_network(CLIPTextModel, name, "text_encoder", dtype, **weights_options(args))
     quantize(encoder, args.text_encoder_1_precision, "cpu" if args.quantize_via == "cpu" else device)
     return tokenizer, encoder.to(device)
 
@@ -334,7 +340,10 @@ def encoders(args, device, dtype: torch.dtype) -> Encoders:
         encode_prompts=encode_prompts,
         latents_identity=lambda: {"vae": weights_identity(**vae_source(args)), "dtype": dtype},
         text_identity=lambda: {
-            "text": [weights_identity(teacher_of(args), folder, args.teacher_revision) for folder in folders],
+            "text": [
+                weights_identity(teacher_of(args), folder, args.teacher_revision, args.teacher_variant)
+                for folder in folders
+            ],
             "dtype": dtype,
             "precisions": [
                 precision_name(args.text_encoder_1_precision),
@@ -412,6 +421,8 @@ def export(args, folder: Path, unet, scheduler, dtype: torch.dtype) -> tuple[lis
     base, parts, load = teacher_of(args), [f"dtype={dtype}"], ""
     if args.teacher_revision:
         parts.append(f'revision="{args.teacher_revision}"')
+    if args.teacher_variant:
+        parts.append(f'variant="{args.teacher_variant}"')
     if args.pretrained_vae_model_name_or_path:
         source, revision = vae_source(args)["model"], f', revision="{args.revision}"' if args.revision else ""
         load += f'vae = AutoencoderKL.from_pretrained("{source}"{revision}, dtype={dtype})\n'
@@ -437,7 +448,7 @@ def export(args, folder: Path, unet, scheduler, dtype: torch.dtype) -> tuple[lis
             replaced = {"unet": unet, "scheduler": student_scheduler(args, scheduler)}
             if args.pretrained_vae_model_name_or_path:
                 replaced["vae"] = load_vae(args, unet.device, torch.float32)
-            pipeline = PIPELINE.from_pretrained(base, dtype=torch.float32, **replaced, **hub_options(args))
+            pipeline = PIPELINE.from_pretrained(base, dtype=torch.float32, **replaced, **weights_options(args))
             pipeline.save_pretrained(folder)
             files += ["model_index.json", *pipeline.components]
             load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{folder}", dtype={dtype})\n'

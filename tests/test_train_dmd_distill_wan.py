@@ -985,7 +985,8 @@ def test_embeddings_are_the_pipelines(wan_teacher):
 
 def test_latents_are_the_pipelines(wan_teacher):
     """WanVideoToVideoPipeline's, without the noise that it adds."""
-    args = Namespace(pretrained_teacher_model=wan_teacher, teacher_revision=None, cache_dir=None)
+    options = dict.fromkeys(("teacher_revision", "teacher_variant", "cache_dir"))
+    args = Namespace(pretrained_teacher_model=wan_teacher, **options)
     vae = script.load_vae(args, "cpu", torch.float32)
     clips = torch.rand(2, 3, 9, 16, 32) * 2 - 1
     stand_in = SimpleNamespace(vae=vae, vae_scale_factor_temporal=4, vae_scale_factor_spatial=8)

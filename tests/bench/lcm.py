@@ -190,5 +190,5 @@ def lcm_flags(options, folder: Path) -> list:
     if options.size == "real":
         side, real_teacher = {"sd": (512, real_sd), "sdxl": (1024, real_sdxl)}[options.script]
         flags += ["--pretrained_teacher_model", real_teacher(options.work or folder / "teacher"), "--resolution", side]
-        flags += ["--train_shards_path_or_url", toy_shards(folder / "shards", 4, 64, side, side)]
+        flags += ["--train_shards_path_or_url", toy_shards(folder / "shards", 4, 4, side, side)]
     return flags
