@@ -100,9 +100,11 @@ from common.networks import (
     active_adapter,
     adapter_layers,
     adapter_weights,
+    checkpoint_activations,
     precision_name,
     quantize,
     speed_up,
+    unprompted,
     weights_copy,
     weights_exchanged,
     with_uncond,
@@ -159,6 +161,9 @@ OWN_FLAGS = {
             "num_frame_per_block"),
     "lcm": ("num_ddim_timesteps", "loss_type", "huber_c", *PIXELS),  # DMD decodes no clip
 }  # fmt: skip
+# Tokens of a batch from which on two forwards are as fast as one of both prompts, and take half the memory: 8192 rows by
+# 1536 channels are 768 tiles of 128x128, six for each of an H100's 132 processors
+MANY_TOKENS = 8192
 LOG_EVERY = 10  # optimizer steps between logs; training itself waits for the device nowhere else
 MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "lcm_loss", "student_grad_norm", "fake_score_grad_norm"]
 MEANS += map(gap_name, GAP_RANGES)
@@ -518,7 +523,7 @@ from common.export import save_comfy_lora
 from common.networks import load_network
 from common.plan.memory import PlannedModel
 from common.solvers import stock_scheduler
-from common.wan.causal import BlockCausal
+from common.wan.causal import BlockCausal, own_attention
 from common.wan.parallel import share_tokens
 
 FAMILY = "wan"  # model_family of config files
@@ -585,7 +590,8 @@ def schedule_shift(scheduler) -> float:
 def load_transformer(args, dtype: torch.dtype) -> WanTransformer3DModel:
     if dtype == torch.float16:
         raise SystemExit("mixed_precision fp16 of accelerate's config: Wan's activations overflow it; bf16 or no")
-    return load_network(WanTransformer3DModel, teacher_of(args), "transformer", dtype, **weights_options(args))
+    transformer = load_network(WanTransformer3DModel, teacher_of(args), "transformer", dtype, **weights_options(args))
+    return own_attention(transformer)
 
 
 def teacher_identity(args) -> str:
@@ -884,6 +890,7 @@ class Networks:
     by_role: dict[str, torch.nn.Module]
     causal: object | None  # calls the student block by block; None for a bidirectional one
     accelerator: Accelerator
+    one_by_one: bool = False  # whether guidance has a forward for each of its two prompts
 
     @functools.cached_property
     def layers(self) -> list:
@@ -904,9 +911,12 @@ class Networks:
             return predict(self.by_role[role], x, t, cond).float()
 
     def guided(self, role: str, x, t, cond, uncond, scale: float):
-        """uncond + scale * (cond - uncond), both in one forward; a scale of 0 or 1 means cond alone."""
+        """uncond + scale * (cond - uncond); a scale of 0 or 1 means cond alone."""
         if scale in (0.0, 1.0):
             return self.velocity(role, x, t, cond)
+        if self.one_by_one:
+            v_cond, v_uncond = (self.velocity(role, x, t, each) for each in (cond, unprompted(cond, uncond)))
+            return v_uncond + scale * (v_cond - v_uncond)
         t = t.repeat(2) if torch.is_tensor(t) else t
         v_cond, v_uncond = self.velocity(role, torch.cat([x, x]), t, with_uncond(cond, uncond)).chunk(2)
         return v_uncond + scale * (v_cond - v_uncond)
@@ -1122,9 +1132,18 @@ def load_networks(args, accelerator, weight_dtype) -> Networks:
             share_tokens(network, args.context_parallel_degree, accelerator, splits_rotary)
     speed_up(args, by_role.values(), BLOCKS, accelerator.print)  # all blocks of a clip have one shape
     if args.gradient_checkpointing:
-        for role in roles:
-            by_role[role].enable_gradient_checkpointing()
-    return Networks(by_role, causal, accelerator)
+        for network in dict.fromkeys(by_role[role] for role in roles):  # each once
+            checkpoint_activations(args, network, BLOCKS)
+    return Networks(by_role, causal, accelerator, has_many_tokens(args, by_role["student"]))
+
+
+def has_many_tokens(args, transformer) -> bool:
+    """Whether batches have MANY_TOKENS. It follows from flags and not from a batch: processes that split weights or a
+    clip's tokens between them have to make the same forwards."""
+    frames = latent_frames(args.num_frames, FRAMES_PER_LATENT)
+    _, frames, height, width = latent_shape(args, transformer, frames, args.validation_resolution[0])
+    tokens = args.train_batch_size * frames * tokens_of_frame(transformer, height, width)
+    return tokens // args.context_parallel_degree >= MANY_TOKENS
 
 
 def planned_setup(args, data, method, dtype: torch.dtype) -> Setup:

@@ -81,6 +81,7 @@ from common.losses import consistency_loss
 from common.networks import (
     active_adapter,
     adapter_layers,
+    checkpoint_activations,
     quantize,
     speed_up,
     weights_copy,
@@ -534,7 +535,7 @@ def load_networks(args, accelerator, weight_dtype) -> tuple[torch.nn.Module, tor
     # A network's blocks have a dozen shapes and more, and each bucket would have as many of its own
     speed_up(args, (teacher, student, target), COMPILED_BLOCKS, accelerator.print, dynamic=True)
     if args.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
+        checkpoint_activations(args, student, COMPILED_BLOCKS)
     return teacher, student.train(), target
 
 

@@ -1,26 +1,35 @@
-"""Networks: guidance embedding, one network in several roles by adapters, attention kernels, compilation, 8 bits."""
+"""Networks: guidance embedding, several roles of one by adapters, attention, checkpointing, compilation, 8 bits."""
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import math
 import os
 import warnings
+from collections import deque
+from contextvars import ContextVar
 
 import torch
 import torch._dynamo
 from diffusers import ModelMixin
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.utils import is_xformers_available
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 ATTENTION = ("diffusers", *(backend.value for backend in AttentionBackendName))  # diffusers: PyTorch's SDPA
+# Backends of diffusers through which no gradient goes: with sage the layers before attention would silently get none
+NO_BACKWARD = ("_flash_3", *(name for name in ATTENTION if "sage" in name))
 # Features of diffusers' attention layers that BackendAttention leaves out, and that no U-Net's layers use
 UNSUPPORTED = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
 MOST_GRAPHS = 1024  # of the code of a compiled block
 PRECISIONS = ("no_change", "int8-quanto", "int8-torchao", "fp8-torchao")
+# A context for each call of attention of the checkpointed block that is computed now; None outside of such blocks
+CONTEXTS: ContextVar = ContextVar("contexts of attention", default=None)
 
 
 def load_network(cls, source: str, folder: str | None, dtype: torch.dtype, **options) -> torch.nn.Module:
@@ -45,9 +54,14 @@ def guidance_embedding(w: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.nn.functional.pad(embedding, (0, dim % 2))
 
 
+def unprompted(cond, uncond) -> dict[str, torch.Tensor]:
+    """Conditions `cond` [B, ...] with the embeddings in `uncond` [1, ...] in place of the prompts'."""
+    return {name: uncond[name].expand_as(v) if name in uncond else v for name, v in cond.items()}
+
+
 def with_uncond(cond, uncond) -> dict[str, torch.Tensor]:
     """Conditions of a batch of 2B: `cond` [B, ...], then the same with the embeddings in `uncond` [1, ...]."""
-    rows = {name: uncond[name].expand_as(v) if name in uncond else v for name, v in cond.items()}
+    rows = unprompted(cond, uncond)
     return {name: torch.cat([v, rows[name]]) for name, v in cond.items()}
 
 
@@ -117,11 +131,90 @@ def exchange(params, others):
         other.copy_(before)
 
 
-class BackendAttention:
-    """Attention of U-Nets by one of diffusers' backends; diffusers' own processor for them always calls SDPA."""
+def checkpoint_activations(args, network, compiled_blocks: tuple[str, ...]):
+    """Makes backward() compute a network's blocks again, of attention what is around it: its result is kept.
 
-    def __init__(self, backend: str):
-        self._attention_backend = AttentionBackendName(backend)
+    That is one more tensor [B, L, C] for each layer.
+    """
+    if args.checkpoint_attention or not args.compile:
+        network.enable_gradient_checkpointing(None if args.checkpoint_attention else checkpoint)
+        return
+    keeping = functools.partial(create_selective_checkpoint_contexts, keeps)  # which torch.compile knows
+    for block in network.modules():
+        if type(block).__name__ in compiled_blocks:
+            block.forward = functools.partial(checkpoint_inside, block.forward, keeping)
+
+
+def checkpoint(block, *inputs):
+    return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, context_fn=keeping_attention)
+
+
+def checkpoint_inside(forward, contexts, *inputs, **options):
+    """A compiled block's forward, of which the compiler itself computes again what is not kept."""
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **options)
+
+
+def keeping_attention():
+    """The contexts of a block's first time, which keeps the results of attention, and of its second, which takes them.
+
+    PyTorch's own contexts do so, but would cost 30 us for each operation of a block; here they are around attention.
+    """
+    second = deque()
+
+    def first_time():
+        while True:
+            keeping, taking = create_selective_checkpoint_contexts(keeps)
+            second.append(taking)
+            yield keeping
+
+    def second_time():
+        while True:
+            yield second.popleft()
+
+    return inside_block(first_time()), inside_block(second_time())
+
+
+def keeps(_, operation, *inputs, **options) -> CheckpointPolicy:
+    """Keeps results of attention's kernels, whose first inputs are q and k.
+
+    Attention to a text, of few keys, is as cheap as a linear layer: it is computed again.
+    """
+    kernel = any(name in str(operation) for name in ("attention", "attn"))
+    kept = kernel and inputs[1].numel() >= inputs[0].numel()
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextlib.contextmanager
+def inside_block(contexts):
+    token = CONTEXTS.set(contexts)
+    try:
+        yield
+    finally:
+        CONTEXTS.reset(token)
+
+
+class Kernels:
+    """What processors of attention that choose among diffusers' backends have in common."""
+
+    _attention_backend: AttentionBackendName | None = None  # diffusers sets it; None: PyTorch's SDPA
+    without_gradient: AttentionBackendName | None = None  # that of forwards without gradient; None: the same
+
+    def attend(self, q, k, v, mask=None):
+        """Attention of q [B, L, heads, D] to k and v [B, S, heads, D]."""
+        backend = (
+            self._attention_backend if torch.is_grad_enabled() else self.without_gradient or self._attention_backend
+        )
+        if backend is not None:  # kernels of packages want one precision; SDPA is autocast's business
+            q, k = q.to(v.dtype), k.to(v.dtype)
+        contexts = None if torch.compiler.is_compiling() else CONTEXTS.get()
+        with contextlib.nullcontext() if contexts is None else next(contexts):
+            return dispatch_attention_fn(q, k, v, mask, backend=backend)
+
+
+class BackendAttention(Kernels):
+    """Attention of U-Nets by one of diffusers' backends; diffusers' own processor for them always calls SDPA."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         x = hidden_states  # [B, L, C]
@@ -131,26 +224,49 @@ class BackendAttention:
             attention_mask = attention_mask.view(len(x), attn.heads, -1, attention_mask.shape[-1])
         q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(context)
         q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in (q, k, v))  # [B, L, heads, C / heads]
-        out = dispatch_attention_fn(q, k, v, attention_mask, backend=self._attention_backend)
-        out = out.flatten(2).to(q.dtype)
+        out = self.attend(q, k, v, attention_mask).flatten(2).to(q.dtype)
         for layer in attn.to_out:
             out = layer(out)
         out = out + x if attn.residual_connection else out
         return out / attn.rescale_output_factor
 
 
-def set_attention(network, backend: str):
-    """Gives every attention layer of a network this backend; with `diffusers` all of them stay as they are."""
-    if backend == "diffusers":
-        return
-    plain = [module for module in network.modules() if isinstance(getattr(module, "processor", None), AttnProcessor2_0)]
-    for module in plain:
-        if all(getattr(module, name) in (None, False) for name in UNSUPPORTED):
-            module.set_processor(BackendAttention(backend))
-    try:
-        network.set_attention_backend(backend)  # raises if its package is not installed
+def set_attention(args, network, backend: str):
+    """Gives the attention layers of a network this backend, and what else flags say; `diffusers` leaves them as is."""
+    if backend != "diffusers" or args.attention_without_gradient or args.gradient_checkpointing:
+        for module in network.modules():
+            plain = isinstance(getattr(module, "processor", None), AttnProcessor2_0)
+            if plain and all(getattr(module, name) in (None, False) for name in UNSUPPORTED):
+                module.set_processor(BackendAttention())
+    try:  # both raise where a package is not installed
+        flag, name = "attention_without_gradient", args.attention_without_gradient
+        if name:
+            with attention_backend(name):  # which is set for all networks, and put back at the end
+                pass
+        for module in network.modules():
+            if isinstance(getattr(module, "processor", None), Kernels):
+                module.processor.without_gradient = AttentionBackendName(name) if name else None
+        flag, name = "attention_mechanism", backend
+        if name != "diffusers":
+            network.set_attention_backend(name)
     except (RuntimeError, ValueError, ImportError) as error:
-        raise SystemExit(f"--attention_mechanism {backend}: {error}") from None
+        raise SystemExit(f"--{flag} {name}: {error}") from None
+
+
+def fastest_attention(network) -> tuple[str, str]:
+    """The backend that --attention_mechanism auto means for networks as this one, and what it is in words.
+
+    PyTorch's SDPA chooses among its kernels itself, for each call: cuDNN's where that is the fastest (Hopper and
+    Blackwell, if cuDNN is new enough), and another one where a mask, a head's width or the precision does not suit it.
+    """
+    weight = next(network.parameters())
+    q = torch.empty(1, 8, 256, 64, dtype=weight.dtype, device=weight.device)  # [B, heads, L, D]
+    kernel = SDPBackend(torch._fused_sdp_choice(q, q, q))
+    hopper = weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] == 9
+    half, installed = weight.dtype != torch.float32, importlib.util.find_spec("flash_attn_interface") is not None
+    if hopper and half and installed and kernel != SDPBackend.CUDNN_ATTENTION:
+        return "_flash_varlen_3", "FlashAttention 3"
+    return "diffusers", f"PyTorch's SDPA, by its kernel {kernel.name}"
 
 
 def dynamo_backend() -> str:
@@ -163,13 +279,17 @@ def speed_up(args, networks, compiled_blocks: tuple[str, ...], say, dynamic: boo
 
     Compiled blocks are `dynamic`, where one code is for all shapes, or have a code for each.
     """
+    networks = list({id(network): network for network in networks}.values())
     backend = args.attention_mechanism
+    if backend == "auto":
+        backend, words = fastest_attention(networks[0])
+        say(f"--attention_mechanism auto: {words}")
     if args.enable_xformers_memory_efficient_attention:
         backend = "xformers" if is_xformers_available() else backend
         if backend != "xformers":
             say("--enable_xformers_memory_efficient_attention: not installed, PyTorch's SDPA is in use")
-    for network in {id(network): network for network in networks}.values():
-        set_attention(network, backend)
+    for network in networks:
+        set_attention(args, network, backend)
         for layer in adapter_layers(network):  # PEFT brings inputs to the adapter's fp32, and autocast back again
             layer.cast_input_dtype_enabled = False
         # Frozen weights come from one file in every process, and those in 8 bits cannot be broadcast

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import inspect
 import itertools
 import threading
 from types import SimpleNamespace
@@ -9,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from peft import LoraConfig
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import networks
@@ -19,6 +22,7 @@ from common.networks import (
     adapter_layers,
     adapter_weights,
     check_precision,
+    fastest_attention,
     guidance_embedding,
     precision_name,
     quantize,
@@ -27,7 +31,10 @@ from common.networks import (
     weights_exchanged,
     with_uncond,
 )
+from common.wan.causal import own_attention
 from tests.helpers import tiny_unet, tiny_wan
+
+WAN_INPUTS = torch.randn(1, 4, 2, 4, 4), torch.ones(1), torch.randn(1, 8, 16)
 
 
 def inputs():
@@ -168,6 +175,7 @@ def one_block():
 
 def fast(network, said=None, dynamic=False, **flags):
     usual = {"attention_mechanism": "diffusers", "enable_xformers_memory_efficient_attention": False, "compile": False}
+    usual |= {"gradient_checkpointing": False, "attention_without_gradient": None}
     said = [] if said is None else said
     speed_up(SimpleNamespace(**usual | flags), (network, network), ("BasicTransformerBlock",), said.append, dynamic)
     return network
@@ -193,9 +201,84 @@ def test_another_attention_mechanism_computes_the_attention(monkeypatch):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_an_attention_mechanism_that_is_not_there_is_one_sentence():
-    with pytest.raises(SystemExit, match="--attention_mechanism sage: "):
-        fast(unet(), attention_mechanism="sage")
+@pytest.mark.parametrize("flag", ["attention_mechanism", "attention_without_gradient"])
+def test_an_attention_mechanism_that_is_not_there_is_one_sentence(flag):
+    with pytest.raises(SystemExit, match=f"--{flag} flash: "):
+        fast(unet(), **{flag: "flash"})
+
+
+def test_forwards_without_gradient_may_have_attention_of_their_own(monkeypatch):
+    used, dispatch = [], networks.dispatch_attention_fn
+
+    def watched(*arguments, backend):
+        used.append(backend and backend.value)
+        return dispatch(*arguments, backend=backend)
+
+    monkeypatch.setattr(networks, "dispatch_attention_fn", watched)
+    for network, call in ((unet("default"), inputs()), (own_attention(tiny_wan()), WAN_INPUTS)):
+        plain = network(*call).sample
+        used.clear()
+        fast(network, attention_without_gradient="_native_math")
+        torch.testing.assert_close(network(*call).sample, plain, rtol=0, atol=1e-5)
+        assert set(used) == {None}
+        used.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(network(*call).sample, plain, rtol=0, atol=1e-5)
+        assert set(used) == {"_native_math"}
+        fast(network, attention_without_gradient=None)
+        with torch.no_grad():
+            assert torch.equal(network(*call).sample, plain) and used[-1] is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "installed", "kernel", "expected"),
+    [
+        ((9, 0), torch.bfloat16, True, SDPBackend.CUDNN_ATTENTION, "diffusers"),
+        ((9, 0), torch.bfloat16, True, SDPBackend.FLASH_ATTENTION, "_flash_varlen_3"),
+        ((9, 0), torch.bfloat16, False, SDPBackend.FLASH_ATTENTION, "diffusers"),
+        ((9, 0), torch.float32, True, SDPBackend.EFFICIENT_ATTENTION, "diffusers"),
+        ((8, 9), torch.bfloat16, True, SDPBackend.FLASH_ATTENTION, "diffusers"),
+        (None, torch.bfloat16, True, SDPBackend.FLASH_ATTENTION, "diffusers"),
+    ],
+)
+def test_auto_is_the_fastest_attention_that_is_here_and_trains(
+    capability, dtype, installed, kernel, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found" if installed else None)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda q, k, v: int(kernel.value))
+    weight = SimpleNamespace(dtype=dtype, device="cpu", is_cuda=capability is not None)
+    backend, words = fastest_attention(SimpleNamespace(parameters=lambda: iter([weight])))
+    assert backend == expected and (kernel.name in words) == (expected == "diffusers")
+
+
+def test_auto_on_a_cpu_is_what_it_was_and_says_so():
+    said, network = [], unet()
+    assert torch.equal(output(fast(network, said, attention_mechanism="auto")), output(unet()))
+    assert said == ["--attention_mechanism auto: PyTorch's SDPA, by its kernel FLASH_ATTENTION"]
+
+
+def test_kernels_of_packages_get_one_precision(monkeypatch):
+    """Under autocast a norm of q and k may leave them in fp32; PyTorch's SDPA is cast, a package's is not."""
+    seen = []
+
+    def watched(q, k, v, mask, backend):
+        seen.append({part.dtype for part in (q, k, v)})
+        return v
+
+    monkeypatch.setattr(networks, "dispatch_attention_fn", watched)
+    kernels, q = networks.Kernels(), torch.ones(1, 2, 1, 4)
+    kernels._attention_backend = AttentionBackendName("flash")
+    kernels.attend(q, q, q.bfloat16())
+    assert seen == [{torch.bfloat16}]
+
+
+@pytest.mark.parametrize("name", networks.NO_BACKWARD)
+def test_backends_without_a_backward_are_those_of_sage_and_an_operation_that_has_none(name):
+    """The facts in diffusers' source: SageAttention's package is not differentiable, nor its own operation of FA3."""
+    source = inspect.getsource(attention_dispatch._AttentionBackendRegistry._backends[AttentionBackendName(name)])
+    assert "sage" in source or "_wrapped_flash_attn_3(" in source
+    assert "register_autograd" not in inspect.getsource(attention_dispatch)
 
 
 def test_what_cannot_be_had_is_said(monkeypatch):

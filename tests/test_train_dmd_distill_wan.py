@@ -217,6 +217,35 @@ def test_steps_of_latent_consistency_equal_the_algorithm_restated_in_float64(run
     assert max((weights["student"][key] - student[key]).abs().max() for key in start) < 3e-6
 
 
+def test_one_prompt_after_the_other_gives_the_same_gradients(run, monkeypatch, watch):
+    """Rounding alone differs; a large epsilon keeps Adam from making much of it."""
+    flags = f"{FULL} --max_train_steps 2 --adam_epsilon 1e-3 --fake_score_eps 1e-3 --fake_score_guidance_scale 2"
+    calls = watch(script, "predict")
+    together = run(flags)
+    assert {len(x) for (_, x, *_), _ in calls} == {1, 2}
+    calls.clear()
+    monkeypatch.setattr(script, "MANY_TOKENS", 1)
+    apart = run(flags)
+    assert {len(x) for (_, x, *_), _ in calls} == {1}
+    for name in ("student", "fake_score"):
+        assert together[name].keys() == apart[name].keys()
+        for key, weight in together[name].items():
+            torch.testing.assert_close(apart[name][key], weight, rtol=0, atol=1e-6)
+
+
+def test_one_prompt_after_the_other_is_decided_by_flags_alike_in_all_processes(parse, wan_teacher, monkeypatch):
+    args, transformer = parse("")[0], WanTransformer3DModel.from_pretrained(wan_teacher, subfolder="transformer")
+    tokens = 3 * 4  # three latent frames of 2x2
+    for change, many in (
+        ({}, tokens),
+        ({"train_batch_size": 5}, 5 * tokens),
+        ({"context_parallel_degree": 2}, tokens / 2),
+    ):
+        for most in (many, many + 1):
+            monkeypatch.setattr(script, "MANY_TOKENS", most)
+            assert script.has_many_tokens(Namespace(**vars(args) | change), transformer) == (most == many)
+
+
 def test_consistency_leads_to_where_the_flow_of_a_gaussian_ends():
     """Data of N(m, s^2) have a flow in closed form, which leads pure noise to m + s * eps. Euler's steps on the grid,
     by diffusers' sampler, end near that. The student is a line for each timestep of the grid."""

@@ -367,8 +367,8 @@ def test_a_student_that_does_not_fit_is_refused(lcm, monkeypatch):
 
 
 def test_an_attention_mechanism_that_is_not_there_is_one_sentence(lcm):
-    with pytest.raises(SystemExit, match="--attention_mechanism sage: "):
-        load(lcm.args("--attention_mechanism sage"))
+    with pytest.raises(SystemExit, match="--attention_mechanism flash: "):
+        load(lcm.args("--attention_mechanism flash"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

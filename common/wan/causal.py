@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
+from common.networks import Kernels
 from common.wan.parallel import heads_to_tokens, own_tokens, token_group, tokens_to_heads
 
 Piece = Sequence[Sequence[torch.Tensor]]  # keys and values of each layer, [B, tokens, heads, D]
@@ -35,16 +35,17 @@ class Context(NamedTuple):
     computed_again: bool  # whether activation checkpointing repeats the call in backward()
 
 
-class BlockCausalAttention(WanAttnProcessor):
-    """Self-attention of any layer; without a Context it is the stock one.
+WHOLE = Context((), None, None, False)  # all of a clip
+
+
+class BlockCausalAttention(Kernels, WanAttnProcessor):
+    """Self-attention of any layer; without a Context it computes what the stock one does, bit for bit.
 
     Where processes share a clip's tokens, each of them attends from all tokens to all, in its share of the heads.
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        if len(rotary_emb) == 2:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        cos, sin, context = rotary_emb
+        cos, sin, context = rotary_emb if len(rotary_emb) == 3 else (*rotary_emb, WHOLE)
         q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
         q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in (q, k, v))  # [B, L, C] -> [B, L, heads, D]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -59,9 +60,7 @@ class BlockCausalAttention(WanAttnProcessor):
         save_joined = not past or context.computed_again or torch.compiler.is_compiling()
         with contextlib.nullcontext() if save_joined else saved_in_pieces((k, v), pieces):
             out = [
-                dispatch_attention_fn(
-                    q[:, start:end], k[:, : earlier + end], v[:, : earlier + end], backend=self._attention_backend
-                )
+                self.attend(q[:, start:end], k[:, : earlier + end], v[:, : earlier + end])
                 for start, end in pairwise((0, *(context.ends or (q.shape[1],))))
             ]
         out = heads_to_tokens(torch.cat(out, 1), group).flatten(2).type_as(q)
@@ -116,14 +115,21 @@ def rotate(x, cos, sin):
     return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).type_as(x)
 
 
+def own_attention(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
+    """The transformer itself, with this file's self-attention in place of the stock one."""
+    for block in transformer.blocks:
+        block.attn1.set_processor(BlockCausalAttention())
+    return transformer
+
+
 class BlockCausal:
     """Calls a transformer inside `block(...)` as for a block of a longer clip; other calls stay as they are."""
 
     def __init__(self, transformer: WanTransformer3DModel):
         self.call = None  # inside block(): its first frame, and a Context
         self.transformer = transformer
+        own_attention(transformer)
         for layer, block in enumerate(transformer.blocks):
-            block.attn1.set_processor(BlockCausalAttention())
             block.register_forward_pre_hook(functools.partial(own_part, layer))
         transformer.rope.register_forward_pre_hook(self.lengthen)
         transformer.rope.register_forward_hook(self.cut)

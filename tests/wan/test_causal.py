@@ -5,9 +5,9 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
+from common import networks
 from common.plan.memory import Meter
 from common.solvers import roll_out
-from common.wan import causal as module
 from common.wan.causal import BlockCausal, block_ends, extend, first_tokens
 from tests.helpers import tiny_wan
 
@@ -253,9 +253,9 @@ def test_every_attention_backend_is_asked(monkeypatch):
     causal = BlockCausal(network)
     with attention_backend("native"):  # what is set inside is set for all networks, and put back at the end
         network.set_attention_backend("_native_math")
-    asked, original = [], module.dispatch_attention_fn
+    asked, original = [], networks.dispatch_attention_fn
     monkeypatch.setattr(
-        module, "dispatch_attention_fn", lambda *a, **k: asked.append(k["backend"].value) or original(*a, **k)
+        networks, "dispatch_attention_fn", lambda *a, **k: asked.append(k["backend"].value) or original(*a, **k)
     )
     x, t, text = inputs()
     with causal.block(0):
