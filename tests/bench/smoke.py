@@ -1,6 +1,6 @@
 """All three quick starts for a few steps on a GPU: `python -m tests.bench.smoke`. Ends with 1 where one of them fails.
 
-Each runs in bf16: as it is, with --compile, and as a LoRA on an 8-bit base.
+Each runs in bf16: as it is, with --compile, as a LoRA on an 8-bit base, and where a wait for the GPU is an error.
 """
 
 import argparse
@@ -16,14 +16,21 @@ KINDS = {
     "bf16": [],
     "compile": ["--compile"],
     "int8": ["--model_type", "lora", "--base_model_precision", "int8-torchao"],
+    "waits": ["--model_type", "lora"],
 }
+WITHOUT_WAITS = """
+import importlib, sys
+from tests.waits import gpu, steps_without_waits
+script = importlib.import_module(sys.argv[1].removesuffix(".py"))
+print(steps_without_waits(script, *script.parse_args(sys.argv[2:]), on=gpu), "steps")
+"""
 
 
 def start(script: str, kind: str, steps: int, folder: Path) -> subprocess.Popen:
     """A run of the toy, as a user starts it; what it says goes to folder/log."""
     folder.mkdir(parents=True)
     flags = ["--mixed_precision", "bf16", "--max_train_steps", steps, "--output_dir", folder / "out", *KINDS[kind]]
-    command = [sys.executable, script, *map(str, flags)]
+    command = [sys.executable, *(["-c", WITHOUT_WAITS] if kind == "waits" else []), script, *map(str, flags)]
     return subprocess.Popen(command, stdout=open(folder / "log", "w"), stderr=subprocess.STDOUT)  # noqa: SIM115
 
 
