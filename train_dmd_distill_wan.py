@@ -48,11 +48,9 @@ To fork it for another model, replace the block "The model": nothing else knows 
 """
 
 import contextlib
-import copy
 import functools
 import itertools
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -63,13 +61,23 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from common.cache import TensorStore, identity, text_key
 from common.checkpoint import StopSignal, resume
 from common.data.buckets import check_frame_count, latent_frames, pixel_frames, target_size, targets_in_shapes
 from common.data.clips import clip_size, open_caption_readers, open_clip_readers
 from common.data.datasets import Data, open_data, plan_buckets
 from common.data.encoder import SampleEncoder, open_encoder
 from common.data.stream import open_batches
-from common.draws import Draws, draw_dropped, draw_exits, score_range, score_timesteps, tied_noise
+from common.draws import (
+    Draws,
+    draw_exits,
+    sample_generator,
+    score_range,
+    score_timesteps,
+    tied_noise,
+    to_device,
+    with_dropped,
+)
 from common.export import push_to_hub
 from common.flags import (
     Flags,
@@ -92,9 +100,11 @@ from common.networks import (
     active_adapter,
     adapter_layers,
     adapter_weights,
+    checkpoint_activations,
     precision_name,
     quantize,
     speed_up,
+    unprompted,
     weights_copy,
     weights_exchanged,
     with_uncond,
@@ -109,10 +119,18 @@ from common.optim import (
     optimizer_name,
     update_ema,
 )
-from common.pictures import validation_prompts
+from common.pictures import share_prompts, to_bytes, validation_prompts
 from common.plan.meter import HOST, Meter
 from common.plan.phases import Phase, largest_samples, planned, run_phases, weights_of
-from common.run import Saver, check_finite, end_run, open_repository, start_run, teacher_missing
+from common.run import (
+    Saver,
+    check_finite,
+    end_run,
+    machine_defaults,
+    open_repository,
+    start_run,
+    teacher_missing,
+)
 from common.solvers import (
     TIMESTEPS,
     block_lengths,
@@ -124,7 +142,7 @@ from common.solvers import (
     roll_out,
 )
 from common.tracking import GAP_RANGES, Means, Tracking, gap_name, webhook_errors
-from common.wan.parallel import check_processes, gathered, shard, wants_fsdp
+from common.wan.parallel import check_processes, gathered, load_split, wants_fsdp
 from common.wan.report import ClipComparison, write_clips_report
 
 FLOW_STEPS = 20  # even ones of the teacher's trajectories, besides the student's own timesteps
@@ -144,6 +162,9 @@ OWN_FLAGS = {
             "num_frame_per_block"),
     "lcm": ("num_ddim_timesteps", "loss_type", "huber_c", *PIXELS),  # DMD decodes no clip
 }  # fmt: skip
+# Tokens of a batch from which on two forwards are as fast as one of both prompts, and take half the memory: 8192 rows by
+# 1536 channels are 768 tiles of 128x128, six for each of an H100's 132 processors
+MANY_TOKENS = 8192
 LOG_EVERY = 10  # optimizer steps between logs; training itself waits for the device nowhere else
 MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "lcm_loss", "student_grad_norm", "fake_score_grad_norm"]
 MEANS += map(gap_name, GAP_RANGES)
@@ -169,6 +190,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_teacher_model", type=str, help="folder or hub name of the pipeline; default: the toy teacher, by its own recipe")
     add("--teacher_revision", type=str, help="the teacher's branch, tag or commit on the hub")
+    add("--teacher_variant", type=str, metavar="NAME", help="which of its files to load, as fp16 for diffusion_pytorch_model.fp16.safetensors; default: those without a name")
     add("--resolution", type=float, default=480, help="of training, in the unit of --resolution_type")
     add("--context_parallel_degree", type=int, default=1, metavar="N", help="N processes share each clip's tokens; the number of processes must be a multiple of it")
     add("--train_prompts", type=str, help="text file, a prompt a line: trains with no video at all, on clips of --num_frames in the shapes of --validation_resolution")
@@ -224,6 +246,8 @@ def parse_args(argv=None):
     add("--causal_init_steps", type=int, default=0, help="the first of --max_train_steps regress the student to the teacher's own trajectories")
     add("--causal_init_lr", type=float, help="their rate, by a schedule of their own; default: --learning_rate")
     add("--causal_init_guidance", type=float, metavar="S", help="of the teacher on these trajectories; default: --real_score_guidance_scale")
+    add("--causal_init_trajectories", type=int, default=0, metavar="N", help="of these trajectories each prompt has N, each from a noise of its own; they are kept on disk and used again, in later epochs and other runs too; 0: a new one at each visit, and none is kept")
+    add("--cache_dir_trajectories", type=str, help="folder of --causal_init_trajectories, which runs may share; default: OUTPUT_DIR/cache/trajectories")
 
     add = parser.add_argument_group("validation of clips").add_argument
     add("--validation_num_video_frames", type=int, help="default: --num_frames")
@@ -246,7 +270,8 @@ def parse_args(argv=None):
     check_model_flags(parser, args)
     rules, size_notes = bucket_rules(parser, args)
     data, data_notes = open_data(parser, args, rules, FRAMES_PER_LATENT)
-    args = filled(args, validation_resolution=[target_size(1, 1, rules)], **shared_defaults(args))
+    chosen, machine_notes = machine_defaults(args, data, decodes=trains_on_clips(args, data))
+    args = filled(args, validation_resolution=[target_size(1, 1, rules)], **chosen, **shared_defaults(args))
     for height, width in args.validation_resolution:
         if height % SIDE_FACTOR or width % SIDE_FACTOR:
             parser.error(f"--validation_resolution {width}x{height}: must be multiples of {SIDE_FACTOR}")
@@ -268,6 +293,7 @@ def parse_args(argv=None):
         *notes,
         *size_notes,
         *data_notes,
+        *machine_notes,
         *block_notes,
     ]
     return args, data, method, notes
@@ -312,7 +338,7 @@ def check_dmd_flags(parser, args):
         at_least_one=("lora_rank", "lora_alpha", "num_training_frames", "context_parallel_degree",
                       "generator_update_interval", "ema_update_interval", "num_ddim_timesteps"),
         not_negative=("num_frame_per_block", "fake_score_guidance_scale", "fake_score_weight_decay",
-                      "causal_init_steps"),
+                      "causal_init_steps", "causal_init_trajectories"),
         positive=("fake_score_lr", "fake_score_eps", "fake_score_grad_clip", "timestep_shift", "flow_schedule_shift",
                   "causal_init_lr", "huber_c"),
         below_one=("lora_dropout", "ema_decay"), share=("min_timestep_ratio", "max_timestep_ratio"),
@@ -320,6 +346,10 @@ def check_dmd_flags(parser, args):
     for name in ("causal_init_lr", "causal_init_guidance"):
         if getattr(args, name) is not None and not args.causal_init_steps and not toy:  # the toy's recipe has both
             parser.error(f"--{name}: belongs to --causal_init_steps, and there are none")
+    if args.causal_init_trajectories and not args.causal_init_steps:
+        parser.error("--causal_init_trajectories: belongs to --causal_init_steps, and there are none")
+    if args.cache_dir_trajectories and not args.causal_init_trajectories:
+        parser.error("--cache_dir_trajectories: belongs to --causal_init_trajectories, and there are none")
     args = filled(
         args, causal_init_lr=args.learning_rate, causal_init_guidance=args.real_score_guidance_scale,
         negative_prompt=args.validation_negative_prompt or "",
@@ -466,7 +496,8 @@ def check_blocks(parser, args, data: Data) -> tuple[Data, int, list[str]]:
 # What the rest of the script asks for:
 #   constants  FAMILY, LORA_TARGETS, BLOCKS, FRAMES_PER_LATENT, FRAMES_PER_SECOND, SIDE_FACTOR
 #   flags      add_model_flags, check_model_flags, toy_recipe, teacher_of
-#   networks   load_scheduler, schedule_shift, load_transformer, add_adapters, make_causal, share_tokens
+#   networks   load_scheduler, schedule_shift, load_transformer, teacher_identity, add_adapters, make_causal,
+#              share_tokens
 #   data       encoders, latent_shape, vae_factor, tokens_of_frame
 #   use        predict, generate_by_teacher, decode, export
 # make_causal's result has calls(velocity) and caches_before(velocity, clip, t, blocks), or it refuses. Transformers
@@ -481,6 +512,7 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import is_ftfy_available
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from common.cache import weights_identity
@@ -489,7 +521,7 @@ from common.data.encoder import Encoders
 from common.export import save_comfy_lora
 from common.networks import load_network
 from common.solvers import stock_scheduler
-from common.wan.causal import BlockCausal
+from common.wan.causal import BlockCausal, own_attention
 from common.wan.parallel import share_tokens
 
 FAMILY = "wan"  # model_family of config files
@@ -498,6 +530,7 @@ LORA_TARGETS = "to_q,to_k,to_v,to_out.0,ffn.net.0.proj,ffn.net.2"
 BLOCKS = ("WanTransformerBlock",)  # layers that are compiled one by one, and gathered one by one where split
 FRAMES_PER_LATENT = 4  # of a clip, for each latent frame after the first
 FRAMES_PER_SECOND = 16
+TOKENS_ENCODED = 4096  # of prompts, padding among them, that go through the text encoder at a time
 SIDE_FACTOR = 16  # of a clip's sides: the VAE's 8, and the transformer's patches of 2
 TOY = Path(__file__).parent / "tests" / "toy"
 
@@ -534,6 +567,10 @@ def hub_options(args) -> dict:
     return {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
 
 
+def weights_options(args) -> dict:
+    return hub_options(args) | {"variant": args.teacher_variant}
+
+
 def load_scheduler(args) -> SchedulerMixin:
     """The teacher's own sampler, of whatever kind."""
     parts = dict.fromkeys(("transformer", "vae", "text_encoder", "tokenizer"))
@@ -551,7 +588,13 @@ def schedule_shift(scheduler) -> float:
 def load_transformer(args, dtype: torch.dtype) -> WanTransformer3DModel:
     if dtype == torch.float16:
         raise SystemExit("mixed_precision fp16 of accelerate's config: Wan's activations overflow it; bf16 or no")
-    return load_network(WanTransformer3DModel, teacher_of(args), "transformer", dtype, **hub_options(args))
+    transformer = load_network(WanTransformer3DModel, teacher_of(args), "transformer", dtype, **weights_options(args))
+    return own_attention(transformer)
+
+
+def teacher_identity(args) -> str:
+    """A name of the teacher's weights, for what is kept of its outputs."""
+    return weights_identity(teacher_of(args), "transformer", args.teacher_revision, args.teacher_variant)
 
 
 def add_adapters(args, transformer: WanTransformer3DModel, names: tuple[str, ...]) -> WanTransformer3DModel:
@@ -577,19 +620,19 @@ def make_causal(transformer: WanTransformer3DModel) -> BlockCausal:
 def text_source(args) -> dict:
     """Where text encoder and tokenizer are, as from_pretrained takes it."""
     if args.pretrained_t5_model_name_or_path:
-        return {"model": args.pretrained_t5_model_name_or_path, "revision": None}
-    return {"model": teacher_of(args), "revision": args.teacher_revision}
+        return {"model": args.pretrained_t5_model_name_or_path, "revision": None, "variant": None}
+    return {"model": teacher_of(args), "revision": args.teacher_revision, "variant": args.teacher_variant}
 
 
 def load_vae(args, device, dtype: torch.dtype) -> AutoencoderKLWan:
-    return load_network(AutoencoderKLWan, teacher_of(args), "vae", dtype, **hub_options(args)).to(device)
+    return load_network(AutoencoderKLWan, teacher_of(args), "vae", dtype, **weights_options(args)).to(device)
 
 
 def load_text_encoder(args, device, dtype: torch.dtype):
     source = text_source(args)
     name, options = source["model"], {"revision": source["revision"], "cache_dir": args.cache_dir}
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", **options)
-    encoder = load_network(UMT5EncoderModel, name, "text_encoder", dtype, **options)
+    encoder = load_network(UMT5EncoderModel, name, "text_encoder", dtype, variant=source["variant"], **options)
     quantize(encoder, args.text_encoder_1_precision, "cpu" if args.quantize_via == "cpu" else device)
     return tokenizer, encoder.to(device)
 
@@ -603,10 +646,11 @@ def encoders(args, device, dtype: torch.dtype) -> Encoders:
         load_text=lambda: load_text_encoder(args, device, dtype),
         encode_prompts=functools.partial(encode_prompts, length=args.max_sequence_length),
         latents_identity=lambda: {
-            "vae": weights_identity(teacher_of(args), "vae", args.teacher_revision), "dtype": vae_dtype
+            "vae": weights_identity(teacher_of(args), "vae", args.teacher_revision, args.teacher_variant),
+            "dtype": vae_dtype,
         },
         text_identity=lambda: {
-            "text": [weights_identity(source["model"], f, source["revision"]) for f in ("text_encoder", "tokenizer")],
+            "text": [weights_identity(subfolder=f, **source) for f in ("text_encoder", "tokenizer")],
             "dtype": dtype, "precision": precision_name(args.text_encoder_1_precision),
             "length": args.max_sequence_length, "ftfy": is_ftfy_available(),
         },
@@ -617,20 +661,27 @@ def encoders(args, device, dtype: torch.dtype) -> Encoders:
 def encode_prompts(text_encoder, prompts: list[str], length: int) -> dict[str, list[torch.Tensor]]:
     """States of each prompt's own tokens, [L, C] with L up to `length`; they are padded when they are used.
 
-    One at a time, so that a prompt's embedding is the same whatever is encoded beside it.
+    Prompts of similar length go together, so that little is padded. The padding is masked: of what is beside it a
+    prompt's embedding keeps no more than a rounding error.
     """
     tokenizer, encoder = text_encoder
-    rows = []
-    for prompt in prompts:
-        tokens = tokenizer(prompt_clean(prompt), max_length=length, truncation=True, return_tensors="pt")
-        rows.append(encoder(tokens.input_ids.to(encoder.device)).last_hidden_state[0])
-    return {"prompt_embeds": rows}
+    tokens = [tokenizer(prompt_clean(prompt), max_length=length, truncation=True).input_ids for prompt in prompts]
+    rows, waiting = {}, sorted(range(len(prompts)), key=lambda i: len(tokens[i]))
+    while waiting:
+        count = max(1, TOKENS_ENCODED // len(tokens[waiting[-1]]))  # the longest first
+        chunk, waiting = waiting[-count:], waiting[:-count]
+        ids = pad_sequence([torch.tensor(tokens[i]) for i in chunk], batch_first=True)  # [B, L]
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(tokens[i]) for i in chunk])[:, None]
+        ids, mask = (to_device(each, encoder.device) for each in (ids, mask.long()))
+        states = encoder(ids, attention_mask=mask).last_hidden_state
+        rows |= {i: states[row, : len(tokens[i])] for row, i in enumerate(chunk)}
+    return {"prompt_embeds": [rows[i] for i in range(len(prompts))]}
 
 
 def latent_statistics(vae) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each channel of the VAE's latents, fp32, [1, C, 1, 1, 1]."""
     mean, std = (torch.tensor(getattr(vae.config, name)) for name in ("latents_mean", "latents_std"))
-    return mean.view(1, -1, 1, 1, 1).to(vae.device), std.view(1, -1, 1, 1, 1).to(vae.device)
+    return tuple(to_device(values.view(1, -1, 1, 1, 1), vae.device) for values in (mean, std))
 
 
 def encode_pixels(vae, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -745,6 +796,8 @@ def export(args, method, folder: Path, transformer, dtype: torch.dtype) -> tuple
     load = ""
     if args.teacher_revision:
         parts.append(f'revision="{args.teacher_revision}"')
+    if args.teacher_variant:
+        parts.append(f'variant="{args.teacher_variant}"')
     if source != base:
         load += (
             f'text_encoder = UMT5EncoderModel.from_pretrained("{source}", subfolder="text_encoder", dtype={dtype})\n'
@@ -776,7 +829,7 @@ def export(args, method, folder: Path, transformer, dtype: torch.dtype) -> tuple
             if source != base:
                 replaced["tokenizer"] = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
                 replaced["text_encoder"] = UMT5EncoderModel.from_pretrained(source, subfolder="text_encoder")
-            pipeline = PIPELINE.from_pretrained(base, **replaced, **hub_options(args))
+            pipeline = PIPELINE.from_pretrained(base, **replaced, **weights_options(args))
             pipeline.save_pretrained(folder)
             files += ["model_index.json", *(name for name, part in pipeline.components.items() if part is not None)]
             load, base, parts = "", folder, ["scheduler=scheduler", f"dtype={dtypes}"]
@@ -813,6 +866,7 @@ class Networks:
     by_role: dict[str, torch.nn.Module]
     causal: object | None  # calls the student block by block; None for a bidirectional one
     accelerator: Accelerator
+    one_by_one: bool = False  # whether guidance has a forward for each of its two prompts
 
     @functools.cached_property
     def layers(self) -> list:
@@ -828,15 +882,18 @@ class Networks:
 
     def velocity(self, role: str, x, t, cond):
         """v of a role at x_t, [B, C, f, h, w]; t is a number or [B]."""
-        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+        t = t if torch.is_tensor(t) else torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         with self.acting(role), self.accelerator.autocast():
             return predict(self.by_role[role], x, t, cond).float()
 
     def guided(self, role: str, x, t, cond, uncond, scale: float):
-        """uncond + scale * (cond - uncond), both in one forward; a scale of 0 or 1 means cond alone."""
+        """uncond + scale * (cond - uncond); a scale of 0 or 1 means cond alone."""
         if scale in (0.0, 1.0):
             return self.velocity(role, x, t, cond)
-        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x)).repeat(2)
+        if self.one_by_one:
+            v_cond, v_uncond = (self.velocity(role, x, t, each) for each in (cond, unprompted(cond, uncond)))
+            return v_uncond + scale * (v_cond - v_uncond)
+        t = t.repeat(2) if torch.is_tensor(t) else t
         v_cond, v_uncond = self.velocity(role, torch.cat([x, x]), t, with_uncond(cond, uncond)).chunk(2)
         return v_uncond + scale * (v_cond - v_uncond)
 
@@ -876,7 +933,7 @@ def dmd_backward(args, method, networks, means, draws, cond, uncond, blocks, sha
         """Timesteps [B] at which the rollout is judged, on the CPU and on the device, and noise."""
         ratios = args.min_timestep_ratio, args.max_timestep_ratio
         t = score_timesteps(draws.uniform(), low, high, args.timestep_shift, *ratios)
-        return t, t.to(x_g.device), draws.normal(*x_g.shape[1:])
+        return t, to_device(t, x_g.device), draws.normal(*x_g.shape[1:])
 
     # 3. Student: down the gradient, x_g goes from the fake score's x0 to the teacher's
     if student_turn:
@@ -901,7 +958,59 @@ def dmd_backward(args, method, networks, means, draws, cond, uncond, blocks, sha
     means.add("fake_score_loss", loss)
 
 
-def regression_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, grid):
+class Trajectories:
+    """The teacher's trajectories on disk, --causal_init_trajectories of them for each prompt.
+
+    Their noise follows from the prompt and their number alone, so that later epochs, other seeds and other runs find
+    them. They are in fp32, and of x_t hold the first block's frames, which are all that regression_backward asks for.
+    """
+
+    def __init__(self, args, method, networks: Networks, grid: list[float], embeddings: str, dtype, sharing):
+        """`embeddings` names all that shapes them; `sharing` processes next to each other have the same samples."""
+        accelerator = networks.accelerator
+        name = identity(
+            teacher=teacher_identity(args), base_precision=precision_name(args.base_model_precision),
+            embeddings=embeddings, dtype=dtype,
+            guidance=args.causal_init_guidance, negative_prompt=args.negative_prompt, grid=grid, steps=method.steps,
+        )  # fmt: skip
+        folder = Path(args.cache_dir_trajectories or Path(args.output_dir, "cache", "trajectories"), name)
+        self.store = TensorStore(folder, records_per_file=1)  # at once there for other processes
+        self.count, self.accelerator = args.causal_init_trajectories, accelerator
+        self.writes = accelerator.process_index % sharing == 0
+        self.together = wants_fsdp(accelerator) or sharing > 1
+        accelerator.print(f"trajectories: {len(self.store.index)} in {folder}")
+
+    def of(self, flow: Callable, draws: Draws, prompts: list[str], dropped: list[bool], shape, first: int):
+        """What flow(noise) returns, from the disk where it has those of all samples; else they are written there.
+
+        `prompts` have the noise even where they are `dropped` and the teacher gets the empty one.
+        """
+        numbers = (draws.uniform() * self.count).long().tolist()
+        names = [f"trajectory {number} of {prompt}" for number, prompt in zip(numbers, prompts, strict=True)]
+        keys = [text_key(f"{drop} {shape} {first} {name}") for drop, name in zip(dropped, names, strict=True)]
+        if any(key not in self.store for key in keys):
+            self.store.refresh()
+        rows = [self.store.get(key) for key in keys]
+        if self.all_have(None not in rows):
+            x_t, x0 = (to_device(torch.stack([row[name] for row in rows]), draws.device) for name in ("x_t", "x0"))
+        else:
+            x_t, x0 = flow(Draws.of([sample_generator(0, name) for name in names], draws.device).normal(*shape))
+            x_t, x0 = torch.stack(x_t, 1), x0.contiguous()  # laid out as they come from the disk
+            for i, key in enumerate(keys):
+                if self.writes and rows[i] is None:
+                    self.store.put(key, {"x_t": x_t[i], "x0": x0[i]})
+        return x_t.unbind(1), x0
+
+    def all_have(self, found: bool) -> bool:
+        """Whether all processes have found theirs, where a forward of the teacher takes all processes."""
+        if not self.together:
+            return found
+        return self.accelerator.reduce(torch.tensor(float(found), device=self.accelerator.device), "mean").item() == 1.0
+
+
+def regression_backward(
+    args, method, networks, means, draws, cond, uncond, blocks, shape, grid, kept: Callable | None = None
+):
     """Gradients of the student towards the teacher's own trajectories (CausVid, section 4.3, but for the noise).
 
     A trajectory leads the teacher, with guidance, from noise along `grid` to a clean clip x0. For each of the student's
@@ -912,6 +1021,8 @@ def regression_backward(args, method, networks, means, draws, cond, uncond, bloc
     causal student does not: it would learn a blurred mean. tied_noise makes the noise of later blocks a function of the
     first's, by moving its channels on, so that x0 follows from what the student sees. But then a later block's x_t on
     the trajectory would tell it of the blocks before; it gets x0 with independent noise instead, as in a rollout.
+
+    `kept` is the method `of` of Trajectories, with the batch's prompts, or None where each visit has a new one.
     """
     noise = draws.keyed_normal(*shape)  # an independent draw for each key
     predict_block, _ = networks.student_calls(cond)
@@ -919,8 +1030,13 @@ def regression_backward(args, method, networks, means, draws, cond, uncond, bloc
         velocity = functools.partial(
             networks.guided, "teacher", cond=cond, uncond=uncond, scale=args.causal_init_guidance
         )  # fmt: skip
-        # x_t of each of the student's steps, and x0, [B, C, f, h, w] each
-        trajectory, x0 = flow_trajectory(velocity, tied_noise(noise("start"), blocks[0]), grid, method.steps)
+
+        def flow(start):
+            """x_t of each of the student's steps, in the first block, and x0, [B, C, f, h, w] each."""
+            x_t, x0 = flow_trajectory(velocity, tied_noise(start, blocks[0]), grid, method.steps)
+            return [x[:, :, : blocks[0]] for x in x_t], x0
+
+        trajectory, x0 = kept(flow, draws, shape=shape, first=blocks[0]) if kept else flow(noise("start"))
         kv_caches = [None]  # keys and values before each block
         if len(blocks) > 1:
             context = renoise(x0, args.context_noise / TIMESTEPS, noise(None)) if args.context_noise else x0
@@ -929,7 +1045,7 @@ def regression_backward(args, method, networks, means, draws, cond, uncond, bloc
     for k, (x_t, t) in enumerate(zip(trajectory, method.steps, strict=True)):
         x_later = renoise(x0, t / TIMESTEPS, noise(k)) if len(blocks) > 1 else None
         for kv_cache, (first, end) in zip(kv_caches, pairwise((0, *accumulate(blocks))), strict=True):
-            x = (x_t if first == 0 else x_later)[:, :, first:end]
+            x = x_t if first == 0 else x_later[:, :, first:end]
             v_target = (x - x0[:, :, first:end]) * TIMESTEPS / t
             share = (end - first) / sum(blocks) / len(method.steps)  # of the whole loss, a mean over steps and frames
             with networks.acting("student"):
@@ -970,29 +1086,40 @@ def lcm_backward(args, method, networks, means, draws, cond, uncond, shape, exit
 
 def load_networks(args, accelerator, weight_dtype) -> Networks:
     """All networks on the device, split between processes and compiled as the flags say."""
-    where = "cpu" if args.quantize_via == "cpu" else accelerator.device
-    teacher, roles = load_transformer(args, weight_dtype), METHODS[args.distillation_method]
+    roles = METHODS[args.distillation_method]
+
+    def load(dtype: torch.dtype) -> torch.nn.Module:
+        read = functools.partial(load_transformer, args, dtype)
+        gathered_in = torch.float32 if args.compile else weight_dtype  # a graph is of a block, and gathers no layer
+        return load_split(read, BLOCKS, accelerator, gathered_in) if wants_fsdp(accelerator) else read()
+
+    teacher = load(weight_dtype)
+    quantize(teacher, args.base_model_precision, "cpu" if args.quantize_via == "cpu" else accelerator.device)
     if args.model_type == "lora":
-        quantize(teacher, args.base_model_precision, where)
         by_role = dict.fromkeys(("teacher", *roles), add_adapters(args, teacher, roles))
-    else:
-        student = load_transformer(args, torch.float32).requires_grad_(True)
-        quantize(teacher, args.base_model_precision, where)
-        by_role = {"teacher": teacher, "student": student} | {role: copy.deepcopy(student) for role in roles[1:]}
+    else:  # from the weights on disk, not from the teacher's, which its precision has rounded
+        by_role = {"teacher": teacher} | {role: load(torch.float32).requires_grad_(True) for role in roles}
     causal = make_causal(by_role["student"]) if args.num_frame_per_block else None
     for network in {id(network): network for network in by_role.values()}.values():  # with LoRA one
-        if wants_fsdp(accelerator):
-            shard(network, BLOCKS, accelerator)
         network.to(accelerator.device)
         if args.context_parallel_degree > 1:
             # BlockCausal cuts the rotary embedding to the block, and only then splits it between processes
             splits_rotary = not causal or network is not by_role["student"]
             share_tokens(network, args.context_parallel_degree, accelerator, splits_rotary)
-    speed_up(args, by_role.values(), BLOCKS, accelerator.print)
+    speed_up(args, by_role.values(), BLOCKS, accelerator.print)  # all blocks of a clip have one shape
     if args.gradient_checkpointing:
-        for role in roles:
-            by_role[role].enable_gradient_checkpointing()
-    return Networks(by_role, causal, accelerator)
+        for network in dict.fromkeys(by_role[role] for role in roles):  # each once
+            checkpoint_activations(args, network, BLOCKS)
+    return Networks(by_role, causal, accelerator, has_many_tokens(args, by_role["student"]))
+
+
+def has_many_tokens(args, transformer) -> bool:
+    """Whether batches have MANY_TOKENS. It follows from flags and not from a batch: processes that split weights or a
+    clip's tokens between them have to make the same forwards."""
+    frames = latent_frames(args.num_frames, FRAMES_PER_LATENT)
+    _, frames, height, width = latent_shape(args, transformer, frames, args.validation_resolution[0])
+    tokens = args.train_batch_size * frames * tokens_of_frame(transformer, height, width)
+    return tokens // args.context_parallel_degree >= MANY_TOKENS
 
 
 def plan(args, data, encoder, optimizers, networks, saved, train_step, clips, export) -> list[Phase]:
@@ -1027,26 +1154,29 @@ def show_largest(args, clips):
 class Clips:
     """Clips by teacher, student, or the student's moving average (ema), each with its own sampler."""
 
-    def __init__(self, args, method, networks: Networks, as_average, encoder: SampleEncoder, scheduler):
-        """`as_average(wanted)` is a context in which the student is its moving average."""
+    def __init__(self, args, method, networks: Networks, as_average, encoder: SampleEncoder, scheduler, shared: bool):
+        """`as_average(wanted)` is a context in which the student is its moving average; `shared` among all processes
+        are the prompts."""
         self.args, self.method, self.networks, self.as_average = args, method, networks, as_average
         self.encoder, self.scheduler = encoder, scheduler
         frames = latent_frames(method.validation_frames, FRAMES_PER_LATENT)  # which may be more than are trained
         self.blocks = block_lengths(frames, args.num_frame_per_block, args.independent_first_frame)
+        # What fits into memory in training fits here
+        self.generate = share_prompts(self.some, networks.accelerator if shared else None, args.train_batch_size)
 
     def __call__(self, which: str, prompts: list[str], steps: int, seed: int, size=None) -> list:
-        """A clip [F, H, W, 3] in [0, 1] for each prompt, the i-th from noise of seed + i.
+        """A clip [F, H, W, 3] in bytes for each prompt, the i-th from noise of seed + i.
 
         The teacher takes so many `steps`; a student always takes its own.
         """
-        clips, size = [], size or self.args.validation_resolution[0]
-        fitting = self.args.train_batch_size  # what fits into memory in training fits here
-        for i in range(0, len(prompts), fitting):
-            cond = self.encoder.encode_text(prompts[i : i + fitting])
-            rngs = [torch.Generator().manual_seed(seed + i + k) for k in range(len(prompts[i : i + fitting]))]
-            generate = self.by_teacher if which == "teacher" else functools.partial(self.by_student, which)
-            clips += decode(self.encoder.vae, generate(cond, steps, rngs, size))
-        return clips
+        return self.generate(which, prompts, steps, seed, size=size or self.args.validation_resolution[0])
+
+    def some(self, which: str, prompts: list[str], steps: int, seed: int, size) -> list:
+        """Clips of as many prompts as there may be at a time."""
+        cond = self.encoder.encode_text(prompts)
+        rngs = [torch.Generator().manual_seed(seed + k) for k in range(len(prompts))]
+        generate = self.by_teacher if which == "teacher" else functools.partial(self.by_student, which)
+        return [to_bytes(clip) for clip in decode(self.encoder.vae, generate(cond, steps, rngs, size))]
 
     def by_teacher(self, cond, steps: int, rngs: list[torch.Generator], size):
         args, networks = self.args, self.networks
@@ -1140,6 +1270,10 @@ def main(args, data, method, notes):
         args, data, readers, encoders(args, device, weight_dtype), accelerator, prompts, state, sharing
     )  # fmt: skip
     uncond, empty = encoder.encode_text([args.negative_prompt]), encoder.encode_text([""])  # [1, L, C] each
+    trajectories = None
+    if args.causal_init_trajectories and step < args.causal_init_steps:
+        embeddings = identity(**encoder.encoders.text_identity())
+        trajectories = Trajectories(args, method, networks, grid, embeddings, weight_dtype, sharing)
     batches = open_batches(args, data, accelerator, readers, state["stream"], sharing)
     saver = Saver(
         args, accelerator, saved, optimizers, lr_schedule, encoder, batches, state["skipped"], sharing
@@ -1153,20 +1287,20 @@ def main(args, data, method, notes):
     def export_student():
         """Files and usage, from the main process; all have to call it where weights are split."""
         with as_average(args.use_ema):
-            network = gathered(student)
+            network = student if lora else gathered(student)
             if accelerator.is_main_process:
                 return export(args, method, Path(args.output_dir), network, weight_dtype)
             return None
 
-    def report() -> str:
-        """The exported student against the teacher. Where all processes generate, the main one alone keeps files."""
-        with as_average(args.use_ema), tempfile.TemporaryDirectory() as nowhere:
-            folder = args.output_dir if accelerator.is_main_process else nowhere
-            return write_clips_report(args, clips, len(method.steps), Path(folder), FRAMES_PER_SECOND)
+    def report(folder: Path) -> str:
+        """The exported student against the teacher."""
+        sharers = processes if shared else 1
+        with as_average(args.use_ema):
+            return write_clips_report(args, clips, len(method.steps), folder, FRAMES_PER_SECOND, sharers)
 
-    all_processes = wants_fsdp(accelerator) or sharing > 1  # have to take part in a forward
     tracking, means = Tracking(args, accelerator, total_steps), Means(MEANS, device)
-    clips = Clips(args, method, networks, as_average, encoder, scheduler)
+    shared = not wants_fsdp(accelerator) and sharing == 1  # else all processes have to take part in a forward
+    clips = Clips(args, method, networks, as_average, encoder, scheduler, shared)
     comparison = ClipComparison(args, clips, tracking, say, accelerator.is_main_process, FRAMES_PER_SECOND)
 
     def validate():
@@ -1192,10 +1326,15 @@ def main(args, data, method, notes):
                 )
             draws = Draws(args.seed, [sample.position for sample in samples], device)
             text = encoder.encode_text([sample.caption for sample in samples])
-            cond = draw_dropped(draws, args.proportion_empty_prompts, text, empty)
+            dropped = draws.uniform() < args.proportion_empty_prompts
+            cond = with_dropped(dropped, text, empty)
             torch.manual_seed(args.seed + samples[0].position)  # for dropout, so that a resumed run draws the same
             if regression_turn:
-                regression_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, grid)
+                kept = None
+                if trajectories is not None:
+                    prompts = [sample.caption for sample in samples]
+                    kept = functools.partial(trajectories.of, prompts=prompts, dropped=dropped.tolist())
+                regression_backward(args, method, networks, means, draws, cond, uncond, blocks, shape, grid, kept)
                 continue
             exits = draw_exits(
                 args.seed, step * args.gradient_accumulation_steps + micro_batch, len(method.steps), len(blocks),
@@ -1213,7 +1352,7 @@ def main(args, data, method, notes):
         turns = [("student", args.max_grad_norm)] if student_turn else []
         turns += [] if regression_turn or lcm else [("fake_score", args.fake_score_grad_clip)]
         for name, most in turns:
-            if not wants_fsdp(accelerator):  # whose backward() has averaged them
+            if lora or not wants_fsdp(accelerator):  # whose backward() has averaged those of split weights
                 average_gradients(trained[name], processes, sharing)
             means.add(f"{name}_grad_norm", gradient_norm(trained[name]))
             clip_gradients(accelerator, trained[name], args.grad_clip_method, most)
@@ -1253,7 +1392,7 @@ def main(args, data, method, notes):
             bar.set_postfix(clips_per_s=f"{rate:.2f}", **losses)
             tracking.values(values | {"lr": lr_schedule.get_last_lr()[0], "clips_per_s": rate}, step)
         validation = args.validation_steps and step % args.validation_steps == 0 and step < total_steps
-        if validation and (accelerator.is_main_process or all_processes):
+        if validation:
             validate()
         if checkpoint and step < total_steps:
             saver.save(step, student_updates=updates)
@@ -1264,13 +1403,12 @@ def main(args, data, method, notes):
             stopping = stop_signal.agreed(accelerator)  # all leave the loop at the same step
     bar.close()
 
-    # ---- The end: all processes save a checkpoint; unless a signal stopped the run, the main one, or all where a
-    # forward takes all, then validate, export, report and upload ----
+    # ---- The end: all processes save a checkpoint, and unless a signal stopped the run, export, validate, report ----
     check_finite(args, step, **means.read(accelerator))  # a stop may come between two logs
     end_run(
         args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal,
         stopped=stopping, student_updates=updates, validate=validate, export=export_student, report=report,
-        method=args.distillation_method, teacher=teacher_of(args), all_processes=all_processes,
+        method=args.distillation_method, teacher=teacher_of(args),
     )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ from common.data.datasets import open_data, plan_buckets
 from common.data.encoder import open_encoder
 from common.data.samples import open_readers
 from common.data.stream import open_batches
-from common.draws import Draws, draw_dropped, draw_rollout
+from common.draws import Draws, draw_dropped, draw_rollout, to_device
 from common.export import push_to_hub
 from common.flags import (
     Switch,
@@ -78,13 +78,30 @@ from common.flags import (
     shared_defaults,
 )
 from common.losses import consistency_loss
-from common.networks import adapters_off, dropout_off, quantize, speed_up, weights_copy, weights_exchanged, with_uncond
+from common.networks import (
+    active_adapter,
+    adapter_layers,
+    checkpoint_activations,
+    quantize,
+    speed_up,
+    weights_copy,
+    weights_exchanged,
+    with_uncond,
+)
 from common.optim import betas_and_decay, clip_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
-from common.pictures import Comparison, open_preview, validation_prompts
+from common.pictures import Comparison, open_preview, share_prompts, validation_prompts
 from common.plan.meter import Meter
 from common.plan.phases import largest_samples, planned, run_phases, weights_of
 from common.report import hold_out, open_clip, write_report
-from common.run import Saver, check_finite, end_run, open_repository, start_run, teacher_missing
+from common.run import (
+    Saver,
+    check_finite,
+    end_run,
+    machine_defaults,
+    open_repository,
+    start_run,
+    teacher_missing,
+)
 from common.solvers import DDIMSolver, boundary_scalings, expand_to, noised, sampled_x_t, student_scheduler, to_x0_eps
 from common.tracking import Tracking, webhook_errors
 
@@ -100,6 +117,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("models").add_argument
     add("--pretrained_teacher_model", type=str, help="folder or hub name of the pipeline; default: the toy teacher, by its own recipe")
     add("--teacher_revision", type=str, help="the teacher's branch, tag or commit on the hub")
+    add("--teacher_variant", type=str, metavar="NAME", help="which of its files to load, as fp16 for diffusion_pytorch_model.fp16.safetensors; default: those without a name")
 
     add = parser.add_argument_group("student").add_argument
     add("--model_type", type=str, choices=["full", "lora"], help="default: lora where a --lora_* flag or --use_dora is given, else full")
@@ -135,8 +153,9 @@ def parse_args(argv=None):
     args, lcm_notes = check_lcm_flags(parser, args)
     rules, size_notes = check_model_flags(parser, args)
     data, data_notes = open_data(parser, args, rules)
-    args = filled(args, validation_resolution=[target_size(1, 1, rules)], **shared_defaults(args))
-    return args, data, [*lcm_notes, *notes, *size_notes, *data_notes]
+    chosen, machine_notes = machine_defaults(args, data)
+    args = filled(args, validation_resolution=[target_size(1, 1, rules)], **chosen, **shared_defaults(args))
+    return args, data, [*lcm_notes, *notes, *size_notes, *data_notes, *machine_notes]
 
 
 def check_lcm_flags(parser, args):
@@ -162,6 +181,13 @@ def check_lcm_flags(parser, args):
     notes = []
     if args.pretrained_teacher_model is None:
         notes.append(f"No --pretrained_teacher_model: distilling the toy teacher by its recipe ({args.model_type}).")
+    if args.model_type == "lora" and args.w_min < args.w_max:
+        middle = middle_w(args)
+        notes.append(
+            f"warning: --w_min {args.w_min:g} and --w_max {args.w_max:g}: a LoRA is not told w, and learns the mean of "
+            f"pictures of guidance_scale {1 + args.w_min:g} to {1 + args.w_max:g}, near to {1 + middle:g}, which are "
+            f"softer; --w_min {middle:g} --w_max {middle:g} makes it one. It is sampled with guidance_scale 1"
+        )
     guidance, trained = args.validation_guidance, f"{1 + args.w_min:g} to {1 + args.w_max:g}"
     if guidance is not None and args.model_type == "full" and middle_w(args) != guidance - 1.0:
         notes.append(f"--validation_guidance {guidance:g}: trained is {trained}, {1 + middle_w(args):g} is taken")
@@ -246,7 +272,7 @@ def add_model_flags(parser):
         help="tell the network that every original has the resolution's size and is not cropped; default: its true size and crop",
     )
     add_bucket_flags(parser)
-    parser.set_defaults(w_min=3.0, vae_encode_batch_size=8)
+    parser.set_defaults(w_min=3.0)
 
 
 def check_model_flags(parser, args) -> tuple[Rules, list[str]]:
@@ -269,6 +295,10 @@ def hub_options(args) -> dict:
     return {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
 
 
+def weights_options(args) -> dict:
+    return hub_options(args) | {"variant": args.teacher_variant}
+
+
 def load_scheduler(args) -> DDIMScheduler:
     """The teacher's own sampler."""
     return DDIMScheduler.from_pretrained(teacher_of(args), subfolder="scheduler", **hub_options(args))
@@ -280,7 +310,7 @@ def noise_schedule(scheduler) -> tuple[torch.Tensor, str]:
 
 
 def load_teacher(args, dtype: torch.dtype) -> UNet2DConditionModel:
-    return load_network(UNet2DConditionModel, teacher_of(args), "unet", dtype, **hub_options(args))
+    return load_network(UNet2DConditionModel, teacher_of(args), "unet", dtype, **weights_options(args))
 
 
 def make_student(args, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -310,13 +340,14 @@ def add_lora(args, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
 def vae_source(args) -> dict:
     if args.pretrained_vae_model_name_or_path:
         return {"model": args.pretrained_vae_model_name_or_path, "subfolder": None, "revision": args.revision}
-    return {"model": teacher_of(args), "subfolder": "vae", "revision": args.teacher_revision}
+    name, revision, variant = teacher_of(args), args.teacher_revision, args.teacher_variant
+    return {"model": name, "subfolder": "vae", "revision": revision, "variant": variant}
 
 
 def load_vae(args, device, dtype: torch.dtype) -> AutoencoderKL:
     source = vae_source(args)
-    options = {"revision": source["revision"], "cache_dir": args.cache_dir}
-    vae = load_network(AutoencoderKL, source["model"], source["subfolder"], dtype, **options)
+    name, folder = source.pop("model"), source.pop("subfolder")
+    vae = load_network(AutoencoderKL, name, folder, dtype, cache_dir=args.cache_dir, **source)
     return vae.to(device, memory_format=torch.channels_last)
 
 
@@ -331,7 +362,7 @@ def load_text_encoders(args, device, dtype: torch.dtype) -> list[tuple]:
         tokenizer = AutoTokenizer.from_pretrained(
             name, subfolder="tokenizer" + suffix, use_fast=False, **hub_options(args)
         )
-        encoder = load_network(model, name, "text_encoder" + suffix, dtype, **hub_options(args))
+        encoder = load_network(model, name, "text_encoder" + suffix, dtype, **weights_options(args))
         quantize(encoder, precisions[suffix], "cpu" if args.quantize_via == "cpu" else device)
         loaded.append((tokenizer, encoder.to(device)))
     return loaded
@@ -347,7 +378,10 @@ def encoders(args, device, dtype: torch.dtype) -> Encoders:
         encode_prompts=encode_prompts,
         latents_identity=lambda: {"vae": weights_identity(**vae_source(args)), "dtype": vae_dtype(args, dtype)},
         text_identity=lambda: {
-            "text": [weights_identity(teacher_of(args), folder, args.teacher_revision) for folder in folders],
+            "text": [
+                weights_identity(teacher_of(args), folder, args.teacher_revision, args.teacher_variant)
+                for folder in folders
+            ],
             "dtype": dtype,
             "precisions": [
                 precision_name(args.text_encoder_1_precision),
@@ -363,7 +397,7 @@ def encode_prompts(text_encoders, prompts: list[str]) -> dict[str, torch.Tensor]
         tokens = tokenizer(
             prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         )
-        out = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
+        out = encoder(to_device(tokens.input_ids, encoder.device), output_hidden_states=True)
         states.append(out.hidden_states[-2])  # before the last layer, without the final norm
     return {"prompt_embeds": torch.cat(states, dim=-1), "text_embeds": out.text_embeds}
 
@@ -435,6 +469,8 @@ def export(args, folder: Path, unet, scheduler, dtype: torch.dtype) -> tuple[lis
     base, parts, load = teacher_of(args), [f"dtype={dtype}"], ""
     if args.teacher_revision:
         parts.append(f'revision="{args.teacher_revision}"')
+    if args.teacher_variant:
+        parts.append(f'variant="{args.teacher_variant}"')
     if args.pretrained_vae_model_name_or_path:
         source, revision = vae_source(args)["model"], f', revision="{args.revision}"' if args.revision else ""
         load += f'vae = AutoencoderKL.from_pretrained("{source}"{revision}, dtype={dtype})\n'
@@ -460,7 +496,7 @@ def export(args, folder: Path, unet, scheduler, dtype: torch.dtype) -> tuple[lis
             replaced = {"unet": unet, "scheduler": student_scheduler(args, scheduler)}
             if args.pretrained_vae_model_name_or_path:
                 replaced["vae"] = load_vae(args, unet.device, torch.float32)
-            pipeline = PIPELINE.from_pretrained(base, dtype=torch.float32, **replaced, **hub_options(args))
+            pipeline = PIPELINE.from_pretrained(base, dtype=torch.float32, **replaced, **weights_options(args))
             pipeline.save_pretrained(folder)
             files += ["model_index.json", *pipeline.components]
             load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{folder}", dtype={dtype})\n'
@@ -498,9 +534,10 @@ def load_networks(args, accelerator, weight_dtype) -> tuple[torch.nn.Module, tor
     student = add_lora(args, teacher) if lora else student
     student.to(device, **({} if lora else layout))
     target = student if lora else copy.deepcopy(student).requires_grad_(False).eval()
-    speed_up(args, (teacher, student, target), COMPILED_BLOCKS, accelerator.print)
+    # A network's blocks have a dozen shapes and more, and each bucket would have as many of its own
+    speed_up(args, (teacher, student, target), COMPILED_BLOCKS, accelerator.print, dynamic=True)
     if args.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
+        checkpoint_activations(args, student, COMPILED_BLOCKS)
     return teacher, student.train(), target
 
 
@@ -516,15 +553,26 @@ class Networks:
     average: torch.nn.Module | None  # the target, or the average of a LoRA's adapters; None where nothing is averaged
     lora: bool
 
+    @functools.cached_property
+    def layers(self) -> list:
+        """Layers that have adapters."""
+        return adapter_layers(self.student)
+
     def as_teacher(self):
         """Inside, the teacher has its adapters off."""
-        return adapters_off(self.teacher, self.lora)
+        return active_adapter(self.layers, "none")
 
+    def as_student(self):
+        """Inside, adapters are on, and drop out where there is a gradient; outside they always do."""
+        return active_adapter(self.layers, "default")
+
+    @contextlib.contextmanager
     def as_target(self):
         """Inside, a LoRA's adapters have their moving average; a full student's target is a network of its own."""
-        if self.lora and self.average is not None:
-            return weights_exchanged(self.trained, list(self.average.parameters()))
-        return contextlib.nullcontext()
+        averaged = self.lora and self.average is not None
+        params, others = (self.trained, list(self.average.parameters())) if averaged else ([], [])
+        with self.as_student(), weights_exchanged(params, others):
+            yield
 
 
 # ---- Algorithm 1, numbered as it runs; 7., the update, is in main's training loop ----
@@ -535,7 +583,7 @@ def draw(args, positions: list[int], images, text, uncond, device):
     # 1. Draws
     draws = Draws(args.seed, positions, device)
     index = draws.integers(args.num_ddim_timesteps)  # [B], places in the solver's grid
-    w = args.w_min + (args.w_max - args.w_min) * draws.uniform().to(device)
+    w = args.w_min + (args.w_max - args.w_min) * to_device(draws.uniform(), device)
     cond = conditions(draw_dropped(draws, args.proportion_empty_prompts, text, uncond), images)
     latents = sample_latents(images, draws)
     eps = draws.normal(*latents.shape[1:])
@@ -551,34 +599,39 @@ def lcm_loss(args, accelerator, networks, solver, uncond, cond, latents, index, 
     t, t_prev = solver.timesteps[index], solver.timesteps_prev[index]
     x_t = noised(latents, eps, t, solver)
 
+    def output(unet, x, t, cond, w=None):
+        # autocast keeps the weights that it has cast until its block ends, whatever they become: a block a forward
+        with accelerator.autocast():
+            return predict(unet, x, t, cond, w).float()
+
     def f(unet, x, t):
-        out = predict(unet, x, t, cond, None if networks.lora else w)
-        x0, _ = solver.x0_eps(out, x, t)
+        x0, _ = solver.x0_eps(output(unet, x, t, cond, None if networks.lora else w), x, t)
         c_skip, c_out = (expand_to(c, x) for c in boundary_scalings(t, args.timestep_scaling_factor))
         return c_skip * x + c_out * x0
 
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad():
         if rollout:  # scheduled sampling: for some samples the student makes x_t, from more noise than that of t
-            with dropout_off(networks.student, args.lora_dropout):
+            with networks.as_student():
                 by_student = functools.partial(f, networks.prepared)
                 x_t = sampled_x_t(by_student, solver, x_t, latents, eps, index, *rollout)
 
         # 3. Teacher with guidance, both halves in one forward: it needs less memory than the student's backward
         with networks.as_teacher():  # first all with their prompts, then all with the empty one
-            outs = predict(networks.teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), with_uncond(cond, uncond))
-        out_cond, out_uncond = outs.float().chunk(2)
+            outs = output(networks.teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), with_uncond(cond, uncond))
+        out_cond, out_uncond = outs.chunk(2)
         out = out_cond + expand_to(w, x_t) * (out_cond - out_uncond)
         x0_teacher, eps_teacher = solver.x0_eps(out, x_t, t)
 
         # 4. One solver step
         x_prev = solver.step(x0_teacher, eps_teacher, index)
 
-        # 5. Target at x_prev, a LoRA's without dropout
-        with dropout_off(networks.student, args.lora_dropout), networks.as_target():
+        # 5. Target at x_prev
+        with networks.as_target():
             f_target = f(networks.target, x_prev, t_prev)
 
     # 6. Student at x_t, and its distance to the target
-    f_student = f(networks.prepared, x_t, t)
+    with networks.as_student():
+        f_student = f(networks.prepared, x_t, t)
     if args.diff2flow_loss:  # of velocities eps - x0, with eps = (x_t - alpha * x0) / sigma
         samples = [to_x0_eps(x0, x_t, solver.alphas[t], solver.sigmas[t], "sample") for x0 in (f_student, f_target)]
         f_student, f_target = (eps - x0 for x0, eps in samples)
@@ -586,7 +639,7 @@ def lcm_loss(args, accelerator, networks, solver, uncond, cond, latents, index, 
 
 
 @torch.no_grad()
-def held_out_loss(args, loss_of, student, samples, encoder) -> dict[str, float]:
+def held_out_loss(args, loss_of, samples, encoder) -> dict[str, float]:
     """Mean loss at fixed places in the grid, noise and w: the same numbers for the same weights, whatever --seed is.
 
     `loss_of(cond, latents, index, w, eps)` is lcm_loss. One sample at a time, as their shapes may differ.
@@ -594,8 +647,6 @@ def held_out_loss(args, loss_of, student, samples, encoder) -> dict[str, float]:
     n = args.num_ddim_timesteps
     places = sorted({n * (2 * k + 1) // (2 * HELD_OUT_INDICES) for k in range(HELD_OUT_INDICES)})
     sums = dict.fromkeys(places, 0.0)
-    training = student.training
-    student.eval()
     for i, sample in enumerate(samples):
         images, text = encoder.encode_images([sample]), encoder.encode_text([sample.caption])
         for place in places:
@@ -605,7 +656,6 @@ def held_out_loss(args, loss_of, student, samples, encoder) -> dict[str, float]:
             latents = sample_latents(images, draws)
             eps = draws.normal(*latents.shape[1:])
             sums[place] += loss_of(conditions(text, images), latents, index, w, eps).item() / len(samples)
-    student.train(training)
     return {"eval_loss": sum(sums.values()) / len(places)} | {f"eval_loss/{p}": value for p, value in sums.items()}
 
 
@@ -662,6 +712,7 @@ def main(args, data, notes):
     saver = Saver(args, accelerator, saved, optimizers, lr_schedule, encoder, batches, state["skipped"])
 
     # ---- Pictures ----
+    @torch.no_grad()
     def pictures(which: str, prompts: list[str], steps: int, seed: int, guidance_scale=None, size=None, callback=None):
         """Pictures by `teacher`, or by `student`, which means the target; each with its own sampler."""
         text, negative, by_teacher = encoder.encode_text(prompts), uncond, which == "teacher"
@@ -671,17 +722,15 @@ def main(args, data, notes):
             guidance_scale = 1.0 + middle_w(args) if by_teacher else student_guidance(args)
         unet, sampler = (teacher, scheduler) if by_teacher else (target, student_scheduler(args, scheduler))
         size = size or args.validation_resolution[0]
-        unet.eval()  # with LoRA this is the network that trains
-        with accelerator.autocast(), networks.as_teacher() if by_teacher else networks.as_target():
-            found = generate(
+        with networks.as_teacher() if by_teacher else networks.as_target(), accelerator.autocast():
+            return generate(
                 args, encoder.vae, unet, sampler, text, negative, steps, guidance_scale, seed, size, callback
             )
-        student.train()
-        return found
 
     tracking, clip = Tracking(args, accelerator, total_steps), open_clip(args, accelerator)
     preview = open_preview(args, PREVIEW_MODEL, accelerator, lambda *shown: tracking.picture(*shown, step, "debug"))
-    comparison = Comparison(args, pictures, preview, clip)
+    shared = share_prompts(pictures, accelerator)  # all processes draw
+    comparison = Comparison(args, shared, preview, clip)
 
     def validate():
         sheet, scores = comparison.sheet()
@@ -693,8 +742,14 @@ def main(args, data, notes):
         return sheet
 
     def export_target():
-        with networks.as_target():
-            return export(args, Path(args.output_dir), target, scheduler, weight_dtype)
+        """Files and usage, from the main process."""
+        if accelerator.is_main_process:
+            with networks.as_target():
+                return export(args, Path(args.output_dir), target, scheduler, weight_dtype)
+        return None
+
+    def report(folder: Path) -> str:
+        return write_report(args, shared, clip, TOY_SIZES, folder, accelerator.num_processes)
 
     def show_largest():
         """Pictures as validation generates them, of the largest size."""
@@ -760,9 +815,9 @@ def main(args, data, notes):
             tracking.values({"loss": mean, "lr": lr_schedule.get_last_lr()[0], "samples_per_s": speed}, step)
             loss_sum, started, logged = torch.zeros((), device=device), time.time(), step
         if args.eval_steps and step % args.eval_steps == 0:
-            tracking.values(held_out_loss(args, loss_of, student, held_out, encoder), step)
+            tracking.values(held_out_loss(args, loss_of, held_out, encoder), step)
         validation = args.validation_steps and step % args.validation_steps == 0 and step < total_steps
-        if validation and accelerator.is_main_process:
+        if validation:
             validate()
         if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step < total_steps:
             saver.save(step)
@@ -772,12 +827,11 @@ def main(args, data, notes):
             stopping = stop_signal.agreed(accelerator)  # all leave the loop at the same step
     bar.close()
 
-    # ---- The end: all processes save a checkpoint; unless a signal stopped the run, the main one then validates,
-    # exports, reports and uploads ----
+    # ---- The end: all processes save a checkpoint, and unless a signal stopped the run, export, validate, report ----
     end_run(
         args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal,
-        stopped=stopping, validate=validate, export=export_target,
-        report=lambda: write_report(args, pictures, clip, TOY_SIZES), method="lcm", teacher=teacher_of(args),
+        stopped=stopping, validate=validate, export=export_target, report=report, method="lcm",
+        teacher=teacher_of(args),
     )  # fmt: skip
 
 

@@ -26,11 +26,11 @@ def identity(**parts) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def weights_identity(model: str, subfolder: str | None, revision: str | None) -> str:
-    """Hash of the files of a local network or tokenizer, or name and revision of one on the hub."""
+def weights_identity(model: str, subfolder: str | None, revision: str | None, variant: str | None = None) -> str:
+    """Hash of the files of a local network or tokenizer, or name, revision and variant of one on the hub."""
     folder = Path(model, subfolder or "")
     if not folder.is_dir():
-        return f"{model}/{subfolder} @ {revision}"
+        return f"{model}/{subfolder} @ {revision}" + f" {variant}" * (variant is not None)
     digest = hashlib.blake2b(digest_size=16)
     kinds = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")  # a tokenizer's files too
     for path in sorted(path for kind in kinds for path in folder.glob(kind)):

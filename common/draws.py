@@ -10,6 +10,17 @@ from common.solvers import TIMESTEPS, expand_to, shift_time, unshift_time
 
 # Exponents of a uniform number in [0, 1): rollouts of all lengths alike, mostly short ones, mostly long ones
 ROLLOUT_LENGTHS = {"uniform": 1.0, "biased_early": 2.0, "biased_late": 0.5}
+PINNED = ("cuda",)  # kinds of devices that copy from pinned memory while the host goes on
+
+
+def to_device(values: torch.Tensor, device) -> torch.Tensor:
+    """Values that the host has made, on the device; the host does not wait for the copy.
+
+    PyTorch keeps pinned memory from being used again until the copy out of it is done.
+    """
+    if torch.device(device).type not in PINNED or values.device.type != "cpu":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def sample_generator(seed: int, position: int | str) -> torch.Generator:
@@ -33,7 +44,7 @@ class Draws:
 
     def integers(self, count: int) -> torch.Tensor:
         """Whole numbers [B] in 0..count-1, on the device."""
-        return torch.stack([torch.randint(count, (), generator=rng) for rng in self.rngs]).to(self.device)
+        return to_device(torch.stack([torch.randint(count, (), generator=rng) for rng in self.rngs]), self.device)
 
     def uniform(self) -> torch.Tensor:
         """Numbers [B] in [0, 1), on the CPU, where the loop can look at them without waiting for the device."""
@@ -41,7 +52,7 @@ class Draws:
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Gaussian noise [B, *shape], on the device."""
-        return torch.stack([torch.randn(shape, generator=rng) for rng in self.rngs]).to(self.device)
+        return to_device(torch.stack([torch.randn(shape, generator=rng) for rng in self.rngs]), self.device)
 
     def keyed_normal(self, *shape: int):
         """noise(key) -> [B, *shape], drawn when a key is first asked for, and from then on the same."""
@@ -50,8 +61,15 @@ class Draws:
 
 def draw_dropped(draws: Draws, share: float, text: dict, empty: dict) -> dict[str, torch.Tensor]:
     """Conditions of a batch in which a share of the samples, drawn at random, has those of the empty prompt."""
-    dropped = (draws.uniform() < share).to(draws.device)
-    return {name: torch.where(expand_to(dropped, rows), empty[name], rows) for name, rows in text.items()}
+    return with_dropped(draws.uniform() < share, text, empty)
+
+
+def with_dropped(dropped: torch.Tensor, text: dict, empty: dict) -> dict[str, torch.Tensor]:
+    """Conditions of a batch in which the `dropped` samples, [B] on the CPU, have those of the empty prompt."""
+    return {
+        name: torch.where(expand_to(to_device(dropped, rows.device), rows), empty[name], rows)
+        for name, rows in text.items()
+    }
 
 
 def draw_rollout(args, positions: list[int], shape, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +81,7 @@ def draw_rollout(args, positions: list[int], shape, device) -> tuple[torch.Tenso
     rolled_out = draws.uniform() < args.scheduled_sampling_probability
     length = draws.uniform() ** ROLLOUT_LENGTHS[args.scheduled_sampling_strategy]
     offset = 1 + (args.scheduled_sampling_max_step_offset * length).long()
-    return (rolled_out * offset).to(device), draws.normal(*shape)
+    return to_device(rolled_out * offset, device), draws.normal(*shape)
 
 
 def draw_exits(seed: int, iteration: int, count: int, blocks: int, same_step: bool, last_only: bool) -> list[int]:

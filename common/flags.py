@@ -20,7 +20,7 @@ from common.data.buckets import (
     with_settings,
 )
 from common.keys import FAMILY_OF_NAME, FLAG_OF_KEY, FLAVOURS, config_here
-from common.networks import ATTENTION, PRECISIONS, check_precision, dynamo_backend
+from common.networks import ATTENTION, NO_BACKWARD, PRECISIONS, check_precision, dynamo_backend
 from common.optim import DECAYS, optimizer_defaults
 from common.schema import Key, check_value, read_json, unknown_key
 from common.tracking import check_trackers, check_webhook
@@ -138,7 +138,7 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--interpolation_type", type=str, default="bilinear", choices=["bilinear", "bicubic", "box", "nearest", "nearest_exact", "hamming", "lanczos"], help="filter that resizes images")
     add("--center_crop", action=Switch, help="crop from the centre; default: at random")
     add("--random_flip", action=Switch, help="mirror half of the images")
-    add("--dataloader_num_workers", type=int, default=0, help="reader processes per training process; 0 reads in the training process")
+    add("--dataloader_num_workers", type=int, help="reader processes per training process; 0 reads in the training process; default: as many of 1, 2, 4 or 8 as leave it a core; 0 on a CPU, whose cores train, and where no picture is read")
     add("--max_train_samples", type=int, help="samples in an epoch; default: as many as local shards hold")
     add("--proportion_empty_prompts", type=float, default=0.0, help="share of samples that train on the empty prompt, 0 to 1")
 
@@ -149,7 +149,7 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add("--vae_cache_ondemand", action=Switch, help="encode and keep a sample when training first reads it; default: all of them before training")
     add("--vae_cache_disable", action=Switch, help="encode pictures each time and keep no latents; texts are cached all the same. Of shards that are not local nothing is kept but by --vae_cache_ondemand")
     add("--compress_disk_cache", action=Switch, help="compress cached latents with zlib: about 10%% smaller, for some CPU time")
-    add("--vae_encode_batch_size", "--encode_batch_size", type=int, default=32, help="samples that the VAE encodes at a time")
+    add("--vae_encode_batch_size", "--encode_batch_size", type=int, help="samples that the VAE encodes at a time; default: as many pictures as have 2 megapixels together, but no more than 32")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--train_batch_size", type=int, default=16, help="samples per process and forward pass")
@@ -174,12 +174,14 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add = parser.add_argument_group("precision and speed").add_argument
     add("--mixed_precision", type=str, choices=["no", "fp16", "bf16"], help="default: what accelerate's config says")
     add("--allow_tf32", action=Switch, help="TF32 for fp32 matmuls on Ampere GPUs and later")
-    add("--gradient_checkpointing", action=Switch, help="recompute activations in backward: less memory, about 30%% slower")
+    add("--gradient_checkpointing", action=Switch, help="recompute activations in backward: less memory, about 30%% slower; of attention the result is kept")
+    add("--checkpoint_attention", action=Switch, help="with --gradient_checkpointing: recompute attention, too; a little less memory for SD and SDXL, and for Wan 3 of 11 GB of activations less at 81 frames, but slower by a fifth")
     add("--base_model_precision", type=str, default="no_change", choices=PRECISIONS, help="8-bit weights for the Linear layers of the frozen network, a LoRA's base or else the teacher; int8-quanto is int8-torchao")
     add("--text_encoder_1_precision", type=str, default="no_change", choices=PRECISIONS, help="the same for the text encoder")
     add("--text_encoder_2_precision", type=str, default="no_change", choices=PRECISIONS, help="the same for the second text encoder")
     add("--quantize_via", type=str, default="accelerator", choices=["cpu", "accelerator"], help="where weights are converted to 8 bits; cpu needs less GPU memory and more time")
-    add("--attention_mechanism", type=str, default="diffusers", choices=ATTENTION, metavar="NAME", help=f"diffusers is PyTorch's SDPA; or one of diffusers' backends: {', '.join(ATTENTION[1:])}")
+    add("--attention_mechanism", type=str, default="diffusers", choices=("auto", *ATTENTION), metavar="NAME", help=f"diffusers is PyTorch's SDPA; auto: FlashAttention 3 where it is installed and PyTorch has no cuDNN attention for this GPU, else SDPA; or one of diffusers' backends that have a backward: {', '.join(name for name in ATTENTION[1:] if name not in NO_BACKWARD)}")
+    add("--attention_without_gradient", type=str, choices=ATTENTION[1:], metavar="NAME", help=f"another of these for forwards without gradient, of teacher, target, rollouts and validation, or one that has no backward: {', '.join(NO_BACKWARD)}; default: that of --attention_mechanism")
     add("--enable_xformers_memory_efficient_attention", action=Switch, help="attention by xformers where it is installed, else by PyTorch's SDPA")
     add("--compile", action=Switch, default=dynamo_backend() == "inductor", help="compile the networks' blocks by torch.compile, also where accelerate's config has dynamo_backend inductor; the first steps take minutes")
 
@@ -294,6 +296,10 @@ def check_shared_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error(f"--use_8bit_adam and --optimizer {args.optimizer}: one or the other")
     if args.evaluation_type == "clip" and not args.evaluation_clip_model:
         parser.error("--evaluation_type clip: needs --evaluation_clip_model, the CLIP that scores")
+    if args.attention_mechanism in NO_BACKWARD:
+        parser.error(
+            f"--attention_mechanism {args.attention_mechanism}: has no backward; --attention_without_gradient takes it"
+        )
     if args.push_checkpoints_to_hub and not args.push_to_hub:
         parser.error("--push_checkpoints_to_hub: needs --push_to_hub")
     if args.validation_prompt_library and not Path(args.validation_prompt_library).is_file():

@@ -75,6 +75,7 @@ INSTEAD = {
     "pretrained_transformer_model_name_or_path pretrained_unet_model_name_or_path": "pretrained_model_name_or_path",
     "data_backend_sampling": "repeats or probability of a dataset",
     "revision": "teacher_revision",
+    "variant": "teacher_variant",
     "model_card_private": "the hub's settings: what is uploaded is private",
     "parquet_caption_column parquet_filename_column": "the parquet block of a dataset",
     "prediction_type rescale_betas_zero_snr": "the teacher's scheduler_config.json",
@@ -98,7 +99,7 @@ INSTEAD = {
     text_encoder_4_precision timestep_bias_strategy train_text_encoder tread_config trust_remote_code
     twinflow_enabled urepa_enabled use_dora use_soft_min_snr validation_adapter_path validation_guidance_rescale
     validation_guidance_skip_layers validation_input validation_method validation_noise_scheduler
-    validation_using_datasets variant xm_enabled
+    validation_using_datasets xm_enabled
     """: "",
 }
 NOT_HERE = by_key(INSTEAD)

@@ -23,7 +23,8 @@ def dmd_gradient(v_real, v_fake, x_g, eps):
     """
     v_star = eps - x_g
     gap = (v_real - v_star).abs().flatten(1).mean(1)
-    return (v_real - v_fake) / expand_to(gap, x_g), gap
+    # Without a gap x_g is already what the teacher makes of it, and stays; 0 / 0 would end the run
+    return ((v_real - v_fake) / expand_to(gap, x_g)).masked_fill(expand_to(gap == 0, x_g), 0.0), gap
 
 
 def dmd_loss(x_g, gradient):

@@ -2,23 +2,52 @@
 
 import math
 import os
+import tempfile
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
 
 from common.checkpoint import find_checkpoint, save_checkpoint
+from common.data.buckets import target_size
 from common.data.stream import gather_states
 from common.export import create_hub_repository, push_to_hub, write_model_card
 from common.plan.meter import Meter
 from common.tracking import tracker_names
 
+# How long processes wait for each other, in place of NCCL's ten minutes: a clip of a large teacher, an export or an
+# upload by the main process takes longer. Where one of them has died, accelerate's launcher ends the others at once.
+PATIENCE = timedelta(hours=3)
+MOST_READERS = 8  # reader processes of a training process
+# Pictures that the VAE encodes at a time; SDXL's takes 2.7 GB for each of 1024x1024 in fp32, and is as fast with two
+MOST_ENCODED, PIXELS_ENCODED = 32, 2 * 1024**2
+
 
 def available_cores() -> int:
     """Cores that this process may use; macOS knows all of the machine alone."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def machine_defaults(args, data, decodes: bool = True) -> tuple[dict, list[str]]:
+    """Reader processes and pictures that the VAE encodes at a time, by flag, where no flag gives them; and notes.
+
+    `decodes` says that training reads pictures or clips, not captions alone.
+    """
+    processes, cores = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), available_cores()
+    on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    free = cores // processes - 1 if on_gpu and decodes else 0
+    # A power of two, as the order of samples is the same for 1, 2, 4 and 8 readers
+    workers = min(MOST_READERS, 1 << free.bit_length() - 1) if free > 0 else 0
+    pixels = max(math.prod(target_size(1, 1, dataset.rules)) for dataset in data.datasets)
+    encoded, notes = min(MOST_ENCODED, max(1, PIXELS_ENCODED // pixels)), []
+    if args.dataloader_num_workers is None and workers:
+        notes.append(f"--dataloader_num_workers: {workers} by default, of {cores} cores for {processes} processes here")
+    if args.vae_encode_batch_size is None and encoded < MOST_ENCODED:
+        notes.append(f"--vae_encode_batch_size: {encoded} by default, of pictures of {pixels / 1e6:.2f} megapixels")
+    return {"dataloader_num_workers": workers, "vae_encode_batch_size": encoded}, notes
 
 
 def start_run(args, notes: list[str], splits: bool = False, **options) -> tuple[Accelerator, torch.dtype]:
@@ -33,6 +62,7 @@ def start_run(args, notes: list[str], splits: bool = False, **options) -> tuple[
         dynamo_backend="no",  # --compile has its job
         log_with=tracker_names(args.report_to) or None,
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         **options,
     )
     for note in [*notes, *check_machine(args, accelerator)]:
@@ -118,13 +148,13 @@ def check_finite(args, step: int, **values: float):
 
 def end_run(
     args, saver: Saver, tracking, repository, *, step: int, trained: bool, stop_signal, stopped: bool, validate, export,
-    report, method: str, teacher: str, all_processes: bool = False, **state,
+    report, method: str, teacher: str, **state,
 ):  # fmt: skip
-    """Ends a run: saves a checkpoint, and where training is complete validates, exports and reports.
+    """Ends a run: saves a checkpoint, and where training is complete exports, validates and reports.
 
-    validate() -> a sheet of pictures, export() -> names of files and lines of code, report() -> Markdown. The main
-    process calls them, or `all_processes` where networks are split between them. `teacher` is the teacher's name or
-    folder, `state` further state of the checkpoint.
+    All processes call export() -> names of files and lines of code, validate() -> a sheet of pictures, and
+    report(folder) -> Markdown; the main one alone keeps what comes of it. `teacher` is the teacher's name or folder,
+    `state` further state of the checkpoint.
     """
     accelerator, output_dir = saver.accelerator, Path(args.output_dir)
     say = accelerator.print
@@ -137,8 +167,10 @@ def end_run(
         say(f"skipped {count} x {cause}")
     if stopped:
         say("stopped by a signal; go on with --resume_from_checkpoint latest")
-    elif accelerator.is_main_process or all_processes:
-        sheet, exported, results = validate(), export(), report()
+    else:
+        exported = export()  # first, since pictures take long and their prompts may be at fault
+        with tempfile.TemporaryDirectory() as nowhere:
+            sheet, results = validate(), report(output_dir if accelerator.is_main_process else Path(nowhere))
         if accelerator.is_main_process:
             files, usage = exported
             say(results)

@@ -36,7 +36,10 @@ def test_the_documents_launch_line_parses():
 
 
 def test_the_documents_flags_and_defaults(shards):
-    """Every flag of diffusers' two Stable Diffusion scripts, with its default there, but for seed and output."""
+    """Every flag of diffusers' two Stable Diffusion scripts, with its default there, but for those that DESIGN changes.
+
+    Those are seed and output, and --vae_encode_batch_size, which follows from the size of pictures.
+    """
     base = ["--pretrained_teacher_model", "x", "--train_shards_path_or_url", shards]
     args = vars(script.parse_args(base)[0])
     defaults = {
@@ -49,7 +52,7 @@ def test_the_documents_flags_and_defaults(shards):
         "gradient_accumulation_steps": 1, "use_8bit_adam": False, "adam_beta1": 0.9, "adam_beta2": 0.999,
         "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "proportion_empty_prompts": 0,
         "w_min": 5.0, "w_max": 15.0, "num_ddim_timesteps": 50, "loss_type": "l2", "huber_c": 0.001,
-        "unet_time_cond_proj_dim": 256, "vae_encode_batch_size": 32, "timestep_scaling_factor": 10.0,
+        "unet_time_cond_proj_dim": 256, "timestep_scaling_factor": 10.0,
         "ema_decay": 0.95, "mixed_precision": None, "allow_tf32": False,
         "enable_xformers_memory_efficient_attention": False,
         "gradient_checkpointing": False, "local_rank": -1, "validation_steps": 200, "push_to_hub": False,
@@ -287,7 +290,8 @@ def test_the_launch_lines_of_diffusers_sdxl_scripts_parse(name, monkeypatch):
 def test_diffusers_sdxl_flags_and_defaults(shards):
     """Every flag of diffusers' three SDXL scripts with its default there, but for those that DESIGN changes.
 
-    Those are: the seed, the rate of train_lcm_distill_lora_sdxl (1e-6 there), and --cast_teacher_unet, which is on.
+    Those are: the seed, the rate of train_lcm_distill_lora_sdxl (1e-6 there), --cast_teacher_unet, which is on, and
+    --vae_encode_batch_size (8 there, which are 21 GB), which follows from the size of pictures.
     """
     base = ["--pretrained_teacher_model", "x", "--train_shards_path_or_url", shards]
     args = vars(sdxl_script.parse_args(base)[0])
@@ -297,7 +301,7 @@ def test_diffusers_sdxl_flags_and_defaults(shards):
         "checkpoints_total_limit": None, "resume_from_checkpoint": None, "dataset_name": None,
         "dataset_config_name": None, "train_data_dir": None, "image_column": "image", "caption_column": "text",
         "resolution": 1024, "interpolation_type": "bilinear", "use_fix_crop_and_size": False, "center_crop": False,
-        "random_flip": False, "vae_encode_batch_size": 8, "dataloader_num_workers": 0, "train_batch_size": 16,
+        "random_flip": False, "dataloader_num_workers": 0, "train_batch_size": 16,
         "num_train_epochs": 100, "max_train_steps": None, "max_train_samples": None, "learning_rate": 1e-4,
         "scale_lr": False, "lr_scheduler": "constant", "lr_warmup_steps": 500, "gradient_accumulation_steps": 1,
         "use_8bit_adam": False, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2,

@@ -15,7 +15,9 @@ from common.draws import (
     score_range,
     score_timesteps,
     tied_noise,
+    to_device,
 )
+from tests.waits import PLAYED, played_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Samples
@@ -39,6 +41,42 @@ def test_a_sample_s_numbers_are_one_after_the_other_of_one_generator():
     rng = sample_generator(3, 17)
     expected = torch.randint(50, (), generator=rng), torch.rand((), generator=rng), torch.randn(2, 3, generator=rng)
     assert torch.equal(numbers_of(3, [17])[0], torch.cat([value.float().flatten() for value in expected]))
+
+
+WAITS = {
+    "a value is read": lambda x: x.sum().item(),
+    "values are read": lambda x: x.tolist(),
+    "a condition": lambda x: 1 if (x > 0).any() else 0,
+    "a size that depends on values": lambda x: x[x > 0],
+    "such an index": lambda x: x.nonzero(),
+    "an index of the host": lambda x: x[torch.tensor([0, 1])],
+    "a copy to the host": lambda x: x.cpu(),
+    "a number for the device": lambda x: torch.as_tensor(1.0, device=x.device),
+    "numbers for the device": lambda x: torch.tensor([1.0], device=x.device),
+    "a copy from pageable memory": lambda x: torch.ones(3).to(x.device, non_blocking=True),
+    "a copy that is waited for": lambda x: torch.ones(3).pin_memory().to(x.device),
+    "a copy into a tensor": lambda x: x.copy_(torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_the_played_device_finds_waits(what):
+    with played_device() as forbid:
+        x = to_device(torch.ones(3), PLAYED)
+        WAITS[what](x)  # which is no error where waiting is allowed
+        forbid(True)
+        with pytest.raises(AssertionError, match="waits for the device"):
+            WAITS[what](x)
+
+
+def test_a_copy_to_the_device_is_not_waited_for():
+    with played_device() as forbid:
+        forbid(True)
+        x = to_device(torch.arange(3.0), PLAYED)
+        y = (2.0 * x[torch.full((1,), 2, device=PLAYED)]).square().sum().detach()
+        forbid(False)
+        assert x.device.type == PLAYED.type and x.tolist() == [0.0, 1.0, 2.0] and y.item() == 16.0
+    assert to_device(x := torch.ones(2), "cpu") is x
 
 
 def test_numbers_go_to_the_device_but_for_those_that_the_loop_looks_at():

@@ -396,6 +396,9 @@ BAD_FLAGS = [
     ("--validation_resolution", "big"),
     ("--base_model_precision", "int4"),
     ("--attention_mechanism", "flashy"),
+    ("--attention_mechanism", "sage"),
+    ("--attention_mechanism", "_flash_3"),
+    ("--attention_without_gradient", "diffusers"),
     ("--lr_end", "1.0"),  # above the rate
     ("--export_formats", "pickle"),
     ("--webhook_config", "no_such.json"),
@@ -447,6 +450,7 @@ def test_flags_without_a_job_say_so(parse_script, monkeypatch):
     assert [note.split(":")[0] for note in parse_script(None, "--allow_tf32", "--local_rank", 3)[2]] == [
         "--allow_tf32",
         "--local_rank",
+        "--vae_encode_batch_size",
     ]
 
 

@@ -114,6 +114,15 @@ def test_velocities_keep_their_digits_in_bf16_where_clean_samples_lose_them():
     assert error(ours) < 0.03 < 5 * error(ours) < error(theirs)
 
 
+def test_a_sample_that_the_teacher_leaves_as_it_is_has_no_gradient():
+    """Its gap is 0. Other samples stay as they are, and so does a teacher's NaN, which has to be found."""
+    x_g, eps, v_fake = torch.full((3, 2), 0.5), torch.ones(3, 2), torch.full((3, 2), 2.0)
+    v_real = torch.tensor([[0.5, 0.5], [1.5, 0.5], [float("nan"), 0.5]])
+    g, gap = dmd_gradient(v_real, v_fake, x_g, eps)
+    assert gap[:2].tolist() == [0.0, 0.5] and g[:2].tolist() == [[0.0, 0.0], [-1.0, -3.0]]
+    assert g[2].isnan().all() and dmd_loss(x_g[:2], g[:2]) == 0.5 * (1 + 9) / 4
+
+
 def test_the_loss_has_that_gradient_and_no_other():
     rng = torch.Generator().manual_seed(3)
     x_g = torch.randn(2, 3, 4, generator=rng, requires_grad=True)

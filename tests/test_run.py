@@ -3,16 +3,26 @@
 import json
 import os
 from collections import Counter
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from PIL import Image
 
 from common import run
-from common.run import Saver, available_cores, check_finite, end_run, open_repository, start_run
+from common.data.buckets import Rules
+from common.run import (
+    Saver,
+    available_cores,
+    check_finite,
+    end_run,
+    machine_defaults,
+    open_repository,
+    start_run,
+)
 
 
 def flags(folder, **more) -> SimpleNamespace:
@@ -37,6 +47,15 @@ def test_a_run_begins_with_its_notes_and_its_seed(tmp_path, capsys):
     drawn = torch.rand(3)
     torch.manual_seed(3)
     assert torch.equal(torch.rand(3), drawn)
+
+
+def test_processes_wait_for_each_other_for_longer_than_nccl_would(tmp_path, monkeypatch):
+    given = []
+    on_cpu = SimpleNamespace(mixed_precision="no", device=torch.device("cpu"), distributed_type=DistributedType.NO)
+    monkeypatch.setattr(run, "Accelerator", lambda **options: (given.append(options), on_cpu)[1])
+    start_run(flags(tmp_path), [])
+    (patience,) = given[0]["kwargs_handlers"]
+    assert isinstance(patience, InitProcessGroupKwargs) and patience.timeout >= timedelta(hours=1)
 
 
 def test_frozen_networks_have_the_precision_of_the_run(tmp_path):
@@ -121,6 +140,43 @@ def test_cores_are_counted_on_macos_too(monkeypatch):
     assert available_cores() == os.cpu_count()
 
 
+@pytest.mark.parametrize(
+    ("gpu", "cores", "processes", "workers"),
+    [(True, 16, 1, 8), (True, 64, 8, 4), (True, 6, 1, 4), (True, 4, 1, 2), (True, 2, 1, 1), (True, 8, 8, 0),
+     (True, 4, 8, 0), (False, 64, 1, 0)],
+)  # fmt: skip
+def test_readers_follow_from_the_cores_beside_a_gpu(gpu, cores, processes, workers, monkeypatch):
+    """One core is left for training, and their number is one of those that read in the same order."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(run, "available_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    args, data = SimpleNamespace(dataloader_num_workers=None, vae_encode_batch_size=1), data_of(64)
+    found, notes = machine_defaults(args, data)
+    assert found["dataloader_num_workers"] == workers
+    said = f"--dataloader_num_workers: {workers} by default, of {cores} cores for {processes} processes here"
+    assert notes == [said] * (workers > 0)
+    assert machine_defaults(args, data, decodes=False) == (found | {"dataloader_num_workers": 0}, [])
+    assert machine_defaults(SimpleNamespace(**vars(args) | {"dataloader_num_workers": 3}), data)[1] == []
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert machine_defaults(args, data)[0]["dataloader_num_workers"] == 0
+
+
+def data_of(*resolutions: int) -> SimpleNamespace:
+    return SimpleNamespace(datasets=[SimpleNamespace(rules=Rules(side, alignment=8)) for side in resolutions])
+
+
+@pytest.mark.parametrize(
+    ("resolutions", "at_once"), [((1024,), 2), ((512,), 8), ((64,), 32), ((512, 1024), 2), ((2048,), 1)]
+)
+def test_the_vae_encodes_two_megapixels_at_a_time(resolutions, at_once):
+    args = SimpleNamespace(dataloader_num_workers=0, vae_encode_batch_size=None)
+    found, notes = machine_defaults(args, data_of(*resolutions))
+    assert found["vae_encode_batch_size"] == at_once
+    assert [note.split(",")[0] for note in notes] == [f"--vae_encode_batch_size: {at_once} by default"] * (at_once < 32)
+    assert machine_defaults(SimpleNamespace(**vars(args) | {"vae_encode_batch_size": 5}), data_of(1024))[1] == []
+
+
 @pytest.mark.parametrize(("push", "main", "there"), [(True, True, True), (True, False, False), (False, True, False)])
 def test_the_repository_is_made_by_the_main_process_where_it_is_asked_for(push, main, there, monkeypatch):
     monkeypatch.setattr(run, "create_hub_repository", lambda args: "owner/name")
@@ -196,7 +252,7 @@ def ended(saver, monkeypatch, **how):
     def call(name, result):
         return lambda *given: (done.append(name), result)[1]
 
-    options = {"step": 4, "trained": True, "stopped": False, "all_processes": False} | how
+    options = {"step": 4, "trained": True, "stopped": False} | how
     end_run(
         saver.args, saver, SimpleNamespace(end=lambda step, stopped: done.append(("tracking", step, stopped))),
         "owner/name" if saver.args.push_to_hub else None,
@@ -209,7 +265,7 @@ def ended(saver, monkeypatch, **how):
 
 def test_a_complete_run_leaves_checkpoint_pictures_model_and_card(saver, tmp_path, monkeypatch, capsys):
     done = ended(saver, monkeypatch, ema_steps=7)
-    assert done == ["no more signals", "pictures", "export", "report", ("tracking", 4, False)]
+    assert done == ["no more signals", "export", "pictures", "report", ("tracking", 4, False)]
     assert json.loads((tmp_path / "checkpoint-4" / "state.json").read_text())["ema_steps"] == 7
     assert Image.open(tmp_path / "samples.png").size == (8, 8)
     card = (tmp_path / "README.md").read_text()
@@ -242,13 +298,12 @@ def test_the_hub_gets_the_model_and_what_shows_it(saver, monkeypatch):
     assert pushed == ("owner/name", files, "Distilled model")
 
 
-@pytest.mark.parametrize(("all_processes", "taking_part"), [(False, []), (True, ["pictures", "export", "report"])])
-def test_other_processes_take_part_where_networks_are_split(all_processes, taking_part, saver, tmp_path, monkeypatch):
+def test_other_processes_take_part_and_leave_nothing(saver, tmp_path, monkeypatch):
     other = SimpleNamespace(
         is_main_process=False, num_processes=1, scaler=None, print=lambda *_: None, wait_for_everyone=lambda: None
     )
     monkeypatch.setattr(saver, "accelerator", other)
     monkeypatch.setattr(run, "save_checkpoint", lambda *given: "a folder")
-    done = ended(saver, monkeypatch, all_processes=all_processes)
-    assert done == ["no more signals", *taking_part, ("tracking", 4, False)]
+    done = ended(saver, monkeypatch)
+    assert done == ["no more signals", "export", "pictures", "report", ("tracking", 4, False)]
     assert list(tmp_path.iterdir()) == []

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file
 
 import train_dmd_distill_wan as script
+from common import pictures
 from common.cache import text_key
 from common.data.clips import ClipReader, open_clip_readers, save_clip
 from common.data.sources import read_part
@@ -34,6 +35,7 @@ from common.solvers import flow_grid, roll_out
 from common.tracking import Means
 from common.wan.causal import block_ends, first_tokens
 from tests.helpers import ROOT, folder_of_clips, short_wan_run, without
+from tests.waits import steps_without_waits
 
 LORA, FULL, CAUSAL = "--lora_rank 4", "--model_type full", "--lora_rank 4 --num_frame_per_block 1"
 LCM = "--distillation_method lcm"
@@ -215,6 +217,35 @@ def test_steps_of_latent_consistency_equal_the_algorithm_restated_in_float64(run
     assert max((weights["student"][key] - student[key]).abs().max() for key in start) < 3e-6
 
 
+def test_one_prompt_after_the_other_gives_the_same_gradients(run, monkeypatch, watch):
+    """Rounding alone differs; a large epsilon keeps Adam from making much of it."""
+    flags = f"{FULL} --max_train_steps 2 --adam_epsilon 1e-3 --fake_score_eps 1e-3 --fake_score_guidance_scale 2"
+    calls = watch(script, "predict")
+    together = run(flags)
+    assert {len(x) for (_, x, *_), _ in calls} == {1, 2}
+    calls.clear()
+    monkeypatch.setattr(script, "MANY_TOKENS", 1)
+    apart = run(flags)
+    assert {len(x) for (_, x, *_), _ in calls} == {1}
+    for name in ("student", "fake_score"):
+        assert together[name].keys() == apart[name].keys()
+        for key, weight in together[name].items():
+            torch.testing.assert_close(apart[name][key], weight, rtol=0, atol=1e-6)
+
+
+def test_one_prompt_after_the_other_is_decided_by_flags_alike_in_all_processes(parse, wan_teacher, monkeypatch):
+    args, transformer = parse("")[0], WanTransformer3DModel.from_pretrained(wan_teacher, subfolder="transformer")
+    tokens = 3 * 4  # three latent frames of 2x2
+    for change, many in (
+        ({}, tokens),
+        ({"train_batch_size": 5}, 5 * tokens),
+        ({"context_parallel_degree": 2}, tokens / 2),
+    ):
+        for most in (many, many + 1):
+            monkeypatch.setattr(script, "MANY_TOKENS", most)
+            assert script.has_many_tokens(Namespace(**vars(args) | change), transformer) == (most == many)
+
+
 def test_consistency_leads_to_where_the_flow_of_a_gaussian_ends():
     """Data of N(m, s^2) have a flow in closed form, which leads pure noise to m + s * eps. Euler's steps on the grid,
     by diffusers' sampler, end near that. The student is a line for each timestep of the grid."""
@@ -347,16 +378,29 @@ def test_the_teacher_is_the_base_bit_for_bit_at_any_time(flags, run, parse, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [LORA, CAUSAL])
-def test_checkpointing_changes_no_gradient(flags, run, monkeypatch):
-    """With two adapters on one base, each computed again under its own."""
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        LORA,
+        f"{LORA} {LCM}",
+        f"{LORA} --base_model_precision int8-torchao",
+        FULL,
+        CAUSAL,
+        f"{CAUSAL} --causal_init_steps 2",
+    ],
+)
+def test_checkpointing_changes_no_gradient(flags, precision, run, monkeypatch):
+    """With two adapters on one base, each computed again under its own, with its dropout."""
+    flags += f" --max_train_steps 2 --seed 3 --mixed_precision {precision} --use_ema"
+    flags += "" if "full" in flags else " --lora_dropout 0.5"
     seen = gradients_seen(monkeypatch)
-    run(f"{flags} --max_train_steps 2 --seed 3")
+    run(flags)
     plain = list(seen)
     seen.clear()
-    run(f"{flags} --max_train_steps 2 --seed 3 --gradient_checkpointing")
+    run(f"{flags} --gradient_checkpointing")
     for before, after in zip(plain, seen, strict=True):
-        torch.testing.assert_close(after, before, atol=1e-7, rtol=1e-4)
+        assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)) and any(g.any() for g in after)
 
 
 def test_adapters_switch_without_touching_requires_grad(parse):
@@ -380,8 +424,8 @@ def test_an_adapter_is_active_again_where_another_one_s_turn_ends(parse):
             assert all(layer.disable_adapters for layer in layers)
             raise RuntimeError
         assert all(layer.active_adapters == ["student"] and not layer.disable_adapters for layer in layers)
-        assert all(layer.lora_dropout.training for layer in layers)
-    assert not any(layer.lora_dropout.training for layer in layers)
+        assert all(layer.lora_dropout["student"].training for layer in layers)
+    assert not any(layer.lora_dropout["student"].training for layer in layers)
 
 
 def test_bf16_leaves_every_trained_weight_a_gradient_and_timesteps_their_digits(run, monkeypatch):
@@ -411,6 +455,28 @@ def test_dropout_acts_where_there_is_a_gradient_alone(run, monkeypatch):
     run(f"{LORA} {LCM} --lora_dropout 0.5")
     assert [grad for grad, _ in modes].count(True) == 1  # the target has none
     assert all(grad == training for grad, training in modes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        f"{CAUSAL} --last_step_only --gradient_checkpointing",
+        f"{LORA} --last_step_only --lora_dropout 0.1 --mixed_precision bf16",
+        f"{FULL} --last_step_only --num_frame_per_block 1 --context_noise 100",
+        f"{FULL} {LCM} --gradient_checkpointing",
+    ],
+)
+def test_compile_makes_graphs_where_a_shape_is_new_alone(flags, run, graphs, monkeypatch):
+    """Ten steps on two shapes, with clips between: no later step waits for the compiler, and none is without it."""
+    shapes, latent_shape = [], script.latent_shape
+    monkeypatch.setattr(script, "latent_shape", lambda *given: shapes.append(latent_shape(*given)) or shapes[-1])
+    graphs.mark_calls(monkeypatch, script, "average_gradients", lambda *_: shapes[-1])
+    for name in ("by_student", "by_teacher"):
+        graphs.mark_calls(monkeypatch, script.Clips, name, lambda *given, name=name: (name, given[-1]))
+    run(f"{flags} --compile --max_train_steps 10 --validation_steps 4 --validation_resolution 32,48x32")
+    print(f"{graphs.count} graphs: {graphs.marks}")
+    assert len(graphs.check()) == 2 + 2  # sizes of steps, and of clips by the student: there is no benchmark
 
 
 def test_an_error_of_the_critic_ends_the_run(run, monkeypatch):
@@ -555,6 +621,9 @@ def test_defaults_that_follow_from_other_flags(parse):
             "must be the last whole blocks .* as 3 or 6",
         ),
         ("--causal_init_lr 1e-4", "there are none"),
+        ("--causal_init_trajectories 1", "--causal_init_trajectories: belongs to --causal_init_steps"),
+        ("--causal_init_steps 1 --cache_dir_trajectories x", "belongs to --causal_init_trajectories"),
+        ("--causal_init_steps 1 --causal_init_trajectories -1", "must not be negative"),
         ("--causal_init_guidance 0.5 --causal_init_steps 1", "must be at least 1"),
         ("--model_type full --lora_rank 4", "takes no --lora_rank"),
         ("--mixed_precision fp16", "bf16 or no"),
@@ -726,6 +795,19 @@ def latents_generated(flags: str, run, monkeypatch) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_batch_at_a_time_is_generated_by_one_process_or_by_all(shared, monkeypatch):
+    """What the second of two processes makes of five prompts."""
+    asked = []
+    args = {"train_batch_size": 2, "num_frame_per_block": 0, "independent_first_frame": False}
+    args = Namespace(**args, validation_resolution=[(32, 32)])
+    monkeypatch.setattr(script.Clips, "some", lambda *given, size: asked.append((given[2], given[4])) or [])
+    monkeypatch.setattr(pictures, "gather_object", lambda drawn: drawn)
+    networks = Namespace(accelerator=Namespace(process_index=1, num_processes=2))
+    script.Clips(args, Namespace(validation_frames=9), networks, None, None, None, shared)("student", [*"abcde"], 3, 7)
+    assert asked == ([(["c", "d"], 9)] if shared else [(["a", "b"], 7), (["c", "d"], 9), (["e"], 11)])
+
+
 def test_clips_follow_from_the_validation_seed(run, monkeypatch):
     first = latents_generated("--validation_seed 5", run, monkeypatch)
     other = latents_generated("--validation_seed 6", run, monkeypatch)
@@ -814,6 +896,55 @@ def test_regression_leads_the_student_to_where_the_teacher_s_flow_ends(run, monk
     assert after < 0.5 * min(before, far)
 
 
+REGRESSION = "--causal_init_steps 4 --max_train_steps 4 --causal_init_trajectories 2 --proportion_empty_prompts 0.5"
+
+
+@pytest.mark.parametrize("student", [CAUSAL, FULL])
+def test_kept_trajectories_need_no_teacher_and_give_the_same_weights(student, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "FLOW_STEPS", 2)  # more of them only take time
+    flags = f"{student} {REGRESSION} --cache_dir_trajectories {tmp_path / 'kept'}"
+    filled = run(flags)["student"]
+    with monkeypatch.context() as without_cache:
+        without_cache.setattr(script.Trajectories, "all_have", lambda kept, found: False)
+        assert equal(run(flags)["student"], filled)
+    monkeypatch.setattr(script, "flow_trajectory", lambda *_: pytest.fail("the teacher was asked"))
+    assert equal(run(flags)["student"], filled)
+    with pytest.raises(pytest.fail.Exception, match="the teacher was asked"):
+        run(f"{student} {REGRESSION.replace('trajectories 2', 'trajectories 0')}")
+
+
+@pytest.fixture
+def kept(run, monkeypatch, tmp_path):
+    """`kept(flags)`: how many trajectories a run adds to those of before."""
+    monkeypatch.setattr(script, "FLOW_STEPS", 2)
+
+    def added(flags: str = "") -> int:
+        before = len(list((tmp_path / "kept").rglob("*.safetensors")))
+        once = "--causal_init_steps 2 --max_train_steps 2 --causal_init_trajectories 1"
+        run(f"{CAUSAL} {once} --cache_dir_trajectories {tmp_path / 'kept'} {flags}")
+        return len(list((tmp_path / "kept").rglob("*.safetensors"))) - before
+
+    return added
+
+
+def test_trajectories_are_kept_for_a_prompt_and_not_for_a_visit_or_a_seed(kept):
+    assert kept() == 1
+    assert kept("--seed 7 --causal_init_steps 3 --max_train_steps 3 --learning_rate 1") == 0
+    assert kept("--causal_init_trajectories 3 --causal_init_steps 12 --max_train_steps 12") == 2
+
+
+@pytest.mark.slow
+def test_what_shapes_a_trajectory_is_in_its_key(kept):
+    assert kept() == 1
+    for flags in (
+        "--causal_init_guidance 2", "--negative_prompt bad", "--dmd_denoising_steps 1000,500",
+        "--flow_schedule_shift 7", "--num_frames 5", "--num_frame_per_block 3", "--proportion_empty_prompts 1",
+        "--max_sequence_length 8", "--mixed_precision bf16", "--base_model_precision int8-torchao",
+    ):  # fmt: skip
+        assert (flags, kept(flags)) == (flags, 1)
+    assert kept() == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
@@ -886,6 +1017,26 @@ def test_of_clips_the_captions_and_sizes_are_read_alone(wan_teacher, tmp_path, m
     assert encoder.encode_text([sample.caption])["prompt_embeds"].shape == (1, 512, 16)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        f"{FULL} --use_ema --fake_score_guidance_scale 2 --proportion_empty_prompts 0.5",
+        f"{CAUSAL} --causal_init_steps 1 --context_noise 10 --lora_dropout 0.1",
+        f"{LORA} {LCM}",
+    ],
+)
+def test_the_loop_does_not_wait_for_the_device(flags, parse, monkeypatch):
+    monkeypatch.setattr(script, "FLOW_STEPS", 2)  # more of them only take time
+    assert steps_without_waits(script, *parse(f"{flags} --num_frames 5 --max_train_steps 2")) == 2
+
+
+def test_kept_trajectories_come_without_a_wait(run, parse, monkeypatch):
+    monkeypatch.setattr(script, "FLOW_STEPS", 2)
+    flags = f"{CAUSAL} --num_frames 5 --causal_init_steps 1 --causal_init_trajectories 1"
+    run(flags, "kept")
+    assert steps_without_waits(script, *parse(flags, "kept")) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Wan's encoders and the caches
 # ---------------------------------------------------------------------------------------------------------------------
@@ -954,9 +1105,26 @@ def test_embeddings_are_the_pipelines(wan_teacher):
         assert not padded[len(row) :].any()
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_prompts_of_similar_length_are_encoded_together(dtype, rounding, parse, monkeypatch):
+    """And an embedding does not depend on what is beside it, but for rounding."""
+    monkeypatch.setattr(script, "TOKENS_ENCODED", 64)
+    tokenizer, encoder = script.load_text_encoder(parse("")[0], torch.device("cpu"), dtype)
+    shapes, prompts = [], ["", "x" * 40, *("a ball " * (1 + i % 5) for i in range(20)), "y" * 90]
+    with torch.no_grad():
+        alone = [script.encode_prompts((tokenizer, encoder), [prompt], 512)["prompt_embeds"][0] for prompt in prompts]
+        encoder.encoder.embed_tokens.register_forward_pre_hook(lambda _, ids: shapes.append(ids[0].shape))
+        rows = script.encode_prompts((tokenizer, encoder), prompts, 512)["prompt_embeds"]
+    assert len(shapes) < 14 and all(len(shape) == 2 and (shape.numel() <= 64 or shape[0] == 1) for shape in shapes)
+    for row, expected in zip(rows, alone, strict=True):
+        assert row.shape == expected.shape
+        torch.testing.assert_close(row, expected, rtol=rounding, atol=rounding * expected.abs().max().item())
+
+
 def test_latents_are_the_pipelines(wan_teacher):
     """WanVideoToVideoPipeline's, without the noise that it adds."""
-    args = Namespace(pretrained_teacher_model=wan_teacher, teacher_revision=None, cache_dir=None)
+    options = dict.fromkeys(("teacher_revision", "teacher_variant", "cache_dir"))
+    args = Namespace(pretrained_teacher_model=wan_teacher, **options)
     vae = script.load_vae(args, "cpu", torch.float32)
     clips = torch.rand(2, 3, 9, 16, 32) * 2 - 1
     stand_in = SimpleNamespace(vae=vae, vae_scale_factor_temporal=4, vae_scale_factor_spatial=8)

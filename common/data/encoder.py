@@ -4,7 +4,8 @@ The encoders are loaded when they are first needed: a run with full caches never
 """
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,12 @@ from common.data.samples import Sample
 from common.data.shards import is_local
 from common.data.sources import part_fingerprint
 from common.data.stream import ShardPass, load, open_batches
+from common.draws import to_device
 from common.plan.meter import Meter, Unwritten
+
+CAPTIONS_AT_ONCE = 32  # that go to the text encoder while caches are filled
+
+ROUND = 60.0  # seconds of filling after which processes meet
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class SampleEncoder:
         self.encoders, self.latents, self.text = encoders, latents, text
         self.vae_batch_size, self.device = vae_batch_size, device
         self.loaded = {}  # by loader; a None is not loaded again
-        self.waiting: dict[tuple, list[Sample]] = {}  # by bucket, of those to be cached
+        self.waiting: dict[tuple, list[Sample]] = {}  # by bucket, of those whose latents are to be cached
+        self.captions: dict[str, None] = {}  # to be cached, in the order in which they came
 
     def load(self, loader):
         """The network of this loader, which is called once until release()."""
@@ -79,7 +86,7 @@ class SampleEncoder:
 
     def records_of(self, samples: list[Sample]) -> list[dict[str, torch.Tensor]]:
         """What is cached of each of these samples of one bucket: its latents by the VAE, and its size_ids."""
-        pixels = torch.stack([sample.pixels for sample in samples]).to(self.device, non_blocking=True)
+        pixels = to_device(torch.stack([sample.pixels for sample in samples]), self.device)
         encoded = self.encoders.encode_pixels(self.vae, pixels.float() / 127.5 - 1.0)
         return [
             {name: values[row] for name, values in encoded.items()} | {"size_ids": torch.tensor(sample.size_ids)}
@@ -114,10 +121,15 @@ class SampleEncoder:
         def padded(row):  # [L, C] -> [length, C]
             return row if length is None else torch.nn.functional.pad(row, (0, 0, 0, length - len(row)))
 
-        names = rows[0] if rows else {}
-        return {name: torch.stack([padded(row[name].to(self.device)) for row in rows]) for name in names}
+        stacked = {}
+        for name in rows[0] if rows else {}:
+            values = [padded(row[name]) for row in rows]
+            if len({value.device for value in values}) > 1:  # from the cache some, from the encoder others
+                values = [to_device(value, self.device) for value in values]
+            stacked[name] = to_device(torch.stack(values), self.device)
+        return stacked
 
-    def fill(self, accelerator, datasets: tuple[Dataset, ...], readers, workers: int):
+    def fill(self, accelerator, datasets: tuple[Dataset, ...], readers, workers: int) -> Iterator[None]:
         """Encodes all that the caches lack, each process of its share of the parts. Marked parts are not read."""
         todo = [
             (i, part) for i, dataset in enumerate(datasets) if "vae" not in dataset.skip for part in dataset.parts
@@ -136,8 +148,9 @@ class SampleEncoder:
                     self.flush()
                     dataset, part = todo[item]
                     self.store_of(dataset).mark(self.done_name(datasets[dataset], part))
+                yield
 
-    def fill_for(self, accelerator, batches, count: int):
+    def fill_for(self, accelerator, batches, count: int) -> Iterator[None]:
         """Encodes what the caches lack of the first `count` batches, for a run that takes no more."""
         with self.progress(accelerator) as bar:
             for _ in range(count):
@@ -145,6 +158,7 @@ class SampleEncoder:
                 bar.update(len(samples))
                 for sample in samples:
                     self.encode_soon(sample)
+                yield
         self.encode_waiting()
 
     def progress(self, accelerator) -> tqdm:
@@ -166,20 +180,24 @@ class SampleEncoder:
         return self.text if self.latents is None else self.latents[dataset]
 
     def encode_soon(self, sample: Sample):
-        """Caches captions and latents of a sample as soon as enough others of its bucket wait for it."""
-        if sample.latents is None or any(text_key(caption) not in self.text for caption in sample.captions):
+        """Caches captions of a sample as soon as enough wait, and its latents as soon as enough of its bucket do."""
+        self.captions |= {caption: None for caption in sample.captions if text_key(caption) not in self.text}
+        if len(self.captions) >= CAPTIONS_AT_ONCE:
+            self.encode_captions()
+        if sample.latents is None:
             self.waiting.setdefault(sample.bucket, []).append(sample)
             if len(self.waiting[sample.bucket]) == self.vae_batch_size:
-                self.encode(self.waiting.pop(sample.bucket))
+                self.encode_images(self.waiting.pop(sample.bucket))
 
     def encode_waiting(self):
+        self.encode_captions()
         while self.waiting:
-            self.encode(self.waiting.popitem()[1])
+            self.encode_images(self.waiting.popitem()[1])
 
-    def encode(self, samples: list[Sample]):
-        """Caches captions and latents of samples of one bucket."""
-        self.encode_text(list(dict.fromkeys(caption for sample in samples for caption in sample.captions)))
-        self.encode_images([sample for sample in samples if sample.latents is None])
+    def encode_captions(self):
+        if self.captions:
+            self.encode_text(list(self.captions))
+        self.captions.clear()
 
     def done_name(self, dataset: Dataset, part) -> str:
         """Name under which a store remembers that it has all of a part: it holds all that decides its records."""
@@ -226,11 +244,25 @@ def open_encoder(
         visits = batches * args.train_batch_size * accelerator.num_processes // sharing
         if visits < data.samples and (data.held_out or not args.eval_steps):  # whose held-out samples are further ones
             streamed = open_batches(args, data, accelerator, filling, state["stream"], sharing, say=lambda text: None)
-            encoder.fill_for(accelerator, streamed, batches)
+            work = encoder.fill_for(accelerator, streamed, batches)
         else:
-            encoder.fill(accelerator, data.datasets, filling, args.dataloader_num_workers)
+            work = encoder.fill(accelerator, data.datasets, filling, args.dataloader_num_workers)
+        do_in_rounds(accelerator, work)
         encoder.share_caches(accelerator)
     return encoder, readers
+
+
+def do_in_rounds(accelerator, work: Iterator[None]):
+    """Does all of this process's work. One that is done waits for others no longer than a round, as often as needed.
+
+    A single wait for them would end the run where it is longer than the process group's patience.
+    """
+    all_done = False
+    while not all_done:
+        end = time.monotonic() + ROUND
+        done = next((False for _ in work if time.monotonic() > end), True)
+        mine = torch.tensor(float(done), device=accelerator.device)
+        all_done = done if accelerator.num_processes == 1 else accelerator.reduce(mine, "mean").item() == 1.0
 
 
 def open_text_store(args, data: Data, encoders: Encoders) -> TensorStore:

@@ -5,11 +5,12 @@ method cannot do without (student forward and backward, teacher on both prompts,
 --scheduled_sampling_probability asks for it), the optimizer's step, and, where nothing is cached, the encoders'
 forwards. Their time is the floor. What is printed is step / floor, from one run.
 
-On a GPU: `python -m tests.bench sd --size real --batch_size 12 --mixed_precision bf16 [--compile]`, random weights.
-What is Wan's own is in wan.py.
+On a GPU: `python -m tests.bench sd --size real [--compile]`: random weights of SD 1.5, SDXL or Wan 1.3B, in bf16, a few
+minutes each. What is Wan's own is in wan.py.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import subprocess
@@ -19,11 +20,30 @@ from pathlib import Path
 
 import torch
 
-from tests.bench.lcm import Bench, lcm_flags
+from tests.bench.lcm import Bench, Finished, lcm_flags
 from tests.bench.wan import WanBench, wan_flags
 
-LCM = {"cached": [], "streaming": ["--vae_cache_disable"], "lora": ["--lora_rank", 64]}
-WAN = {"lora": [], "full": ["--model_type", "full"]}  # both from full caches
+LORA = ["--lora_rank", 64]
+TOY = {"cached": [], "streaming": ["--vae_cache_disable"], "lora": LORA}
+INT8 = ["--base_model_precision", "int8-torchao"]
+CHECKPOINTED = ["--gradient_checkpointing"]
+SCENARIOS = {
+    ("sd", "toy"): TOY,
+    ("sdxl", "toy"): TOY,
+    ("wan", "toy"): {"lora": [], "full": ["--model_type", "full"]},  # both from full caches
+    ("sd", "real"): {"full": [], "lora": LORA, "streaming": [*LORA, "--vae_cache_disable"]},
+    ("sdxl", "real"): {"lora": LORA, "checkpointed": LORA + CHECKPOINTED, "int8": LORA + INT8 + CHECKPOINTED},
+    ("wan", "real"): {"lora": CHECKPOINTED, "int8": INT8 + CHECKPOINTED},
+}
+# batch size, steps between two measurements of the floor, measurements, precision; of real size for a GPU
+DEFAULTS = {
+    ("sd", "toy"): (32, 25, 4, "no"),
+    ("sdxl", "toy"): (32, 25, 4, "no"),
+    ("wan", "toy"): (16, 25, 4, "no"),
+    ("sd", "real"): (12, 6, 3, "bf16"),
+    ("sdxl", "real"): (4, 6, 3, "bf16"),
+    ("wan", "real"): (1, 3, 2, "bf16"),
+}
 
 
 def parse_args(argv=None):
@@ -35,18 +55,21 @@ def parse_args(argv=None):
         default="toy",
         help="real: SD 1.5's, SDXL's or Wan 1.3B's shapes, random weights",
     )
-    parser.add_argument(
-        "--scenario", choices=sorted({*LCM, *WAN}), help="one only; default: all, each in a process of its own"
-    )
-    parser.add_argument("--batch_size", type=int, help="default: 32; wan: 16, of real size 1")
-    parser.add_argument("--block", type=int, default=25, help="steps between two measurements of the floor")
-    parser.add_argument("--blocks", type=int, default=4, help="the first one warms up and is not counted")
-    parser.add_argument("--mixed_precision", default="no", choices=["no", "fp16", "bf16"])
+    parser.add_argument("--scenario", help="one only; default: all, each in a process of its own")
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--block", type=int, help="steps between two measurements of the floor")
+    parser.add_argument("--blocks", type=int, help="measurements; the first one warms up and is not counted")
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--work", type=Path, help="where a real-sized teacher is kept; default: a temporary folder")
     options = parser.parse_args(argv)
-    if options.batch_size is None:
-        options.batch_size = {"toy": 16, "real": 1}[options.size] if options.script == "wan" else 32
+    which = options.script, options.size
+    defaults = dict(zip(("batch_size", "block", "blocks", "mixed_precision"), DEFAULTS[which], strict=True))
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    options = argparse.Namespace(**{"scenario": None, "work": None} | defaults | given)
+    options.scenarios = SCENARIOS[which]
+    if options.scenario not in (None, *options.scenarios):
+        parser.error(f"--scenario {options.scenario}: is none of {', '.join(options.scenarios)}")
     return options
 
 
@@ -59,13 +82,14 @@ def run_scenario(options) -> dict:
         flags += ["--compile"] * options.compile
         if options.script == "wan":
             script, bench_class = importlib.import_module("train_dmd_distill_wan"), WanBench
-            flags += [*wan_flags(options, Path(folder)), *WAN[options.scenario]]
+            flags += [*wan_flags(options, Path(folder)), *options.scenarios[options.scenario]]
         else:
             script, bench_class = importlib.import_module(f"train_lcm_distill_{options.script}"), Bench
-            flags += [*lcm_flags(options, Path(folder)), *LCM[options.scenario]]
+            flags += [*lcm_flags(options, Path(folder)), *options.scenarios[options.scenario]]
         args, data, *more = script.parse_args([str(flag) for flag in flags])
         bench = bench_class(script, options, args, data)
-        script.main(args, data, *more)
+        with contextlib.suppress(Finished):
+            script.main(args, data, *more)
         return bench.result()
 
 
@@ -74,11 +98,12 @@ def main(options):
         print(json.dumps(run_scenario(options)))
         return
     columns = {}
-    for scenario in WAN if options.script == "wan" else LCM:
-        command = [sys.executable, "-m", "tests.bench", *sys.argv[1:], "--scenario", scenario]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        print(*[line for line in output.splitlines() if line.startswith("bench:")], sep="\n")
-        columns[scenario] = json.loads(output.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as work:  # a teacher of real size is made once
+        for scenario in options.scenarios:
+            command = [sys.executable, "-m", "tests.bench", *sys.argv[1:], "--scenario", scenario]
+            command += ["--work", options.work or work]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            columns[scenario] = json.loads(output.splitlines()[-1])
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{options.script}, {options.size}, batch {options.batch_size}, {machine}, torch {torch.__version__}")

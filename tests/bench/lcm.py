@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.bench.real import real_sd, real_sdxl
 from tests.helpers import toy_shards
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "4090": 165.0}  # dense bf16
@@ -29,79 +30,8 @@ def measure(function, times: int) -> list[float]:
     return seconds
 
 
-VAE_SHAPE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-
-
-def text_config(tokenizer, width: int, layers: int, heads: int):
-    from transformers import CLIPTextConfig
-
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return CLIPTextConfig(
-        vocab_size=49408, max_position_embeddings=tokenizer.model_max_length, hidden_size=width, projection_dim=width,
-        intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads, **ids,
-    )  # fmt: skip
-
-
-def real_sd(folder: Path) -> Path:
-    """Stable Diffusion 1.5's shapes with random weights."""
-    if not (folder / "model_index.json").exists():
-        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-        from transformers import CLIPTextModel
-
-        from tests.toy.make import make_tokenizer
-
-        tokenizer = make_tokenizer(folder / "tokenizer")
-        StableDiffusionPipeline(
-            AutoencoderKL(**VAE_SHAPE),
-            CLIPTextModel(text_config(tokenizer, 768, 12, 12)),
-            tokenizer,
-            UNet2DConditionModel(sample_size=64, cross_attention_dim=768),  # the class's defaults are SD 1.5's
-            DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
-def real_sdxl(folder: Path) -> Path:
-    """SDXL's shapes with random weights, in fp16 on disk."""
-    if not (folder / "model_index.json").exists():
-        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-        from tests.toy.make import make_tokenizer
-
-        tokenizer = make_tokenizer(folder / "tokenizer")
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(320, 640, 1280),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=6 * 256 + 1280,
-        )
-        pipeline = StableDiffusionXLPipeline(
-            AutoencoderKL(**VAE_SHAPE, scaling_factor=0.13025),
-            CLIPTextModel(text_config(tokenizer, 768, 12, 12)),
-            CLIPTextModelWithProjection(text_config(tokenizer, 1280, 32, 20)),
-            tokenizer,
-            tokenizer,
-            unet,
-            DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
-            add_watermarker=False,
-        )
-        pipeline.to(torch.float16).save_pretrained(folder)
-    return folder
+class Finished(Exception):
+    """The end of the training loop."""
 
 
 class Bench:
@@ -131,7 +61,7 @@ class Bench:
         pass
 
     def close(self):
-        pass
+        raise Finished  # pictures and files of the run's end are no matter here
 
     def update(self):
         if self.in_block == 0:  # a step after a pause is not counted: it only starts the clock
@@ -158,13 +88,13 @@ class Bench:
         x, t = images["mean"].float(), torch.full((count,), 500, device=device)
         lora = self.args.model_type == "lora"
         w = None if lora else torch.zeros(count, device=device)
-        predict = self.script.predict
+        predict, layers = self.script.predict, self.script.adapter_layers(student)
         enabled, dtype = self.args.mixed_precision in ("fp16", "bf16"), both["prompt_embeds"].dtype
         autocast = lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled)  # noqa: E731
 
         @torch.no_grad()
         def teacher_forward():
-            with autocast(), self.script.adapters_off(teacher, lora):
+            with autocast(), self.script.active_adapter(layers, "none"):
                 predict(teacher, torch.cat([x, x]), torch.cat([t, t]), both)
 
         @torch.no_grad()
@@ -260,5 +190,5 @@ def lcm_flags(options, folder: Path) -> list:
     if options.size == "real":
         side, real_teacher = {"sd": (512, real_sd), "sdxl": (1024, real_sdxl)}[options.script]
         flags += ["--pretrained_teacher_model", real_teacher(options.work or folder / "teacher"), "--resolution", side]
-        flags += ["--train_shards_path_or_url", toy_shards(folder / "shards", 4, 64, side, side)]
+        flags += ["--train_shards_path_or_url", toy_shards(folder / "shards", 4, 4, side, side)]
     return flags

@@ -1,47 +1,30 @@
 """What `python -m tests.bench wan` measures: the bare evaluations of an iteration, and the optimizers' steps.
 
 Of a bidirectional student, with prompts alone and full caches. The exit step is drawn, so the floor is taken at the
-very exits of the steps that it is compared with. On a GPU:
-`python -m tests.bench wan --size real --mixed_precision bf16 --block 6 --blocks 3` has Wan 1.3B's shape and 81 frames
-of 832x480.
+very exits of the steps that it is compared with. Of
+real size: Wan 1.3B's shape and 81 frames of 832x480.
 """
 
 import statistics
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import UMT5Config, UMT5EncoderModel
 
 from tests.bench.lcm import Bench, measure
+from tests.bench.real import real_wan
 from tests.toy import world_video as video
-from tests.toy.make_wan import TEXT_TOKENS, make_tokenizer
+from tests.toy.make_wan import TEXT_TOKENS
 
 TOY = Path(__file__).parent.parent / "toy"
-UMT5 = {"d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}  # its embeddings are cached: its size is no matter
-
-
-def random_wan(folder: Path) -> Path:
-    """A pipeline of random weights, with Wan 2.1 1.3B's transformer and autoencoder."""
-    if not (folder / "model_index.json").exists():
-        tokenizer, text_dim = make_tokenizer(), 4096
-        text = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), d_model=text_dim, **UMT5))
-        transformer = WanTransformer3DModel(
-            num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=text_dim,
-            freq_dim=256, ffn_dim=8960, num_layers=30,
-        ).to(torch.bfloat16)  # fmt: skip
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        WanPipeline(tokenizer, text, AutoencoderKLWan(), scheduler, transformer).save_pretrained(folder)
-    return folder
 
 
 def wan_flags(options, folder: Path) -> list:
     flags = ["--train_prompts", TOY / "wan_prompts.txt", "--validation_prompt", "a red circle moving left"]
     if options.size == "real":
-        teacher = random_wan(options.work or folder / "teacher")
+        teacher = real_wan(options.work or folder / "teacher")
         size = ["--resolution_type", "pixel_area", "--resolution", 632, "--validation_resolution", "832x480"]
-        return [*flags, *size, "--pretrained_teacher_model", teacher, "--gradient_checkpointing"]
+        return [*flags, *size, "--pretrained_teacher_model", teacher]
     flags += ["--num_frames", video.FRAMES, "--resolution", video.SIDE, "--max_sequence_length", TEXT_TOKENS]
     flags += ["--pretrained_teacher_model", TOY / "wan"]
     return flags + ["--lora_rank", 32] * (options.scenario == "lora")

@@ -200,7 +200,7 @@ def parse(*words) -> Opened:
     add_shared_flags(parser)
     add_bucket_flags(parser)
     parser.add_argument("--use_fix_crop_and_size", action="store_true")
-    parser.set_defaults(max_train_steps=1)
+    parser.set_defaults(max_train_steps=1, dataloader_num_workers=0)
     args, notes = parse_with_config(parser, [str(word) for word in words], family="sdxl", method="lcm")
     rules, size_notes = bucket_rules(parser, args)
     data, data_notes = open_data(parser, args, rules)

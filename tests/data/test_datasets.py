@@ -220,7 +220,6 @@ def test_no_source_and_two_entries_of_one_name(tmp_path, folder, refused):
 
 def test_encode_batch_size_is_the_vaes(folder):
     assert parse("--train_data_dir", folder, "--encode_batch_size", 3).args.vae_encode_batch_size == 3
-    assert parse("--train_data_dir", folder).args.vae_encode_batch_size == 32
 
 
 def test_epoch_length(tmp_path):

@@ -48,6 +48,7 @@ def parse(*words, frames_per_latent=4) -> Opened:
     add_bucket_flags(parser)
     add_clip_flags(parser)
     parser.set_defaults(bucket_alignment=16, max_train_steps=1, train_batch_size=2, crop_aspect="preserve")
+    parser.set_defaults(dataloader_num_workers=0)
     words = ["--pretrained_teacher_model", "teacher", *words]
     args, notes = parse_with_config(parser, [str(word) for word in words], family="wan", method="dmd")
     notes += check_shared_flags(parser, args)

@@ -15,6 +15,7 @@ from PIL import Image
 
 import train_lcm_distill_sd as script
 from common.cache import identity, weights_identity
+from common.data import encoder as encoders_module
 from common.data import stream
 from common.data.buckets import Rules
 from common.data.datasets import Data, Dataset, plan_buckets
@@ -379,6 +380,22 @@ def test_images_of_a_small_bucket_have_a_record_of_their_own(sd_teacher, several
     assert (records(tmp_path / "vae_a"), records(tmp_path / "vae_b"), loads["vae"]) == (8 + 4, 4, 0)
     _, _, loads = opened_several(sd_teacher, several("--train_batch_size", 4), tmp_path / "o")
     assert (records(tmp_path / "vae_a"), loads["vae"]) == (8 + 4, 0)
+
+
+def test_captions_are_encoded_together_however_few_pictures_are(sd_teacher, shards, tmp_path, watch):
+    calls = watch(script, "encode_prompts")
+    encoder, *_ = opened(sd_teacher, shards, tmp_path, "--vae_encode_batch_size", 1)
+    assert len(calls) == 1 + 2  # the run's own prompts, and those of each shard
+    assert sum(len(prompts) for (_, prompts), _ in calls) == len(encoder.text.index) > 10
+
+
+def test_a_batch_is_one_copy_for_each_tensor(sd_teacher, shards, tmp_path, watch):
+    encoder, batches, _ = opened(sd_teacher, shards, tmp_path)
+    samples, copies = next(batches), watch(encoders_module, "to_device")
+    encoder.encode_images(samples)
+    assert [len(values) for (values, _), _ in copies] == [4, 4, 4]  # mean, std and size_ids
+    encoder.encode_text([sample.caption for sample in samples])
+    assert len(copies) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------

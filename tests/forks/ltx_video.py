@@ -78,6 +78,10 @@ def load_transformer(args, dtype: torch.dtype) -> LTXVideoTransformer3DModel:
     return transformer.requires_grad_(False).eval()
 
 
+def teacher_identity(args) -> str:
+    return weights_identity(teacher_of(args), "transformer", args.teacher_revision)
+
+
 def add_adapters(args, transformer: LTXVideoTransformer3DModel, names) -> LTXVideoTransformer3DModel:
     modules = [name.strip() for name in args.lora_target_modules.split(",")]
     for name in names:

@@ -43,7 +43,10 @@ pipeline_wan.randn_tensor = scheduling_flow_match_lcm.randn_tensor = lambda shap
 
 
 def teachers(teacher: Path, folder: Path) -> list[Path]:
-    """Copies of a teacher whose text encoders' configs say each of the precisions, or none."""
+    """Copies of a teacher whose text encoders' configs say each of the precisions, or none.
+
+    Weights of the last one are in files of a variant alone.
+    """
     copies = []
     for dtype in DTYPES:
         copies.append(folder / f"teacher-{dtype}")
@@ -51,7 +54,13 @@ def teachers(teacher: Path, folder: Path) -> list[Path]:
         for path in copies[-1].glob("text_encoder*/config.json"):
             config = {name: value for name, value in json.loads(path.read_text()).items() if "dtype" not in name}
             path.write_text(json.dumps(config | ({"dtype": dtype} if dtype else {})))
+    for path in copies[-1].glob("*/*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
     return copies
+
+
+def variant_of(teacher: Path) -> list[str]:
+    return ["--teacher_variant", "fp16"] * any(teacher.glob("*/*.fp16.safetensors"))
 
 
 def printed(capsys, folder: Path) -> str:
@@ -79,7 +88,8 @@ def test_the_printed_lines_generate_the_picture_that_was_shown(family, request, 
             flags += (
                 f"--w_max 3 --report_steps= --disable_benchmark --learning_rate 1e-3 --bucket_alignment 8 {student}"
             )
-            main.main(*main.parse_args([*flags.split(), "--validation_prompt", PROMPT]))
+            flags = [*flags.split(), *variant_of(teacher)]
+            main.main(*main.parse_args([*flags, "--validation_prompt", PROMPT]))
             lines.append(asking(printed(capsys, folders[-1]), PROMPT))
             most[folders[-1]] = levels(student, lines[-1])
             one_process()
@@ -93,7 +103,7 @@ def test_the_printed_lines_generate_the_clip_that_was_shown(wan_teacher, tmp_pat
         for i, student in enumerate(WAN_STUDENTS):
             name = f"{teacher.name}-{i}"
             flags = short_wan_run(teacher, tmp_path, name) + student.replace("ELSEWHERE", str(wan_teacher)).split()
-            flags += ["--model_type", "lora" if "--lora_rank" in student else "full"]
+            flags += ["--model_type", "lora" if "--lora_rank" in student else "full", *variant_of(teacher)]
             wan_script.main(*wan_script.parse_args([*flags, "--max_train_steps", "2", "--validation_prompt", PROMPT]))
             folders.append(tmp_path / name)
             usage = printed(capsys, folders[-1]).replace("your prompt", PROMPT)
