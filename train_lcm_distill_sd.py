@@ -305,6 +305,7 @@ def load_teacher(args, dtype: torch.dtype) -> UNet2DConditionModel:
 def make_student(args, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
     """An fp32 copy of the teacher that also takes w; its new projection is zero, so that it starts as the teacher."""
     config = dict(teacher.config) | {"time_cond_proj_dim": args.unet_time_cond_proj_dim}
+    config.pop("_use_default_values", None)  # keys that the teacher's file lacks, which from_config would leave out
     student = UNet2DConditionModel.from_config(config)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     if unexpected or set(missing) - {"time_embedding.cond_proj.weight"}:

@@ -54,6 +54,7 @@ def network_of_config(cls, source: str, folder: str | None, dtype: torch.dtype, 
     """The same network by its config alone: without content where a plan runs, else with random weights."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
+    options.pop("variant", None)  # of files of weights
     try:
         if issubclass(cls, ModelMixin):
             network = cls.from_config(cls.load_config(source, subfolder=folder, **options))

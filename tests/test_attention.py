@@ -13,7 +13,7 @@ import train_lcm_distill_sd
 import train_lcm_distill_sdxl
 from common import networks
 from common.networks import BackendAttention, checkpoint_activations
-from common.plan.memory import Meter
+from common.plan.meter import Meter
 from common.wan.causal import own_attention
 from tests.helpers import short_wan_run, tiny_unet, tiny_wan, without
 from tests.lcm import Runner
@@ -114,12 +114,20 @@ def test_compiled_blocks_compute_attention_once_too(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def held_by(network, meter) -> int:
+    """Bytes of the network itself, of which a meter first hears by what is made of it."""
+    for tensor in [*network.parameters(), *network.buffers()]:
+        tensor.detach()
+    return meter.total
+
+
 def kept_bytes(network, call) -> int:
     """What a forward keeps for backward()."""
-    with Meter([*network.parameters(), *network.buffers()]) as meter:
+    with Meter(fake=False, block=1) as meter:
+        weights = held_by(network, meter)
         out = call()
         assert out.requires_grad
-        return meter.now
+        return meter.total - weights
 
 
 def test_attention_to_a_long_text_is_kept_too_each_result_in_its_place():
@@ -136,13 +144,14 @@ def test_what_is_kept_of_attention_is_its_result_alone():
     kept, left = [], []
     for whole in (True, False):
         checkpoint_activations(flags(checkpoint_attention=whole), network, BLOCKS)
-        with Meter([*network.parameters(), *network.buffers()]) as meter:
+        with Meter(fake=False, block=1) as meter:
+            weights = held_by(network, meter)
             out = call()
-            kept.append(meter.now)
+            kept.append(meter.total - weights)
             out.square().sum().backward()
             del out
             network.zero_grad()
-            left.append(meter.now)
+            left.append(meter.total - weights)
     tokens, channels, heads = 2 * 3 * 2 * 2, 24, 2
     assert left[0] == left[1] < 1000
     assert kept[1] - kept[0] == 2 * tokens * (channels + heads) * 4  # two layers, fp32

@@ -31,8 +31,8 @@ LONG_PROMPT = "a word " * 1024
 UNPLANNED = {
     "report_to": "none", "webhook_config": None, "push_to_hub": False, "push_checkpoints_to_hub": False,
     "eval_steps": 0, "evaluation_type": "none", "validation_preview": False, "resume_from_checkpoint": None,
-    "compile": False, "attention_mechanism": "diffusers", "enable_xformers_memory_efficient_attention": False,
-    "export_pipeline": False, "last_step_only": True,
+    "compile": False, "attention_mechanism": "diffusers", "attention_without_gradient": None, "export_pipeline": False,
+    "enable_xformers_memory_efficient_attention": False, "last_step_only": True,
 }  # fmt: skip
 
 
@@ -166,8 +166,9 @@ def weights_of(network: torch.nn.Module) -> list[torch.Tensor]:
 
 def fill(encoder, samples: list[Sample]):
     """Encodes what training needs of these samples, as for caches that are filled before it."""
-    for start in range(0, len(samples), encoder.vae_batch_size):
-        encoder.encode(samples[start : start + encoder.vae_batch_size])
+    for sample in samples:
+        encoder.encode_soon(sample)
+    encoder.encode_waiting()
     encoder.release()
 
 
