@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import CLIPTextConfig, UMT5Config
 
-from tests.bench.lcm import VAE_SHAPE
+from tests.bench.real import SD, SDXL, VAE, WAN
 
 TOY = Path(__file__).parent.parent / "toy"
 CLIP_IDS = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
@@ -16,38 +16,17 @@ UMT5 = {
     "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 256384,
     "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
-WAN = {"in_channels": 16, "out_channels": 16, "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
 WAN_VAE = {"scale_factor_spatial": 8, "scale_factor_temporal": 4}  # and the class's defaults
 REAL = {
-    "sd": {
-        "unet": {"sample_size": 64, "cross_attention_dim": 768},
-        "vae": VAE_SHAPE,
-        "text_encoder": CLIPTextConfig(**CLIP_L, **CLIP_IDS).to_dict(),
-    },
+    "sd": {"unet": SD, "vae": VAE, "text_encoder": CLIPTextConfig(**CLIP_L, **CLIP_IDS).to_dict()},
     "sdxl": {
-        "unet": {
-            "sample_size": 128, "cross_attention_dim": 2048, "use_linear_projection": True,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": (5, 10, 20), "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        "vae": VAE_SHAPE | {"scaling_factor": 0.13025},
+        "unet": SDXL, "vae": VAE | {"scaling_factor": 0.13025},
         "text_encoder": CLIPTextConfig(**CLIP_L, **CLIP_IDS).to_dict(),
         "text_encoder_2": CLIPTextConfig(**CLIP_G, **CLIP_IDS, projection_dim=1280).to_dict(),
     },
-    "wan": {
-        "transformer": WAN | {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
-        "vae": WAN_VAE,
-        "text_encoder": UMT5Config(**UMT5).to_dict(),
-    },
-    "wan14b": {
-        "transformer": WAN | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
-        "vae": WAN_VAE,
-        "text_encoder": UMT5Config(**UMT5).to_dict(),
-    },
+    "wan": {"transformer": WAN, "vae": WAN_VAE, "text_encoder": UMT5Config(**UMT5).to_dict()},
 }  # fmt: skip
+REAL["wan14b"] = REAL["wan"] | {"transformer": WAN | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}}
 
 
 def real_configs(name: str, folder: Path) -> Path:
