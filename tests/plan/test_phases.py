@@ -1,4 +1,7 @@
-"""Plans of the three scripts, against what their own runs hold."""
+"""Plans of the three scripts, against what their own runs hold, and what --plan prints."""
+
+import os
+import shutil
 
 import pytest
 
@@ -6,7 +9,7 @@ import train_dmd_distill_wan as wan
 import train_lcm_distill_sd as sd
 import train_lcm_distill_sdxl as sdxl
 from common.plan.meter import Meter
-from common.plan.phases import measure
+from common.plan.phases import RESERVE, measure
 from tests.helpers import short_wan_run
 from tests.lcm import SHORT
 
@@ -38,6 +41,7 @@ def training(script, parsed) -> int:
     return phase.total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize(
     ("script", "flags"),
@@ -64,6 +68,7 @@ def test_a_plan_is_what_an_lcm_run_holds(
     assert planned == pytest.approx(real, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize(
     "flags",
@@ -85,3 +90,64 @@ def test_a_plan_is_what_a_wan_run_holds(flags, precision, wan_teacher, tmp_path,
     planned, real = training(wan, parsed), held(wan, parsed)
     print(f"planned {planned:,} bytes, held {real:,}")
     assert planned == pytest.approx(real, rel=0.03)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a user sees
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planning(sd_teacher, small_shards, tmp_path):
+    """`planning(flags)`: what the SD script's main takes, for a teacher without weights."""
+    configs = shutil.copytree(sd_teacher, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+
+    def parsed(flags: str):
+        return sd.parse_args(
+            [
+                "--pretrained_teacher_model", str(configs), "--output_dir", str(tmp_path / "out"),
+                "--train_shards_path_or_url", f"{small_shards}/{{00000..00001}}.tar", *SHORT.split(), *flags.split(),
+            ]
+        )  # fmt: skip
+
+    return parsed
+
+
+def test_a_user_asks_for_a_plan(planning, tmp_path, capsys):
+    """And gets it where there are no weights to load. Nothing is left behind."""
+    sd.main(*planning("--lora_rank 4 --plan"))
+    told = capsys.readouterr().out
+    for word in ("filling the caches", "training", "validation", "export", "moments", "TFLOP", "H100", "A100", "4090"):
+        assert word in told
+    assert "fit into" not in told and not (tmp_path / "out").exists() and Meter.running is None  # there is no GPU here
+
+
+@pytest.mark.slow
+def test_advice_makes_it_fit_or_says_that_it_does_not(planning, capsys):
+    args, *rest = planning("--lora_rank 64 --train_batch_size 8")
+    small = max(phase.total for phase in measure(sd.main, args, rest))
+    sd.main(*planning(f"--lora_rank 64 --train_batch_size 8 --plan {(small + RESERVE) / 1e9 + 1e-6}"))
+    assert "fits into" in capsys.readouterr().out
+    sd.main(*planning(f"--lora_rank 64 --train_batch_size 8 --plan {(0.7 * small + RESERVE) / 1e9}"))
+    told = capsys.readouterr().out
+    assert "does not fit" in told and "--gradient_checkpointing" in told and "and still not" not in told
+    sd.main(*planning("--lora_rank 64 --train_batch_size 8 --plan 0.001"))
+    assert "and still not" in capsys.readouterr().out
+
+
+def test_of_many_processes_one_speaks(planning, capsys, monkeypatch):
+    monkeypatch.setitem(os.environ, "RANK", "1")
+    sd.main(*planning("--plan"))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_processes_that_split_a_network_each_have_a_part(wan_teacher, tmp_path, monkeypatch):
+    """Of weights, moments and gradients; the others send nothing, and are not there."""
+    args, *rest = wan.parse_args([*short_wan_run(wan_teacher, tmp_path), "--model_type", "full"])
+    (whole,) = [phase for phase in measure(wan.main, args, rest) if phase.name == "training"]
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "ACCELERATE_USE_FSDP": "true"}.items():
+        monkeypatch.setenv(name, str(value))
+    (split,) = [phase for phase in measure(wan.main, args, rest) if phase.name == "training"]
+    for kind in ("weights of the student", "moments"):
+        assert split.bytes[kind] == pytest.approx(whole.bytes[kind] / 2, rel=0.1)
