@@ -366,6 +366,15 @@ def test_a_student_that_does_not_fit_is_refused(lcm, monkeypatch):
         script.make_student(args, teacher)
 
 
+def test_a_teacher_whose_file_has_no_word_of_guidance(sd_teacher):
+    """As Stable Diffusion 1.5's: diffusers would keep such a key at its default."""
+    config = json.loads((sd_teacher / "unet" / "config.json").read_text())
+    del config["time_cond_proj_dim"]
+    teacher = UNet2DConditionModel.from_config(config)
+    student = script.make_student(SimpleNamespace(unet_time_cond_proj_dim=64), teacher)
+    assert student.config.time_cond_proj_dim == 64 and not student.time_embedding.cond_proj.weight.any()
+
+
 def test_an_attention_mechanism_that_is_not_there_is_one_sentence(lcm):
     with pytest.raises(SystemExit, match="--attention_mechanism flash: "):
         load(lcm.args("--attention_mechanism flash"))
