@@ -16,7 +16,7 @@ from common.export import create_hub_repository, push_to_hub, write_model_card
 from common.tracking import tracker_names
 
 MOST_READERS = 8  # reader processes of a training process
-# Pictures that the VAE encodes at a time; SDXL's takes 2.7 GB for each of 1024x1024 in fp32, and is as fast with two
+# Pictures that the VAE encodes at a time; SDXL's takes 2.7 GB for each of 1024x1024 in fp32
 MOST_ENCODED, PIXELS_ENCODED = 32, 2 * 1024**2
 
 
