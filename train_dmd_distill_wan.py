@@ -48,11 +48,9 @@ To fork it for another model, replace the block "The model": nothing else knows 
 """
 
 import contextlib
-import copy
 import functools
 import itertools
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -102,9 +100,11 @@ from common.networks import (
     active_adapter,
     adapter_layers,
     adapter_weights,
+    checkpoint_activations,
     precision_name,
     quantize,
     speed_up,
+    unprompted,
     weights_copy,
     weights_exchanged,
     with_uncond,
@@ -119,7 +119,7 @@ from common.optim import (
     optimizer_name,
     update_ema,
 )
-from common.pictures import validation_prompts
+from common.pictures import share_prompts, to_bytes, validation_prompts
 from common.plan.memory import Setup, plan_of
 from common.run import (
     Saver,
@@ -141,7 +141,7 @@ from common.solvers import (
     roll_out,
 )
 from common.tracking import GAP_RANGES, Means, Tracking, gap_name, webhook_errors
-from common.wan.parallel import check_processes, gathered, shard, wants_fsdp
+from common.wan.parallel import check_processes, gathered, load_split, wants_fsdp
 from common.wan.report import ClipComparison, write_clips_report
 
 FLOW_STEPS = 20  # even ones of the teacher's trajectories, besides the student's own timesteps
@@ -161,6 +161,9 @@ OWN_FLAGS = {
             "num_frame_per_block"),
     "lcm": ("num_ddim_timesteps", "loss_type", "huber_c", *PIXELS),  # DMD decodes no clip
 }  # fmt: skip
+# Tokens of a batch from which on two forwards are as fast as one of both prompts, and take half the memory: 8192 rows by
+# 1536 channels are 768 tiles of 128x128, six for each of an H100's 132 processors
+MANY_TOKENS = 8192
 LOG_EVERY = 10  # optimizer steps between logs; training itself waits for the device nowhere else
 MEANS = ["dmd_loss", "fake_score_loss", "ode_loss", "lcm_loss", "student_grad_norm", "fake_score_grad_norm"]
 MEANS += map(gap_name, GAP_RANGES)
@@ -520,7 +523,7 @@ from common.export import save_comfy_lora
 from common.networks import load_network
 from common.plan.memory import PlannedModel
 from common.solvers import stock_scheduler
-from common.wan.causal import BlockCausal
+from common.wan.causal import BlockCausal, own_attention
 from common.wan.parallel import share_tokens
 
 FAMILY = "wan"  # model_family of config files
@@ -587,7 +590,8 @@ def schedule_shift(scheduler) -> float:
 def load_transformer(args, dtype: torch.dtype) -> WanTransformer3DModel:
     if dtype == torch.float16:
         raise SystemExit("mixed_precision fp16 of accelerate's config: Wan's activations overflow it; bf16 or no")
-    return load_network(WanTransformer3DModel, teacher_of(args), "transformer", dtype, **weights_options(args))
+    transformer = load_network(WanTransformer3DModel, teacher_of(args), "transformer", dtype, **weights_options(args))
+    return own_attention(transformer)
 
 
 def teacher_identity(args) -> str:
@@ -886,6 +890,7 @@ class Networks:
     by_role: dict[str, torch.nn.Module]
     causal: object | None  # calls the student block by block; None for a bidirectional one
     accelerator: Accelerator
+    one_by_one: bool = False  # whether guidance has a forward for each of its two prompts
 
     @functools.cached_property
     def layers(self) -> list:
@@ -906,9 +911,12 @@ class Networks:
             return predict(self.by_role[role], x, t, cond).float()
 
     def guided(self, role: str, x, t, cond, uncond, scale: float):
-        """uncond + scale * (cond - uncond), both in one forward; a scale of 0 or 1 means cond alone."""
+        """uncond + scale * (cond - uncond); a scale of 0 or 1 means cond alone."""
         if scale in (0.0, 1.0):
             return self.velocity(role, x, t, cond)
+        if self.one_by_one:
+            v_cond, v_uncond = (self.velocity(role, x, t, each) for each in (cond, unprompted(cond, uncond)))
+            return v_uncond + scale * (v_cond - v_uncond)
         t = t.repeat(2) if torch.is_tensor(t) else t
         v_cond, v_uncond = self.velocity(role, torch.cat([x, x]), t, with_uncond(cond, uncond)).chunk(2)
         return v_uncond + scale * (v_cond - v_uncond)
@@ -1102,29 +1110,40 @@ def lcm_backward(args, method, networks, means, draws, cond, uncond, shape, exit
 
 def load_networks(args, accelerator, weight_dtype) -> Networks:
     """All networks on the device, split between processes and compiled as the flags say."""
-    where = "cpu" if args.quantize_via == "cpu" else accelerator.device
-    teacher, roles = load_transformer(args, weight_dtype), METHODS[args.distillation_method]
+    roles = METHODS[args.distillation_method]
+
+    def load(dtype: torch.dtype) -> torch.nn.Module:
+        read = functools.partial(load_transformer, args, dtype)
+        gathered_in = torch.float32 if args.compile else weight_dtype  # a graph is of a block, and gathers no layer
+        return load_split(read, BLOCKS, accelerator, gathered_in) if wants_fsdp(accelerator) else read()
+
+    teacher = load(weight_dtype)
+    quantize(teacher, args.base_model_precision, "cpu" if args.quantize_via == "cpu" else accelerator.device)
     if args.model_type == "lora":
-        quantize(teacher, args.base_model_precision, where)
         by_role = dict.fromkeys(("teacher", *roles), add_adapters(args, teacher, roles))
-    else:
-        student = load_transformer(args, torch.float32).requires_grad_(True)
-        quantize(teacher, args.base_model_precision, where)
-        by_role = {"teacher": teacher, "student": student} | {role: copy.deepcopy(student) for role in roles[1:]}
+    else:  # from the weights on disk, not from the teacher's, which its precision has rounded
+        by_role = {"teacher": teacher} | {role: load(torch.float32).requires_grad_(True) for role in roles}
     causal = make_causal(by_role["student"]) if args.num_frame_per_block else None
     for network in {id(network): network for network in by_role.values()}.values():  # with LoRA one
-        if wants_fsdp(accelerator):
-            shard(network, BLOCKS, accelerator)
         network.to(accelerator.device)
         if args.context_parallel_degree > 1:
             # BlockCausal cuts the rotary embedding to the block, and only then splits it between processes
             splits_rotary = not causal or network is not by_role["student"]
             share_tokens(network, args.context_parallel_degree, accelerator, splits_rotary)
-    speed_up(args, by_role.values(), BLOCKS, accelerator.print)
+    speed_up(args, by_role.values(), BLOCKS, accelerator.print)  # all blocks of a clip have one shape
     if args.gradient_checkpointing:
-        for role in roles:
-            by_role[role].enable_gradient_checkpointing()
-    return Networks(by_role, causal, accelerator)
+        for network in dict.fromkeys(by_role[role] for role in roles):  # each once
+            checkpoint_activations(args, network, BLOCKS)
+    return Networks(by_role, causal, accelerator, has_many_tokens(args, by_role["student"]))
+
+
+def has_many_tokens(args, transformer) -> bool:
+    """Whether batches have MANY_TOKENS. It follows from flags and not from a batch: processes that split weights or a
+    clip's tokens between them have to make the same forwards."""
+    frames = latent_frames(args.num_frames, FRAMES_PER_LATENT)
+    _, frames, height, width = latent_shape(args, transformer, frames, args.validation_resolution[0])
+    tokens = args.train_batch_size * frames * tokens_of_frame(transformer, height, width)
+    return tokens // args.context_parallel_degree >= MANY_TOKENS
 
 
 def planned_setup(args, data, method, dtype: torch.dtype) -> Setup:
@@ -1158,26 +1177,29 @@ def planned_setup(args, data, method, dtype: torch.dtype) -> Setup:
 class Clips:
     """Clips by teacher, student, or the student's moving average (ema), each with its own sampler."""
 
-    def __init__(self, args, method, networks: Networks, as_average, encoder: SampleEncoder, scheduler):
-        """`as_average(wanted)` is a context in which the student is its moving average."""
+    def __init__(self, args, method, networks: Networks, as_average, encoder: SampleEncoder, scheduler, shared: bool):
+        """`as_average(wanted)` is a context in which the student is its moving average; `shared` among all processes
+        are the prompts."""
         self.args, self.method, self.networks, self.as_average = args, method, networks, as_average
         self.encoder, self.scheduler = encoder, scheduler
         frames = latent_frames(method.validation_frames, FRAMES_PER_LATENT)  # which may be more than are trained
         self.blocks = block_lengths(frames, args.num_frame_per_block, args.independent_first_frame)
+        # What fits into memory in training fits here
+        self.generate = share_prompts(self.some, networks.accelerator if shared else None, args.train_batch_size)
 
     def __call__(self, which: str, prompts: list[str], steps: int, seed: int, size=None) -> list:
-        """A clip [F, H, W, 3] in [0, 1] for each prompt, the i-th from noise of seed + i.
+        """A clip [F, H, W, 3] in bytes for each prompt, the i-th from noise of seed + i.
 
         The teacher takes so many `steps`; a student always takes its own.
         """
-        clips, size = [], size or self.args.validation_resolution[0]
-        fitting = self.args.train_batch_size  # what fits into memory in training fits here
-        for i in range(0, len(prompts), fitting):
-            cond = self.encoder.encode_text(prompts[i : i + fitting])
-            rngs = [torch.Generator().manual_seed(seed + i + k) for k in range(len(prompts[i : i + fitting]))]
-            generate = self.by_teacher if which == "teacher" else functools.partial(self.by_student, which)
-            clips += decode(self.encoder.vae, generate(cond, steps, rngs, size))
-        return clips
+        return self.generate(which, prompts, steps, seed, size=size or self.args.validation_resolution[0])
+
+    def some(self, which: str, prompts: list[str], steps: int, seed: int, size) -> list:
+        """Clips of as many prompts as there may be at a time."""
+        cond = self.encoder.encode_text(prompts)
+        rngs = [torch.Generator().manual_seed(seed + k) for k in range(len(prompts))]
+        generate = self.by_teacher if which == "teacher" else functools.partial(self.by_student, which)
+        return [to_bytes(clip) for clip in decode(self.encoder.vae, generate(cond, steps, rngs, size))]
 
     def by_teacher(self, cond, steps: int, rngs: list[torch.Generator], size):
         args, networks = self.args, self.networks
@@ -1291,20 +1313,20 @@ def main(args, data, method, notes):
     def export_student():
         """Files and usage, from the main process; all have to call it where weights are split."""
         with as_average(args.use_ema):
-            network = gathered(student)
+            network = student if lora else gathered(student)
             if accelerator.is_main_process:
                 return export(args, method, Path(args.output_dir), network, weight_dtype)
             return None
 
-    def report() -> str:
-        """The exported student against the teacher. Where all processes generate, the main one alone keeps files."""
-        with as_average(args.use_ema), tempfile.TemporaryDirectory() as nowhere:
-            folder = args.output_dir if accelerator.is_main_process else nowhere
-            return write_clips_report(args, clips, len(method.steps), Path(folder), FRAMES_PER_SECOND)
+    def report(folder: Path) -> str:
+        """The exported student against the teacher."""
+        sharers = processes if shared else 1
+        with as_average(args.use_ema):
+            return write_clips_report(args, clips, len(method.steps), folder, FRAMES_PER_SECOND, sharers)
 
-    all_processes = wants_fsdp(accelerator) or sharing > 1  # have to take part in a forward
     tracking, means = Tracking(args, accelerator, total_steps), Means(MEANS, device)
-    clips = Clips(args, method, networks, as_average, encoder, scheduler)
+    shared = not wants_fsdp(accelerator) and sharing == 1  # else all processes have to take part in a forward
+    clips = Clips(args, method, networks, as_average, encoder, scheduler, shared)
     comparison = ClipComparison(args, clips, tracking, say, accelerator.is_main_process, FRAMES_PER_SECOND)
 
     def validate():
@@ -1360,7 +1382,7 @@ def main(args, data, method, notes):
         turns = [("student", args.max_grad_norm)] if student_turn else []
         turns += [] if regression_turn or lcm else [("fake_score", args.fake_score_grad_clip)]
         for name, most in turns:
-            if not wants_fsdp(accelerator):  # whose backward() has averaged them
+            if lora or not wants_fsdp(accelerator):  # whose backward() has averaged those of split weights
                 average_gradients(trained[name], processes, sharing)
             means.add(f"{name}_grad_norm", gradient_norm(trained[name]))
             clip_gradients(accelerator, trained[name], args.grad_clip_method, most)
@@ -1385,7 +1407,7 @@ def main(args, data, method, notes):
             bar.set_postfix(clips_per_s=f"{rate:.2f}", **losses)
             tracking.values(values | {"lr": lr_schedule.get_last_lr()[0], "clips_per_s": rate}, step)
         validation = args.validation_steps and step % args.validation_steps == 0 and step < total_steps
-        if validation and (accelerator.is_main_process or all_processes):
+        if validation:
             validate()
         if checkpoint and step < total_steps:
             saver.save(step, student_updates=updates)
@@ -1396,13 +1418,12 @@ def main(args, data, method, notes):
             stopping = stop_signal.agreed(accelerator)  # all leave the loop at the same step
     bar.close()
 
-    # ---- The end: all processes save a checkpoint; unless a signal stopped the run, the main one, or all where a
-    # forward takes all, then validate, export, report and upload ----
+    # ---- The end: all processes save a checkpoint, and unless a signal stopped the run, export, validate, report ----
     check_finite(args, step, **means.read(accelerator))  # a stop may come between two logs
     end_run(
         args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal,
         stopped=stopping, student_updates=updates, validate=validate, export=export_student, report=report,
-        method=args.distillation_method, teacher=teacher_of(args), all_processes=all_processes,
+        method=args.distillation_method, teacher=teacher_of(args),
     )  # fmt: skip
 
 

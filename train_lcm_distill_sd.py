@@ -72,9 +72,18 @@ from common.flags import (
     shared_defaults,
 )
 from common.losses import consistency_loss
-from common.networks import adapters_off, dropout_off, quantize, speed_up, weights_copy, weights_exchanged, with_uncond
+from common.networks import (
+    active_adapter,
+    adapter_layers,
+    checkpoint_activations,
+    quantize,
+    speed_up,
+    weights_copy,
+    weights_exchanged,
+    with_uncond,
+)
 from common.optim import betas_and_decay, clip_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
-from common.pictures import Comparison, open_preview, validation_prompts
+from common.pictures import Comparison, open_preview, share_prompts, validation_prompts
 from common.report import hold_out, open_clip, write_report
 from common.run import (
     Saver,
@@ -494,9 +503,10 @@ def load_networks(args, accelerator, weight_dtype) -> tuple[torch.nn.Module, tor
     student = add_lora(args, teacher) if lora else student
     student.to(device, **({} if lora else layout))
     target = student if lora else copy.deepcopy(student).requires_grad_(False).eval()
-    speed_up(args, (teacher, student, target), COMPILED_BLOCKS, accelerator.print)
+    # A network's blocks have a dozen shapes and more, and each bucket would have as many of its own
+    speed_up(args, (teacher, student, target), COMPILED_BLOCKS, accelerator.print, dynamic=True)
     if args.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
+        checkpoint_activations(args, student, COMPILED_BLOCKS)
     return teacher, student.train(), target
 
 
@@ -512,15 +522,26 @@ class Networks:
     average: torch.nn.Module | None  # the target, or the average of a LoRA's adapters; None where nothing is averaged
     lora: bool
 
+    @functools.cached_property
+    def layers(self) -> list:
+        """Layers that have adapters."""
+        return adapter_layers(self.student)
+
     def as_teacher(self):
         """Inside, the teacher has its adapters off."""
-        return adapters_off(self.teacher, self.lora)
+        return active_adapter(self.layers, "none")
 
+    def as_student(self):
+        """Inside, adapters are on, and drop out where there is a gradient; outside they always do."""
+        return active_adapter(self.layers, "default")
+
+    @contextlib.contextmanager
     def as_target(self):
         """Inside, a LoRA's adapters have their moving average; a full student's target is a network of its own."""
-        if self.lora and self.average is not None:
-            return weights_exchanged(self.trained, list(self.average.parameters()))
-        return contextlib.nullcontext()
+        averaged = self.lora and self.average is not None
+        params, others = (self.trained, list(self.average.parameters())) if averaged else ([], [])
+        with self.as_student(), weights_exchanged(params, others):
+            yield
 
 
 # ---- Algorithm 1, numbered as it runs; 7., the update, is in main's training loop ----
@@ -547,34 +568,39 @@ def lcm_loss(args, accelerator, networks, solver, uncond, cond, latents, index, 
     t, t_prev = solver.timesteps[index], solver.timesteps_prev[index]
     x_t = noised(latents, eps, t, solver)
 
+    def output(unet, x, t, cond, w=None):
+        # autocast keeps the weights that it has cast until its block ends, whatever they become: a block a forward
+        with accelerator.autocast():
+            return predict(unet, x, t, cond, w).float()
+
     def f(unet, x, t):
-        out = predict(unet, x, t, cond, None if networks.lora else w)
-        x0, _ = solver.x0_eps(out, x, t)
+        x0, _ = solver.x0_eps(output(unet, x, t, cond, None if networks.lora else w), x, t)
         c_skip, c_out = (expand_to(c, x) for c in boundary_scalings(t, args.timestep_scaling_factor))
         return c_skip * x + c_out * x0
 
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad():
         if rollout:  # scheduled sampling: for some samples the student makes x_t, from more noise than that of t
-            with dropout_off(networks.student, args.lora_dropout):
+            with networks.as_student():
                 by_student = functools.partial(f, networks.prepared)
                 x_t = sampled_x_t(by_student, solver, x_t, latents, eps, index, *rollout)
 
         # 3. Teacher with guidance, both halves in one forward: it needs less memory than the student's backward
         with networks.as_teacher():  # first all with their prompts, then all with the empty one
-            outs = predict(networks.teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), with_uncond(cond, uncond))
-        out_cond, out_uncond = outs.float().chunk(2)
+            outs = output(networks.teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), with_uncond(cond, uncond))
+        out_cond, out_uncond = outs.chunk(2)
         out = out_cond + expand_to(w, x_t) * (out_cond - out_uncond)
         x0_teacher, eps_teacher = solver.x0_eps(out, x_t, t)
 
         # 4. One solver step
         x_prev = solver.step(x0_teacher, eps_teacher, index)
 
-        # 5. Target at x_prev, a LoRA's without dropout
-        with dropout_off(networks.student, args.lora_dropout), networks.as_target():
+        # 5. Target at x_prev
+        with networks.as_target():
             f_target = f(networks.target, x_prev, t_prev)
 
     # 6. Student at x_t, and its distance to the target
-    f_student = f(networks.prepared, x_t, t)
+    with networks.as_student():
+        f_student = f(networks.prepared, x_t, t)
     if args.diff2flow_loss:  # of velocities eps - x0, with eps = (x_t - alpha * x0) / sigma
         samples = [to_x0_eps(x0, x_t, solver.alphas[t], solver.sigmas[t], "sample") for x0 in (f_student, f_target)]
         f_student, f_target = (eps - x0 for x0, eps in samples)
@@ -582,7 +608,7 @@ def lcm_loss(args, accelerator, networks, solver, uncond, cond, latents, index, 
 
 
 @torch.no_grad()
-def held_out_loss(args, loss_of, student, samples, encoder) -> dict[str, float]:
+def held_out_loss(args, loss_of, samples, encoder) -> dict[str, float]:
     """Mean loss at fixed places in the grid, noise and w: the same numbers for the same weights, whatever --seed is.
 
     `loss_of(cond, latents, index, w, eps)` is lcm_loss. One sample at a time, as their shapes may differ.
@@ -590,8 +616,6 @@ def held_out_loss(args, loss_of, student, samples, encoder) -> dict[str, float]:
     n = args.num_ddim_timesteps
     places = sorted({n * (2 * k + 1) // (2 * HELD_OUT_INDICES) for k in range(HELD_OUT_INDICES)})
     sums = dict.fromkeys(places, 0.0)
-    training = student.training
-    student.eval()
     for i, sample in enumerate(samples):
         images, text = encoder.encode_images([sample]), encoder.encode_text([sample.caption])
         for place in places:
@@ -601,7 +625,6 @@ def held_out_loss(args, loss_of, student, samples, encoder) -> dict[str, float]:
             latents = sample_latents(images, draws)
             eps = draws.normal(*latents.shape[1:])
             sums[place] += loss_of(conditions(text, images), latents, index, w, eps).item() / len(samples)
-    student.train(training)
     return {"eval_loss": sum(sums.values()) / len(places)} | {f"eval_loss/{p}": value for p, value in sums.items()}
 
 
@@ -657,6 +680,7 @@ def main(args, data, notes):
     saver = Saver(args, accelerator, saved, optimizers, lr_schedule, encoder, batches, state["skipped"])
 
     # ---- Pictures ----
+    @torch.no_grad()
     def pictures(which: str, prompts: list[str], steps: int, seed: int, guidance_scale=None, size=None, callback=None):
         """Pictures by `teacher`, or by `student`, which means the target; each with its own sampler."""
         text, negative, by_teacher = encoder.encode_text(prompts), uncond, which == "teacher"
@@ -666,17 +690,15 @@ def main(args, data, notes):
             guidance_scale = 1.0 + middle_w(args) if by_teacher else student_guidance(args)
         unet, sampler = (teacher, scheduler) if by_teacher else (target, student_scheduler(args, scheduler))
         size = size or args.validation_resolution[0]
-        unet.eval()  # with LoRA this is the network that trains
-        with accelerator.autocast(), networks.as_teacher() if by_teacher else networks.as_target():
-            found = generate(
+        with networks.as_teacher() if by_teacher else networks.as_target(), accelerator.autocast():
+            return generate(
                 args, encoder.vae, unet, sampler, text, negative, steps, guidance_scale, seed, size, callback
             )
-        student.train()
-        return found
 
     tracking, clip = Tracking(args, accelerator, total_steps), open_clip(args, accelerator)
     preview = open_preview(args, PREVIEW_MODEL, accelerator, lambda *shown: tracking.picture(*shown, step, "debug"))
-    comparison = Comparison(args, pictures, preview, clip)
+    shared = share_prompts(pictures, accelerator)  # all processes draw
+    comparison = Comparison(args, shared, preview, clip)
 
     def validate():
         sheet, scores = comparison.sheet()
@@ -688,8 +710,14 @@ def main(args, data, notes):
         return sheet
 
     def export_target():
-        with networks.as_target():
-            return export(args, Path(args.output_dir), target, scheduler, weight_dtype)
+        """Files and usage, from the main process."""
+        if accelerator.is_main_process:
+            with networks.as_target():
+                return export(args, Path(args.output_dir), target, scheduler, weight_dtype)
+        return None
+
+    def report(folder: Path) -> str:
+        return write_report(args, shared, clip, TOY_SIZES, folder, accelerator.num_processes)
 
     # ---- Training loop ----
     loss_of = functools.partial(lcm_loss, args, accelerator, networks, solver, uncond)
@@ -735,9 +763,9 @@ def main(args, data, notes):
             tracking.values({"loss": mean, "lr": lr_schedule.get_last_lr()[0], "samples_per_s": speed}, step)
             loss_sum, started, logged = torch.zeros((), device=device), time.time(), step
         if args.eval_steps and step % args.eval_steps == 0:
-            tracking.values(held_out_loss(args, loss_of, student, held_out, encoder), step)
+            tracking.values(held_out_loss(args, loss_of, held_out, encoder), step)
         validation = args.validation_steps and step % args.validation_steps == 0 and step < total_steps
-        if validation and accelerator.is_main_process:
+        if validation:
             validate()
         if args.checkpointing_steps and step % args.checkpointing_steps == 0 and step < total_steps:
             saver.save(step)
@@ -747,12 +775,11 @@ def main(args, data, notes):
             stopping = stop_signal.agreed(accelerator)  # all leave the loop at the same step
     bar.close()
 
-    # ---- The end: all processes save a checkpoint; unless a signal stopped the run, the main one then validates,
-    # exports, reports and uploads ----
+    # ---- The end: all processes save a checkpoint, and unless a signal stopped the run, export, validate, report ----
     end_run(
         args, saver, tracking, repository, step=step, trained=step > first_step, stop_signal=stop_signal,
-        stopped=stopping, validate=validate, export=export_target,
-        report=lambda: write_report(args, pictures, clip, TOY_SIZES), method="lcm", teacher=teacher_of(args),
+        stopped=stopping, validate=validate, export=export_target, report=report, method="lcm",
+        teacher=teacher_of(args),
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Checkpoints, each of which is complete or does not exist, and the signals that ask for one."""
 
+import itertools
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -16,6 +19,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
+
+MOMENTS = "state."  # begins the names of moments beside those of weights
+SETTINGS = "optimizer.json"
+FILE_BYTES = 2**32  # of all processes' parts in files of one number
 
 
 def options(trained_only: bool) -> StateDictOptions:
@@ -24,7 +32,7 @@ def options(trained_only: bool) -> StateDictOptions:
 
 
 def save_checkpoint(output_dir, step: int, networks: dict, optimizers: dict, state: dict, total_limit=None, main=True):
-    """Writes OUTPUT_DIR/checkpoint-STEP. Every process must call it: sharded states are gathered from all of them.
+    """Writes OUTPUT_DIR/checkpoint-STEP. Every process must call it: of split networks each writes its part.
 
     Of a network with an optimizer of the same name only the trained weights are saved. `state` must be JSON.
     """
@@ -33,17 +41,20 @@ def save_checkpoint(output_dir, step: int, networks: dict, optimizers: dict, sta
     if main:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
+    if any(is_split(network) for network in networks.values()):
+        torch.distributed.barrier()  # others make folders in it
     for name, network in networks.items():
-        weights = get_model_state_dict(network, options=options(name in optimizers))
-        if main:
+        if is_split(network):
+            write_parts(part / name, network, optimizers.get(name), main)
+        elif main:
+            weights = get_model_state_dict(network, options=options(name in optimizers))
             save_file({key: value.contiguous() for key, value in weights.items()}, part / f"{name}.safetensors")
-    for name, optimizer in optimizers.items():
-        moments = get_optimizer_state_dict(networks[name], optimizer, options=options(True))
-        if main:
-            torch.save(moments, part / f"{name}.optimizer.pt")
+            if name in optimizers:
+                moments = get_optimizer_state_dict(network, optimizers[name], options=options(True))
+                torch.save(moments, part / f"{name}.optimizer.pt")
     if main:
         (part / "state.json").write_text(json.dumps(state | {"step": step}))
-        for path in [*part.iterdir(), part]:
+        for path in [*part.rglob("*"), part]:
             flush_to_disk(path)
         if folder.exists() and not (folder / "state.json").exists():  # another program's: renamed, not deleted
             folder.rename(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=output_dir))
@@ -55,6 +66,61 @@ def save_checkpoint(output_dir, step: int, networks: dict, optimizers: dict, sta
         for old in up_to_this[: -total_limit if total_limit else 0]:
             shutil.rmtree(old)
     return folder
+
+
+def is_split(network: torch.nn.Module) -> bool:
+    """Whether processes have parts of the weights (FSDP)."""
+    return any(isinstance(p, DTensor) for p in network.parameters())
+
+
+def part_options(optimizer) -> StateDictOptions:
+    """Options for states of which each process has its part; of a network with an optimizer what is trained."""
+    trained_only = optimizer is not None
+    return StateDictOptions(ignore_frozen_params=trained_only, flatten_optimizer_state_dict=True, strict=False)
+
+
+def parts_of(network, optimizer) -> tuple[dict[str, torch.Tensor], dict]:
+    """This process's parts of weights and moments, by name, and the optimizer's settings."""
+    tensors, settings = get_model_state_dict(network, options=part_options(optimizer)), {}
+    if optimizer is not None:
+        for key, value in get_optimizer_state_dict(network, optimizer, options=part_options(optimizer)).items():
+            (tensors if key.startswith(MOMENTS) else settings)[key] = value
+    return tensors, settings
+
+
+def write_parts(folder: Path, network, optimizer, main: bool):
+    """Writes a split network and its moments as safetensors, each process its part; any number can read them.
+
+    The other format of such checkpoints has a pickle. A file is made in memory, and so there are several.
+    """
+    tensors, settings = parts_of(network, optimizer)
+    ends = itertools.accumulate(value.nbytes for value in tensors.values())
+    files = {key: 1 + end // FILE_BYTES for key, end in zip(tensors, ends, strict=True)}
+    writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
+    distributed_checkpoint.save(tensors, storage_writer=writer)
+    if main:
+        Path(folder, SETTINGS).write_text(json.dumps(settings))
+
+
+def read_parts(folder: Path, network, optimizer):
+    """Reads what write_parts has written, each process its part, or an unsplit network all of it."""
+    tensors, _ = parts_of(network, optimizer)
+    distributed_checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+    weights = {key: value for key, value in tensors.items() if not key.startswith(MOMENTS)}
+    set_model_state_dict(network, weights, options=part_options(optimizer))
+    if optimizer is not None:
+        moments = {key: value for key, value in tensors.items() if key.startswith(MOMENTS)}
+        moments |= json.loads(Path(folder, SETTINGS).read_text())
+        set_optimizer_state_dict(network, optimizer, moments, options=part_options(optimizer))
+
+
+def stored_shapes(folder: Path, name: str) -> dict[str, torch.Size] | None:
+    """Shapes of a network's weights in a checkpoint, by name; None where it has no such network."""
+    file = folder / f"{name}.safetensors"
+    if (folder / name).is_dir():
+        found = HuggingFaceStorageReader(str(folder / name)).read_metadata().state_dict_metadata
+        return {key: of.size for key, of in found.items() if not key.startswith(MOMENTS)}
+    return {key: value.shape for key, value in load_file(file).items()} if file.exists() else None
 
 
 def flush_to_disk(path: Path):
@@ -90,22 +156,25 @@ def find_checkpoint(output_dir, wanted: str) -> Path | None:
 def load_checkpoint(folder: Path, networks: dict, optimizers: dict) -> dict:
     """Loads weights and moments of a checkpoint, and returns its state. Weights that do not fit are fatal."""
     for name, network in networks.items():
-        file = folder / f"{name}.safetensors"
-        if not file.exists():
+        stored, optimizer = stored_shapes(folder, name), optimizers.get(name)
+        if stored is None:
             raise SystemExit(f"--resume_from_checkpoint {folder}: has no {name}, it is of another kind of run")
-        weights = load_file(file)
-        trained = StateDictOptions(ignore_frozen_params=name in optimizers)
-        expected = get_model_state_dict(network, options=trained)  # not gathered: every process checks
-        unfit = weights.keys() ^ expected.keys() or {k for k in expected if expected[k].shape != weights[k].shape}
+        expected = get_model_state_dict(network, options=part_options(optimizer))  # every process checks
+        unfit = stored.keys() ^ expected.keys() or {k for k in expected if expected[k].shape != stored[k]}
         if unfit:
             raise SystemExit(
                 f"--resume_from_checkpoint {folder}: {len(unfit)} weights of the {name} do not fit this run, "
                 f"the first is {min(unfit)}"
             )
+        if (folder / name).is_dir():
+            read_parts(folder / name, network, optimizer)
+            continue
+        weights = load_file(folder / f"{name}.safetensors")
         set_model_state_dict(network, weights, options=options(name in optimizers))
-    for name, optimizer in optimizers.items():
-        moments = torch.load(folder / f"{name}.optimizer.pt", weights_only=True, map_location="cpu")
-        set_optimizer_state_dict(networks[name], optimizer, moments, options=options(True))
+        if optimizer is not None:
+            moments = torch.load(folder / f"{name}.optimizer.pt", weights_only=True, map_location="cpu")
+            set_optimizer_state_dict(network, optimizer, moments, options=options(True))
+    for optimizer in optimizers.values():
         for p, state in optimizer.state.items():  # a fused step needs weights and moments in the same layout
             for key, value in state.items():
                 if value.shape == p.shape:

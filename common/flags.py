@@ -20,7 +20,7 @@ from common.data.buckets import (
     with_settings,
 )
 from common.keys import FAMILY_OF_NAME, FLAG_OF_KEY, FLAVOURS, config_here
-from common.networks import ATTENTION, PRECISIONS, check_precision, dynamo_backend
+from common.networks import ATTENTION, NO_BACKWARD, PRECISIONS, check_precision, dynamo_backend
 from common.optim import DECAYS, optimizer_defaults
 from common.schema import Key, check_value, read_json, unknown_key
 from common.tracking import check_trackers, check_webhook
@@ -174,12 +174,14 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add = parser.add_argument_group("precision and speed").add_argument
     add("--mixed_precision", type=str, choices=["no", "fp16", "bf16"], help="default: what accelerate's config says")
     add("--allow_tf32", action=Switch, help="TF32 for fp32 matmuls on Ampere GPUs and later")
-    add("--gradient_checkpointing", action=Switch, help="recompute activations in backward: less memory, about 30%% slower")
+    add("--gradient_checkpointing", action=Switch, help="recompute activations in backward: less memory, about 30%% slower; of attention the result is kept")
+    add("--checkpoint_attention", action=Switch, help="with --gradient_checkpointing: recompute attention, too; a little less memory for SD and SDXL, and for Wan 3 of 11 GB of activations less at 81 frames, but slower by a fifth")
     add("--base_model_precision", type=str, default="no_change", choices=PRECISIONS, help="8-bit weights for the Linear layers of the frozen network, a LoRA's base or else the teacher; int8-quanto is int8-torchao")
     add("--text_encoder_1_precision", type=str, default="no_change", choices=PRECISIONS, help="the same for the text encoder")
     add("--text_encoder_2_precision", type=str, default="no_change", choices=PRECISIONS, help="the same for the second text encoder")
     add("--quantize_via", type=str, default="accelerator", choices=["cpu", "accelerator"], help="where weights are converted to 8 bits; cpu needs less GPU memory and more time")
-    add("--attention_mechanism", type=str, default="diffusers", choices=ATTENTION, metavar="NAME", help=f"diffusers is PyTorch's SDPA; or one of diffusers' backends: {', '.join(ATTENTION[1:])}")
+    add("--attention_mechanism", type=str, default="diffusers", choices=("auto", *ATTENTION), metavar="NAME", help=f"diffusers is PyTorch's SDPA; auto: FlashAttention 3 where it is installed and PyTorch has no cuDNN attention for this GPU, else SDPA; or one of diffusers' backends that have a backward: {', '.join(name for name in ATTENTION[1:] if name not in NO_BACKWARD)}")
+    add("--attention_without_gradient", type=str, choices=ATTENTION[1:], metavar="NAME", help=f"another of these for forwards without gradient, of teacher, target, rollouts and validation, or one that has no backward: {', '.join(NO_BACKWARD)}; default: that of --attention_mechanism")
     add("--enable_xformers_memory_efficient_attention", action=Switch, help="attention by xformers where it is installed, else by PyTorch's SDPA")
     add("--compile", action=Switch, default=dynamo_backend() == "inductor", help="compile the networks' blocks by torch.compile, also where accelerate's config has dynamo_backend inductor; the first steps take minutes")
 
@@ -291,6 +293,10 @@ def check_shared_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error(f"--use_8bit_adam and --optimizer {args.optimizer}: one or the other")
     if args.evaluation_type == "clip" and not args.evaluation_clip_model:
         parser.error("--evaluation_type clip: needs --evaluation_clip_model, the CLIP that scores")
+    if args.attention_mechanism in NO_BACKWARD:
+        parser.error(
+            f"--attention_mechanism {args.attention_mechanism}: has no backward; --attention_without_gradient takes it"
+        )
     if args.push_checkpoints_to_hub and not args.push_to_hub:
         parser.error("--push_checkpoints_to_hub: needs --push_to_hub")
     if args.validation_prompt_library and not Path(args.validation_prompt_library).is_file():

@@ -1,24 +1,35 @@
-"""Networks: guidance embedding, one network in several roles by adapters, attention kernels, compilation, 8 bits."""
+"""Networks: guidance embedding, several roles of one by adapters, attention, checkpointing, compilation, 8 bits."""
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import math
 import os
 import warnings
+from collections import deque
+from contextvars import ContextVar
 
 import torch
+import torch._dynamo
 from diffusers import ModelMixin
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.utils import is_xformers_available
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 ATTENTION = ("diffusers", *(backend.value for backend in AttentionBackendName))  # diffusers: PyTorch's SDPA
+# Backends of diffusers through which no gradient goes: with sage the layers before attention would silently get none
+NO_BACKWARD = ("_flash_3", *(name for name in ATTENTION if "sage" in name))
 # Features of diffusers' attention layers that BackendAttention leaves out, and that no U-Net's layers use
 UNSUPPORTED = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k")
+MOST_GRAPHS = 1024  # of the code of a compiled block
 PRECISIONS = ("no_change", "int8-quanto", "int8-torchao", "fp8-torchao")
+# A context for each call of attention of the checkpointed block that is computed now; None outside of such blocks
+CONTEXTS: ContextVar = ContextVar("contexts of attention", default=None)
 
 
 def load_network(cls, source: str, folder: str | None, dtype: torch.dtype, **options) -> torch.nn.Module:
@@ -43,35 +54,15 @@ def guidance_embedding(w: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.nn.functional.pad(embedding, (0, dim % 2))
 
 
+def unprompted(cond, uncond) -> dict[str, torch.Tensor]:
+    """Conditions `cond` [B, ...] with the embeddings in `uncond` [1, ...] in place of the prompts'."""
+    return {name: uncond[name].expand_as(v) if name in uncond else v for name, v in cond.items()}
+
+
 def with_uncond(cond, uncond) -> dict[str, torch.Tensor]:
     """Conditions of a batch of 2B: `cond` [B, ...], then the same with the embeddings in `uncond` [1, ...]."""
-    rows = {name: uncond[name].expand_as(v) if name in uncond else v for name, v in cond.items()}
+    rows = unprompted(cond, uncond)
     return {name: torch.cat([v, rows[name]]) for name, v in cond.items()}
-
-
-@contextlib.contextmanager
-def adapters_off(unet, wanted: bool = True):
-    """Inside, the network is its base without adapters, unless that is not `wanted`."""
-    if wanted:
-        unet.disable_adapters()
-    try:
-        yield
-    finally:
-        if wanted:
-            unet.enable_adapters()
-
-
-@contextlib.contextmanager
-def dropout_off(network, wanted=True):
-    """Inside, the network drops nothing out, unless that is not `wanted`."""
-    training = network.training
-    if wanted:
-        network.eval()
-    try:
-        yield
-    finally:
-        if wanted:
-            network.train(training)
 
 
 def adapter_layers(network: torch.nn.Module) -> list[BaseTunerLayer]:
@@ -87,9 +78,10 @@ def active_adapter(layers: list[BaseTunerLayer], name: str):
     get no gradient from then on. Here only the choice of the adapter changes. backward() belongs inside as well, since
     activation checkpointing computes again with the adapter that is active then. Dropout acts where gradients are on.
     """
-    before = [(layer._disable_adapters, layer._active_adapter, layer.lora_dropout.training) for layer in layers]
+    before = [(layer._disable_adapters, layer._active_adapter, layer.training) for layer in layers]
+    dropout = torch.is_grad_enabled()
     for layer in layers:
-        set_layer(layer, name not in layer.lora_A, [name], torch.is_grad_enabled())
+        set_layer(layer, name not in layer.scaling, [name], dropout)
     try:
         yield
     finally:
@@ -98,10 +90,14 @@ def active_adapter(layers: list[BaseTunerLayer], name: str):
 
 
 def set_layer(layer: BaseTunerLayer, disabled: bool, active: list[str], dropout: bool):
-    """Sets which adapters of a layer act, and whether their dropout does."""
-    layer._disable_adapters, layer._active_adapter = disabled, active
-    if layer.lora_dropout.training != dropout:
-        layer.lora_dropout.train(dropout)
+    """Sets which adapters of a layer act, and whether their dropout does.
+
+    Past nn.Module's own way to set an attribute, which takes most of the time of a switch.
+    """
+    vars(layer).update(_disable_adapters=disabled, _active_adapter=active)
+    if layer.training != dropout:
+        for module in (layer, *layer.lora_dropout.values()):  # DoRA asks its layer whether there is dropout
+            vars(module)["training"] = dropout
 
 
 def adapter_weights(network: torch.nn.Module, name: str) -> torch.nn.ParameterDict:
@@ -135,11 +131,90 @@ def exchange(params, others):
         other.copy_(before)
 
 
-class BackendAttention:
-    """Attention of U-Nets by one of diffusers' backends; diffusers' own processor for them always calls SDPA."""
+def checkpoint_activations(args, network, compiled_blocks: tuple[str, ...]):
+    """Makes backward() compute a network's blocks again, of attention what is around it: its result is kept.
 
-    def __init__(self, backend: str):
-        self._attention_backend = AttentionBackendName(backend)
+    That is one more tensor [B, L, C] for each layer.
+    """
+    if args.checkpoint_attention or not args.compile:
+        network.enable_gradient_checkpointing(None if args.checkpoint_attention else checkpoint)
+        return
+    keeping = functools.partial(create_selective_checkpoint_contexts, keeps)  # which torch.compile knows
+    for block in network.modules():
+        if type(block).__name__ in compiled_blocks:
+            block.forward = functools.partial(checkpoint_inside, block.forward, keeping)
+
+
+def checkpoint(block, *inputs):
+    return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, context_fn=keeping_attention)
+
+
+def checkpoint_inside(forward, contexts, *inputs, **options):
+    """A compiled block's forward, of which the compiler itself computes again what is not kept."""
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **options)
+
+
+def keeping_attention():
+    """The contexts of a block's first time, which keeps the results of attention, and of its second, which takes them.
+
+    PyTorch's own contexts do so, but would cost 30 us for each operation of a block; here they are around attention.
+    """
+    second = deque()
+
+    def first_time():
+        while True:
+            keeping, taking = create_selective_checkpoint_contexts(keeps)
+            second.append(taking)
+            yield keeping
+
+    def second_time():
+        while True:
+            yield second.popleft()
+
+    return inside_block(first_time()), inside_block(second_time())
+
+
+def keeps(_, operation, *inputs, **options) -> CheckpointPolicy:
+    """Keeps results of attention's kernels, whose first inputs are q and k.
+
+    Attention to a text, of few keys, is as cheap as a linear layer: it is computed again.
+    """
+    kernel = any(name in str(operation) for name in ("attention", "attn"))
+    kept = kernel and inputs[1].numel() >= inputs[0].numel()
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextlib.contextmanager
+def inside_block(contexts):
+    token = CONTEXTS.set(contexts)
+    try:
+        yield
+    finally:
+        CONTEXTS.reset(token)
+
+
+class Kernels:
+    """What processors of attention that choose among diffusers' backends have in common."""
+
+    _attention_backend: AttentionBackendName | None = None  # diffusers sets it; None: PyTorch's SDPA
+    without_gradient: AttentionBackendName | None = None  # that of forwards without gradient; None: the same
+
+    def attend(self, q, k, v, mask=None):
+        """Attention of q [B, L, heads, D] to k and v [B, S, heads, D]."""
+        backend = (
+            self._attention_backend if torch.is_grad_enabled() else self.without_gradient or self._attention_backend
+        )
+        if backend is not None:  # kernels of packages want one precision; SDPA is autocast's business
+            q, k = q.to(v.dtype), k.to(v.dtype)
+        contexts = None if torch.compiler.is_compiling() else CONTEXTS.get()
+        with contextlib.nullcontext() if contexts is None else next(contexts):
+            return dispatch_attention_fn(q, k, v, mask, backend=backend)
+
+
+class BackendAttention(Kernels):
+    """Attention of U-Nets by one of diffusers' backends; diffusers' own processor for them always calls SDPA."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         x = hidden_states  # [B, L, C]
@@ -149,26 +224,49 @@ class BackendAttention:
             attention_mask = attention_mask.view(len(x), attn.heads, -1, attention_mask.shape[-1])
         q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(context)
         q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in (q, k, v))  # [B, L, heads, C / heads]
-        out = dispatch_attention_fn(q, k, v, attention_mask, backend=self._attention_backend)
-        out = out.flatten(2).to(q.dtype)
+        out = self.attend(q, k, v, attention_mask).flatten(2).to(q.dtype)
         for layer in attn.to_out:
             out = layer(out)
         out = out + x if attn.residual_connection else out
         return out / attn.rescale_output_factor
 
 
-def set_attention(network, backend: str):
-    """Gives every attention layer of a network this backend; with `diffusers` all of them stay as they are."""
-    if backend == "diffusers":
-        return
-    plain = [module for module in network.modules() if isinstance(getattr(module, "processor", None), AttnProcessor2_0)]
-    for module in plain:
-        if all(getattr(module, name) in (None, False) for name in UNSUPPORTED):
-            module.set_processor(BackendAttention(backend))
-    try:
-        network.set_attention_backend(backend)  # raises if its package is not installed
+def set_attention(args, network, backend: str):
+    """Gives the attention layers of a network this backend, and what else flags say; `diffusers` leaves them as is."""
+    if backend != "diffusers" or args.attention_without_gradient or args.gradient_checkpointing:
+        for module in network.modules():
+            plain = isinstance(getattr(module, "processor", None), AttnProcessor2_0)
+            if plain and all(getattr(module, name) in (None, False) for name in UNSUPPORTED):
+                module.set_processor(BackendAttention())
+    try:  # both raise where a package is not installed
+        flag, name = "attention_without_gradient", args.attention_without_gradient
+        if name:
+            with attention_backend(name):  # which is set for all networks, and put back at the end
+                pass
+        for module in network.modules():
+            if isinstance(getattr(module, "processor", None), Kernels):
+                module.processor.without_gradient = AttentionBackendName(name) if name else None
+        flag, name = "attention_mechanism", backend
+        if name != "diffusers":
+            network.set_attention_backend(name)
     except (RuntimeError, ValueError, ImportError) as error:
-        raise SystemExit(f"--attention_mechanism {backend}: {error}") from None
+        raise SystemExit(f"--{flag} {name}: {error}") from None
+
+
+def fastest_attention(network) -> tuple[str, str]:
+    """The backend that --attention_mechanism auto means for networks as this one, and what it is in words.
+
+    PyTorch's SDPA chooses among its kernels itself, for each call: cuDNN's where that is the fastest (Hopper and
+    Blackwell, if cuDNN is new enough), and another one where a mask, a head's width or the precision does not suit it.
+    """
+    weight = next(network.parameters())
+    q = torch.empty(1, 8, 256, 64, dtype=weight.dtype, device=weight.device)  # [B, heads, L, D]
+    kernel = SDPBackend(torch._fused_sdp_choice(q, q, q))
+    hopper = weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] == 9
+    half, installed = weight.dtype != torch.float32, importlib.util.find_spec("flash_attn_interface") is not None
+    if hopper and half and installed and kernel != SDPBackend.CUDNN_ATTENTION:
+        return "_flash_varlen_3", "FlashAttention 3"
+    return "diffusers", f"PyTorch's SDPA, by its kernel {kernel.name}"
 
 
 def dynamo_backend() -> str:
@@ -176,22 +274,52 @@ def dynamo_backend() -> str:
     return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
 
 
-def speed_up(args, networks, compiled_blocks: tuple[str, ...], say):
-    """Sets attention kernels and compilation of networks, each of them once, and keeps DDP off frozen weights."""
+def speed_up(args, networks, compiled_blocks: tuple[str, ...], say, dynamic: bool = False):
+    """Sets attention kernels and compilation of networks, each of them once, and keeps DDP off frozen weights.
+
+    Compiled blocks are `dynamic`, where one code is for all shapes, or have a code for each.
+    """
+    networks = list({id(network): network for network in networks}.values())
     backend = args.attention_mechanism
+    if backend == "auto":
+        backend, words = fastest_attention(networks[0])
+        say(f"--attention_mechanism auto: {words}")
     if args.enable_xformers_memory_efficient_attention:
         backend = "xformers" if is_xformers_available() else backend
         if backend != "xformers":
             say("--enable_xformers_memory_efficient_attention: not installed, PyTorch's SDPA is in use")
-    for network in {id(network): network for network in networks}.values():
-        set_attention(network, backend)
+    for network in networks:
+        set_attention(args, network, backend)
+        for layer in adapter_layers(network):  # PEFT brings inputs to the adapter's fp32, and autocast back again
+            layer.cast_input_dtype_enabled = False
         # Frozen weights come from one file in every process, and those in 8 bits cannot be broadcast
         frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, frozen)
         if args.compile:  # in place and block by block: names of weights stay, and equal blocks share their code
             for block in network.modules():
                 if type(block).__name__ in compiled_blocks:
-                    block.compile()
+                    block.compile(dynamic=dynamic)
+    if args.compile:
+        allow_graphs(say)
+
+
+def allow_graphs(say):
+    """Lets torch.compile make as many graphs of a block's code as networks, roles and shapes ask for, or says so once.
+
+    Its own limit is 8, and a class of blocks has one code: SDXL's ResnetBlock2D alone has 12 pairs of channels.
+    """
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST_GRAPHS
+    said = []
+
+    def once(record: logging.LogRecord) -> bool:
+        if not record.getMessage().startswith("torch._dynamo hit config."):
+            return True
+        if not said:
+            said.append(record)
+            say(f"--compile: more than {MOST_GRAPHS} graphs of {record.args[2]}: it goes on without compilation")
+        return False
+
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(once)
 
 
 def precision_name(given: str) -> str:

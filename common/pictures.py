@@ -1,10 +1,11 @@
-"""Pictures of a run: labelled grids, comparisons of student and teacher, strips of frames, and previews of samples."""
+"""Pictures of a run: whose process draws them, labelled grids, comparisons, strips of frames, and previews."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from diffusers import AutoencoderTiny
 from PIL import Image, ImageDraw, ImageFont
 
@@ -74,6 +75,27 @@ def below_each_other(sheets: list[Image.Image]) -> Image.Image:
 def pixels_of(picture: Image.Image) -> torch.Tensor:
     """Pixels [3, H, W] in [0, 1] of a picture."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255.0
+
+
+def share_prompts(generate, accelerator, at_once: int | None = None):
+    """The same generator with its prompts shared among the processes: all have to call it, and get all samples.
+
+    generate(which, prompts, steps, seed, ...) makes a sample for each prompt, the i-th from noise of seed + i. With
+    `at_once` it gets no more prompts than that at a time, and the same ones together however many processes there are.
+    Without an accelerator nothing is shared: where networks are split, a forward takes all processes.
+    """
+    own, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+
+    def shared(which, prompts: list[str], steps: int, seed: int, **options) -> list:
+        found, some = [], at_once or -(-len(prompts) // processes)
+        for first in range(0, len(prompts), some * processes):
+            i = first + own * some
+            part = prompts[i : i + some]
+            drawn = generate(which, part, steps, seed + i, **options) if part else []
+            found += gather_object(drawn) if processes > 1 else drawn
+        return found
+
+    return shared
 
 
 class Comparison:

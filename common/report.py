@@ -44,36 +44,36 @@ def features(pictures: list[Image.Image]) -> torch.Tensor:
     return torch.cat(parts, 1)
 
 
-def measure(pictures, prompts: list[str], samplers: list[tuple], features=features) -> list[dict]:
+def measure(pictures, prompts: list[str], samplers: list[tuple], features=features, processes: int = 1) -> list[dict]:
     """A row for each sampler: seconds for one sample, distance to the first sampler's samples, and the samples.
 
-    A sampler is (name, which, steps, seed).
+    A sampler is (name, which, steps, seed). So many `processes` share the prompts.
     """
-    pictures(samplers[0][1], prompts[:1], 1, 0)  # the first call also loads and compiles: it is not timed
+    pictures(samplers[0][1], prompts[:processes], 1, 0)  # the first call also loads and compiles: it is not timed
     rows, reference = [], None
     for name, which, steps, seed in samplers:
         start = time.time()
         generated = pictures(which, prompts, steps, seed)
-        seconds, vectors = (time.time() - start) / len(prompts), features(generated)
+        seconds, vectors = (time.time() - start) / math.ceil(len(prompts) / processes), features(generated)
         reference = vectors if reference is None else reference
         distance = (vectors - reference).norm(dim=1).mean().item()
         rows.append({"sampler": name, "steps": steps, "distance": distance, "seconds": seconds, "generated": generated})
     return rows
 
 
-def write_report(args, pictures, clip, sizes) -> str:
+def write_report(args, pictures, clip, sizes, folder: Path, processes: int = 1) -> str:
     """Writes report.json and report.png, and returns a table as Markdown. The toy's world judges pictures of the toy.
 
-    All samplers start from the same noise, so the distance is that of pairs. `sizes` are those of the toy's pictures.
+    All samplers start from the same noise, so the distance is that of pairs. `sizes` are those of the toy's pictures;
+    so many `processes` share the prompts.
     """
     if not args.report_steps:
         return ""
-    folder = Path(args.output_dir)
     if args.pretrained_teacher_model is None:
-        return toy_judge().report(pictures, clip, folder, args.report_steps, sizes, args.max_train_steps)
+        return toy_judge().report(pictures, clip, folder, args.report_steps, sizes, args.max_train_steps, processes)
     prompts, seed = validation_prompts(args), args.validation_seed
     samplers = [(which, which, steps, seed) for which in ("teacher", "student") for steps in args.report_steps]
-    rows = measure(pictures, prompts, [("teacher", "teacher", FULL_STEPS, seed), *samplers])
+    rows = measure(pictures, prompts, [("teacher", "teacher", FULL_STEPS, seed), *samplers], processes=processes)
     for row in rows:
         generated = row.pop("generated")
         if clip is not None:

@@ -2,12 +2,14 @@
 
 import math
 import os
+import tempfile
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
 
 from common.checkpoint import find_checkpoint, save_checkpoint
 from common.data.buckets import target_size
@@ -15,6 +17,9 @@ from common.data.stream import gather_states
 from common.export import create_hub_repository, push_to_hub, write_model_card
 from common.tracking import tracker_names
 
+# How long processes wait for each other, in place of NCCL's ten minutes: a clip of a large teacher, an export or an
+# upload by the main process takes longer. Where one of them has died, accelerate's launcher ends the others at once.
+PATIENCE = timedelta(hours=3)
 MOST_READERS = 8  # reader processes of a training process
 # Pictures that the VAE encodes at a time; SDXL's takes 2.7 GB for each of 1024x1024 in fp32
 MOST_ENCODED, PIXELS_ENCODED = 32, 2 * 1024**2
@@ -55,6 +60,7 @@ def start_run(args, notes: list[str], splits: bool = False, **options) -> tuple[
         dynamo_backend="no",  # --compile has its job
         log_with=tracker_names(args.report_to) or None,
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         **options,
     )
     for note in [*notes, *check_machine(args, accelerator)]:
@@ -140,13 +146,13 @@ def check_finite(args, step: int, **values: float):
 
 def end_run(
     args, saver: Saver, tracking, repository, *, step: int, trained: bool, stop_signal, stopped: bool, validate, export,
-    report, method: str, teacher: str, all_processes: bool = False, **state,
+    report, method: str, teacher: str, **state,
 ):  # fmt: skip
-    """Ends a run: saves a checkpoint, and where training is complete validates, exports and reports.
+    """Ends a run: saves a checkpoint, and where training is complete exports, validates and reports.
 
-    validate() -> a sheet of pictures, export() -> names of files and lines of code, report() -> Markdown. The main
-    process calls them, or `all_processes` where networks are split between them. `teacher` is the teacher's name or
-    folder, `state` further state of the checkpoint.
+    All processes call export() -> names of files and lines of code, validate() -> a sheet of pictures, and
+    report(folder) -> Markdown; the main one alone keeps what comes of it. `teacher` is the teacher's name or folder,
+    `state` further state of the checkpoint.
     """
     accelerator, output_dir = saver.accelerator, Path(args.output_dir)
     say = accelerator.print
@@ -159,8 +165,10 @@ def end_run(
         say(f"skipped {count} x {cause}")
     if stopped:
         say("stopped by a signal; go on with --resume_from_checkpoint latest")
-    elif accelerator.is_main_process or all_processes:
-        sheet, exported, results = validate(), export(), report()
+    else:
+        exported = export()  # first, since pictures take long and their prompts may be at fault
+        with tempfile.TemporaryDirectory() as nowhere:
+            sheet, results = validate(), report(output_dir if accelerator.is_main_process else Path(nowhere))
         if accelerator.is_main_process:
             files, usage = exported
             say(results)

@@ -162,7 +162,7 @@ class Tracking:
         self.webhook.send("picture", level, picture=picture, name=name, step=step)
 
     def clip(self, frames: np.ndarray, path: Path, name: str, step: int):
-        """Sends a clip [F, H, W, 3] in [0, 1], which is also the mp4 file `path`, to trackers."""
+        """Sends a clip [F, H, W, 3] in bytes, which is also the mp4 file `path`, to trackers."""
         if not self.accelerator.is_main_process:
             return
         for tracker in self.accelerator.trackers:
@@ -186,7 +186,7 @@ def gif_summary(frames: np.ndarray, name: str):
     """A clip as TensorBoard shows it, a moving GIF. SummaryWriter.add_video does the same, but needs moviepy."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    pictures = [Image.fromarray((frame * 255.0).round().astype(np.uint8)) for frame in frames]
+    pictures = [Image.fromarray(frame) for frame in frames]
     for picture in pictures:
         picture.thumbnail((GIF_SIDE, GIF_SIDE))
     file, (width, height) = io.BytesIO(), pictures[0].size

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+from tests.compiled import Graphs
 from tests.documents import StandInHub
 from tests.helpers import (
     ROOT,
@@ -98,6 +99,15 @@ def watch(monkeypatch):
         return calls
 
     return watch
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that --compile makes from now on, counted in place of their compilation."""
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):  # torch's own
+        graphs = Graphs(monkeypatch)
+        yield graphs
+    graphs.forget()
 
 
 @pytest.fixture

@@ -120,12 +120,12 @@ def sd_scheduler(prediction_type: str, **settings) -> DDIMScheduler:
     )
 
 
-def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", **scheduler) -> Path:
+def tiny_pipeline(folder: Path, prediction_type: str = "epsilon", unet: dict | None = None, **scheduler) -> Path:
     """A Stable Diffusion folder with random weights, for pictures of 32x32."""
     torch.manual_seed(1)
     tokenizer = make_tokenizer(folder / "tokenizer")
     StableDiffusionPipeline(
-        tiny_vae(), CLIPTextModel(tiny_text_config(tokenizer)), tokenizer, tiny_unet(),
+        tiny_vae(), CLIPTextModel(tiny_text_config(tokenizer)), tokenizer, tiny_unet(**unet or {}),
         sd_scheduler(prediction_type, **scheduler), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
@@ -142,7 +142,7 @@ def teacher_like(teacher: Path, folder: Path, force_zeros: bool = True, **schedu
     return folder
 
 
-def tiny_sdxl_pipeline(folder: Path, prediction_type: str = "epsilon", force_zeros: bool = True) -> Path:
+def tiny_sdxl_pipeline(folder: Path, prediction_type="epsilon", force_zeros: bool = True, **unet) -> Path:
     """An SDXL folder with random weights, for pictures of 32x32."""
     torch.manual_seed(1)
     tokenizer = make_tokenizer(folder / "tokenizer")
@@ -153,6 +153,7 @@ def tiny_sdxl_pipeline(folder: Path, prediction_type: str = "epsilon", force_zer
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 20,
+        **unet,
     )
     StableDiffusionXLPipeline(
         tiny_vae(), first, second, tokenizer, tokenizer, unet, sd_scheduler(prediction_type),

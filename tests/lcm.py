@@ -67,6 +67,22 @@ def randomize_adapters(network, *_, std: float = 0.3):
             torch.nn.init.normal_(p, std=std)
 
 
+def check_graphs(script, lcm, teacher, flags: str, graphs, monkeypatch):
+    """A run with --compile makes graphs at the first step and the first pictures of each shape alone."""
+    sizes, draw = [], script.draw
+    monkeypatch.setattr(script, "draw", lambda *given: sizes.append(given[2]["mean"].shape) or draw(*given))
+    graphs.mark_calls(monkeypatch, script, "clip_gradients", lambda *_: sizes[-1])
+    graphs.mark_calls(monkeypatch, script, "generate", lambda args, vae, unet, sampler, *_: type(sampler).__name__)
+    lcm.flags = SHORT.split()
+    flags += " --compile --resolution 64 --bucket_alignment 8 --train_batch_size 2 --max_train_steps 10"
+    lcm.run(f"{flags} --validation_steps 3", teacher, benchmark=True)
+    seen = graphs.check()
+    assert (
+        len(graphs.marks) == 10 + 4 + 1 and len(seen) == 2 + 2
+    )  # ten steps on two shapes; the teacher's pictures stay
+    print(f"{graphs.count} graphs: {graphs.marks}")
+
+
 def consistency(scheduler: LCMScheduler, out, t: int, x):
     """f(x, t) as the student's own scheduler computes it."""
     scheduler.set_timesteps(timesteps=[t])

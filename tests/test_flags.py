@@ -396,6 +396,9 @@ BAD_FLAGS = [
     ("--validation_resolution", "big"),
     ("--base_model_precision", "int4"),
     ("--attention_mechanism", "flashy"),
+    ("--attention_mechanism", "sage"),
+    ("--attention_mechanism", "_flash_3"),
+    ("--attention_without_gradient", "diffusers"),
     ("--lr_end", "1.0"),  # above the rate
     ("--export_formats", "pickle"),
     ("--webhook_config", "no_such.json"),

@@ -2,23 +2,27 @@
 
 import argparse
 import importlib.util
+import inspect
 import itertools
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from peft import LoraConfig
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import networks
 from common.networks import (
     active_adapter,
     adapter_layers,
     adapter_weights,
-    adapters_off,
     check_precision,
-    dropout_off,
+    fastest_attention,
     guidance_embedding,
     precision_name,
     quantize,
@@ -27,7 +31,10 @@ from common.networks import (
     weights_exchanged,
     with_uncond,
 )
-from tests.helpers import tiny_unet
+from common.wan.causal import own_attention
+from tests.helpers import tiny_unet, tiny_wan
+
+WAN_INPUTS = torch.randn(1, 4, 2, 4, 4), torch.ones(1), torch.randn(1, 8, 16)
 
 
 def inputs():
@@ -35,14 +42,16 @@ def inputs():
     return torch.randn(2, 4, 4, 4, generator=rng), torch.tensor([999, 19]), torch.randn(2, 32, 16, generator=rng)
 
 
-def unet(*adapters: str, seed: int = 0, dropout: float = 0.0):
+def unet(*adapters: str, base=tiny_unet, seed=0, dropout=0.0, precision="no_change", dtype=torch.float32, **config):
     """With adapters that do something, each something else."""
     torch.manual_seed(seed)
-    network = tiny_unet().requires_grad_(False).eval()
+    network = quantize(base().requires_grad_(False).eval().to(dtype), precision, "cpu")
     for name in adapters:
-        config = LoraConfig(r=2, lora_alpha=2, lora_dropout=dropout, target_modules=["to_q", "to_v", "conv1"])
-        network.add_adapter(config, name)
+        targets = ["to_q", "to_v", "conv1"]
+        network.add_adapter(LoraConfig(r=2, lora_alpha=2, lora_dropout=dropout, target_modules=targets, **config), name)
     for name, p in network.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.float()
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.3)
     return network
@@ -79,15 +88,18 @@ def test_the_second_half_of_a_batch_has_the_empty_prompt_and_all_else_of_the_fir
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_adapters_are_off_inside_and_on_again_after_an_error():
-    network = unet("default")
-    plain, adapted = output(unet()), output(network)
+@pytest.mark.parametrize("kind", ["lora", "dora", "int8-torchao"])
+def test_the_base_alone_acts_inside_and_its_adapter_again_after_an_error(kind):
+    bits = kind if kind.startswith("int8") else "no_change"
+    network = unet("default", use_dora=kind == "dora", precision=bits)
+    plain, adapted, layers = output(unet(precision=bits)), output(network), adapter_layers(network)
     assert (adapted - plain).abs().mean() > 1e-2
-    with adapters_off(network):
+    with active_adapter(layers, "none"):
         assert torch.equal(output(network), plain)
-    with adapters_off(network, wanted=False):
-        assert torch.equal(output(network), adapted)
-    with pytest.raises(KeyError), adapters_off(network):
+        with active_adapter(layers, "default"):
+            assert torch.equal(output(network), adapted)
+        assert torch.equal(output(network), plain)
+    with pytest.raises(KeyError), active_adapter(layers, "none"):
         raise KeyError
     assert torch.equal(output(network), adapted)
 
@@ -111,8 +123,9 @@ def test_only_the_adapter_that_is_asked_for_acts_and_gradients_stay_as_they_are(
     ] and len(weights) == 2 * len(layers)
 
 
-def test_dropout_is_where_a_gradient_is_or_nowhere():
-    network = unet("default", dropout=0.5).train()
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_is_where_a_gradient_is(dora):
+    network = unet("default", dropout=0.5, use_dora=dora).train()
     layers = adapter_layers(network)
 
     def repeats() -> bool:
@@ -120,15 +133,11 @@ def test_dropout_is_where_a_gradient_is_or_nowhere():
         return torch.equal(network(x, t, cond).sample, network(x, t, cond).sample)
 
     assert not repeats()
-    with dropout_off(network):
-        assert repeats()
-    assert network.training and not repeats()
-    with dropout_off(network, wanted=False):
-        assert not repeats()
     with active_adapter(layers, "default"):
         assert not repeats()
     with torch.no_grad(), active_adapter(layers, "default"):
-        assert repeats()
+        assert repeats() and torch.equal(output(network), output(network.eval()))  # and DoRA takes its shorter way
+        network.train()
     assert not repeats()
 
 
@@ -156,10 +165,19 @@ def test_a_copy_of_the_trained_weights_changes_places_with_them():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def fast(network, said=None, **flags):
+def one_block():
+    """A network with a single BasicTransformerBlock."""
+    return tiny_unet(
+        down_block_types=("DownBlock2D",), mid_block_type=None, up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(8,), layers_per_block=0,
+    )  # fmt: skip
+
+
+def fast(network, said=None, dynamic=False, **flags):
     usual = {"attention_mechanism": "diffusers", "enable_xformers_memory_efficient_attention": False, "compile": False}
+    usual |= {"gradient_checkpointing": False, "attention_without_gradient": None}
     said = [] if said is None else said
-    speed_up(SimpleNamespace(**usual | flags), (network, network), ("BasicTransformerBlock",), said.append)
+    speed_up(SimpleNamespace(**usual | flags), (network, network), ("BasicTransformerBlock",), said.append, dynamic)
     return network
 
 
@@ -183,9 +201,84 @@ def test_another_attention_mechanism_computes_the_attention(monkeypatch):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_an_attention_mechanism_that_is_not_there_is_one_sentence():
-    with pytest.raises(SystemExit, match="--attention_mechanism sage: "):
-        fast(unet(), attention_mechanism="sage")
+@pytest.mark.parametrize("flag", ["attention_mechanism", "attention_without_gradient"])
+def test_an_attention_mechanism_that_is_not_there_is_one_sentence(flag):
+    with pytest.raises(SystemExit, match=f"--{flag} flash: "):
+        fast(unet(), **{flag: "flash"})
+
+
+def test_forwards_without_gradient_may_have_attention_of_their_own(monkeypatch):
+    used, dispatch = [], networks.dispatch_attention_fn
+
+    def watched(*arguments, backend):
+        used.append(backend and backend.value)
+        return dispatch(*arguments, backend=backend)
+
+    monkeypatch.setattr(networks, "dispatch_attention_fn", watched)
+    for network, call in ((unet("default"), inputs()), (own_attention(tiny_wan()), WAN_INPUTS)):
+        plain = network(*call).sample
+        used.clear()
+        fast(network, attention_without_gradient="_native_math")
+        torch.testing.assert_close(network(*call).sample, plain, rtol=0, atol=1e-5)
+        assert set(used) == {None}
+        used.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(network(*call).sample, plain, rtol=0, atol=1e-5)
+        assert set(used) == {"_native_math"}
+        fast(network, attention_without_gradient=None)
+        with torch.no_grad():
+            assert torch.equal(network(*call).sample, plain) and used[-1] is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "installed", "kernel", "expected"),
+    [
+        ((9, 0), torch.bfloat16, True, SDPBackend.CUDNN_ATTENTION, "diffusers"),
+        ((9, 0), torch.bfloat16, True, SDPBackend.FLASH_ATTENTION, "_flash_varlen_3"),
+        ((9, 0), torch.bfloat16, False, SDPBackend.FLASH_ATTENTION, "diffusers"),
+        ((9, 0), torch.float32, True, SDPBackend.EFFICIENT_ATTENTION, "diffusers"),
+        ((8, 9), torch.bfloat16, True, SDPBackend.FLASH_ATTENTION, "diffusers"),
+        (None, torch.bfloat16, True, SDPBackend.FLASH_ATTENTION, "diffusers"),
+    ],
+)
+def test_auto_is_the_fastest_attention_that_is_here_and_trains(
+    capability, dtype, installed, kernel, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found" if installed else None)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda q, k, v: int(kernel.value))
+    weight = SimpleNamespace(dtype=dtype, device="cpu", is_cuda=capability is not None)
+    backend, words = fastest_attention(SimpleNamespace(parameters=lambda: iter([weight])))
+    assert backend == expected and (kernel.name in words) == (expected == "diffusers")
+
+
+def test_auto_on_a_cpu_is_what_it_was_and_says_so():
+    said, network = [], unet()
+    assert torch.equal(output(fast(network, said, attention_mechanism="auto")), output(unet()))
+    assert said == ["--attention_mechanism auto: PyTorch's SDPA, by its kernel FLASH_ATTENTION"]
+
+
+def test_kernels_of_packages_get_one_precision(monkeypatch):
+    """Under autocast a norm of q and k may leave them in fp32; PyTorch's SDPA is cast, a package's is not."""
+    seen = []
+
+    def watched(q, k, v, mask, backend):
+        seen.append({part.dtype for part in (q, k, v)})
+        return v
+
+    monkeypatch.setattr(networks, "dispatch_attention_fn", watched)
+    kernels, q = networks.Kernels(), torch.ones(1, 2, 1, 4)
+    kernels._attention_backend = AttentionBackendName("flash")
+    kernels.attend(q, q, q.bfloat16())
+    assert seen == [{torch.bfloat16}]
+
+
+@pytest.mark.parametrize("name", networks.NO_BACKWARD)
+def test_backends_without_a_backward_are_those_of_sage_and_an_operation_that_has_none(name):
+    """The facts in diffusers' source: SageAttention's package is not differentiable, nor its own operation of FA3."""
+    source = inspect.getsource(attention_dispatch._AttentionBackendRegistry._backends[AttentionBackendName(name)])
+    assert "sage" in source or "_wrapped_flash_attn_3(" in source
+    assert "register_autograd" not in inspect.getsource(attention_dispatch)
 
 
 def test_what_cannot_be_had_is_said(monkeypatch):
@@ -197,12 +290,91 @@ def test_what_cannot_be_had_is_said(monkeypatch):
 
 def test_named_blocks_alone_are_compiled_once_and_frozen_weights_are_not_exchanged(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: compiled.append(self))
     network = fast(unet("default"), compile=True)
     blocks = [module for module in network.modules() if type(module).__name__ == "BasicTransformerBlock"]
     assert compiled == blocks and len(blocks) > 2
     ignored = set(network._ddp_params_and_buffers_to_ignore)
     assert ignored == {name for name, p in network.named_parameters() if not p.requires_grad}
+
+
+@pytest.mark.parametrize(("dynamic", "more"), [(True, 0), (False, 1)])
+def test_a_compiled_block_has_one_graph_for_all_shapes_or_one_for_each(dynamic, more, graphs):
+    network, plain = fast(unet(base=one_block), compile=True, dynamic=dynamic), unet(base=one_block)
+    counts = []
+    for side in (6, 10):
+        x, t, cond = torch.randn(2, 4, side, 8), torch.tensor(5), torch.randn(2, 7, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(network(x, t, cond).sample, plain(x, t, cond).sample)
+        counts.append(graphs.count)
+    assert counts == [counts[0], counts[0] + more]
+    graphs.check()
+
+
+def test_what_checkpointing_computes_again_makes_no_graph(graphs):
+    """On a GPU backward() has a thread of its own, to which this one's settings of torch.compile mean nothing."""
+    network = fast(unet("default", base=one_block, dropout=0.5).train(), compile=True, dynamic=True)
+    network.enable_gradient_checkpointing()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = network(torch.randn(2, 4, 6, 8), torch.tensor(5), torch.randn(2, 7, 16)).sample
+    count = graphs.count
+    thread = threading.Thread(target=out.sum().backward)
+    thread.start()
+    thread.join()
+    assert graphs.count == count > 0
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.requires_grad)
+    graphs.check()
+
+
+def test_a_block_that_is_no_longer_compiled_is_told_of_once(graphs, monkeypatch, caplog):
+    said = []
+    monkeypatch.setattr(networks, "MOST_GRAPHS", 1)
+    network = fast(unet(base=one_block), said, compile=True)
+    for batch in (2, 3, 4):
+        with torch.no_grad():
+            network(torch.randn(batch, 4, 4, 4), torch.tensor(5), torch.randn(batch, 7, 16))
+    (sentence,) = said
+    assert sentence.startswith("--compile: more than 1 graphs of 'forward' (") and "without compilation" in sentence
+    assert not any("recompile_limit" in message for message in caplog.messages)
+
+
+class CastsUp(TorchDispatchMode):
+    """Counts the casts from bf16 to fp32."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if function is torch.ops.aten._to_copy.default:
+            self.count += args[0].dtype == torch.bfloat16 and out.dtype == torch.float32
+        return out
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "tolerance"),
+    [
+        (tiny_unet, {}, 0.0),
+        (tiny_unet, {"use_dora": True}, 0.02),  # whose norms are in bf16 then, as those of convolutions are anyway
+        (tiny_unet, {"precision": "int8-torchao"}, 0.0),
+        (tiny_wan, {}, 0.0),
+    ],
+)
+def test_under_autocast_an_adapter_leaves_its_input_in_bf16(base, settings, tolerance):
+    x, t, cond = (part.bfloat16() if part.is_floating_point() else part for part in inputs())
+    x = x if base is tiny_unet else x[:, :, None]  # [B, C, F, h, w]
+    found = []
+    for change in (lambda network: network, fast):
+        network = change(unet("default", base=base, dtype=torch.bfloat16, **settings))
+        layers = adapter_layers(network)
+        with torch.autocast("cpu", torch.bfloat16):
+            with CastsUp() as alone, active_adapter(layers, "none"):
+                network(x, t, cond)
+            with CastsUp() as adapted:
+                out = network(x, t, cond).sample
+        found.append((out.float(), adapted.count - alone.count))
+    (usual, casts), (out, casts_now) = found
+    assert casts >= len(layers) > 3 and casts_now == 0
+    assert (out - usual).norm() <= tolerance * usual.norm()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

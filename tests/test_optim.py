@@ -106,12 +106,29 @@ def test_gradients_of_processes_that_share_samples_are_summed(monkeypatch):
     params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
     for p in params:
         p.grad = torch.ones(2)
-    done = SimpleNamespace(wait=lambda: None)
-    monkeypatch.setattr(optim.torch.distributed, "all_reduce", lambda grad, async_op: (grad.mul_(4.0), done)[1])
+    monkeypatch.setattr(optim.torch.distributed, "all_reduce", lambda grads: grads.mul_(4.0))
     average_gradients(params, 4, sharing=2)
     assert all(torch.equal(p.grad, torch.full((2,), 2.0)) for p in params)
     average_gradients(params, 1)
     assert all(torch.equal(p.grad, torch.full((2,), 2.0)) for p in params)
+
+
+@pytest.mark.parametrize(("bucket", "calls"), [(2**26, [60]), (100, [28, 28, 4]), (1, [12, 4] * 3 + [8, 4])])
+def test_gradients_are_averaged_in_few_calls(bucket, calls, monkeypatch):
+    """Each element of them once, wherever it stands; by four processes here, whose sum is four times one's."""
+    shapes, sizes = [(3, 4), (2, 2)] * 3 + [(2, 1, 4), (4,)], []
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for i, p in enumerate(params):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    params[2].grad = params[2].grad.t().contiguous().t()
+    before = [p.grad.clone() for p in params]
+    monkeypatch.setattr(optim, "BUCKET", bucket)
+    monkeypatch.setattr(
+        optim.torch.distributed, "all_reduce", lambda grads: (sizes.append(grads.numel()), grads.mul_(4.0))
+    )
+    average_gradients(params, 4)
+    assert sizes == calls
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(params, before, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Grids, strips of frames, previews, and the comparison of student and teacher."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import pictures
 from common.pictures import (
     LABEL_HEIGHT,
     MARGIN,
@@ -18,6 +20,7 @@ from common.pictures import (
     labelled_grid,
     open_preview,
     picture_pair,
+    share_prompts,
     spread,
     to_bytes,
     validation_prompts,
@@ -197,3 +200,23 @@ def test_without_a_benchmark_the_student_is_alone_and_a_clip_scores_it():
     assert scores == spread("clip_score/1 step", torch.tensor([1.0])) | spread(
         "clip_score/4 steps", torch.tensor([2.0])
     )
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 2, 9])
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_processes_that_share_prompts_have_the_samples_of_one(count, at_once, monkeypatch):
+    """Which follow from prompt and seed; of three processes, none draws more than its share."""
+    asked = []
+
+    def generate(which, prompts, steps, seed, size):
+        asked.append(len(prompts))
+        return [(which, prompt, steps, seed + i, size) for i, prompt in enumerate(prompts)]
+
+    monkeypatch.setattr(pictures, "gather_object", lambda drawn: drawn)
+    request = "student", [f"prompt {i}" for i in range(count)], 4, 7
+    ranks = [SimpleNamespace(process_index=rank, num_processes=3) for rank in range(3)]
+    found = [share_prompts(generate, rank, at_once)(*request, size=8) for rank in ranks]
+    assert max(asked) <= (at_once or -(-count // 3)) and max(map(len, found)) <= max(at_once or 1, -(-count // 3))
+    alone = share_prompts(generate, SimpleNamespace(process_index=0, num_processes=1), at_once)(*request, size=8)
+    assert sorted(itertools.chain(*found)) == alone == generate(*request, size=8)
+    assert share_prompts(generate, None, at_once)(*request, size=8) == alone

@@ -35,7 +35,7 @@ def test_the_reports_features_tell_near_from_far():
 def report_of(folder, clip=None, **flags) -> tuple[str, list]:
     """Of pictures that are the greyer the fewer steps they have. Also the list of what was asked for."""
     usual = {
-        "output_dir": str(folder), "pretrained_teacher_model": "x", "report_steps": [2, 25], "validation_seed": 7,
+        "pretrained_teacher_model": "x", "report_steps": [2, 25], "validation_seed": 7,
         "validation_prompt_library": None, "validation_prompt": "mine",
     }  # fmt: skip
     asked = []
@@ -46,7 +46,7 @@ def report_of(folder, clip=None, **flags) -> tuple[str, list]:
         grey = {"teacher": 1.0, "student": 0.2}[which] / steps
         return [Image.fromarray(((1 - grey) * noise + grey * 128).astype(np.uint8)) for _ in prompts]
 
-    return write_report(SimpleNamespace(**usual | flags), pictures, clip, ((64, 64),)), asked
+    return write_report(SimpleNamespace(**usual | flags), pictures, clip, ((64, 64),), folder), asked
 
 
 def test_a_report_measures_the_way_to_the_teachers_many_steps(tmp_path):
@@ -78,6 +78,20 @@ def test_where_there_is_a_clip_its_scores_are_a_column(tmp_path):
     )
 
 
+def test_the_seconds_are_those_of_the_process_that_drew(monkeypatch):
+    """Of five prompts three processes draw two each, and the first call, which is not timed, is of one for each."""
+    now, asked = [0.0], []
+
+    def pictures(which, prompts, steps, seed):
+        asked.append(len(prompts))
+        now[0] += 6.0
+        return [Image.new("RGB", (8, 8))] * len(prompts)
+
+    monkeypatch.setattr(report.time, "time", lambda: now[0])
+    (row,) = report.measure(pictures, ["a"] * 5, [("teacher", "teacher", 50, 7)], processes=3)
+    assert row["seconds"] == 3.0 and asked == [3, 5]
+
+
 def test_no_steps_no_report(tmp_path):
     assert report_of(tmp_path, report_steps=[]) == ("", []) and list(tmp_path.iterdir()) == []
 
@@ -86,7 +100,7 @@ def test_pictures_of_the_toy_are_judged_by_its_own_world(tmp_path, monkeypatch):
     judge = SimpleNamespace(report=lambda *given: given)
     monkeypatch.setattr(report, "toy_judge", lambda: judge)
     given, _ = report_of(tmp_path, "a clip", pretrained_teacher_model=None, max_train_steps=40)
-    assert callable(given[0]) and given[1:] == ("a clip", tmp_path, [2, 25], ((64, 64),), 40)
+    assert callable(given[0]) and given[1:] == ("a clip", tmp_path, [2, 25], ((64, 64),), 40, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 import json
 import os
 from collections import Counter
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from PIL import Image
 
 from common import run
@@ -46,6 +47,15 @@ def test_a_run_begins_with_its_notes_and_its_seed(tmp_path, capsys):
     drawn = torch.rand(3)
     torch.manual_seed(3)
     assert torch.equal(torch.rand(3), drawn)
+
+
+def test_processes_wait_for_each_other_for_longer_than_nccl_would(tmp_path, monkeypatch):
+    given = []
+    on_cpu = SimpleNamespace(mixed_precision="no", device=torch.device("cpu"), distributed_type=DistributedType.NO)
+    monkeypatch.setattr(run, "Accelerator", lambda **options: (given.append(options), on_cpu)[1])
+    start_run(flags(tmp_path), [])
+    (patience,) = given[0]["kwargs_handlers"]
+    assert isinstance(patience, InitProcessGroupKwargs) and patience.timeout >= timedelta(hours=1)
 
 
 def test_frozen_networks_have_the_precision_of_the_run(tmp_path):
@@ -242,7 +252,7 @@ def ended(saver, monkeypatch, **how):
     def call(name, result):
         return lambda *given: (done.append(name), result)[1]
 
-    options = {"step": 4, "trained": True, "stopped": False, "all_processes": False} | how
+    options = {"step": 4, "trained": True, "stopped": False} | how
     end_run(
         saver.args, saver, SimpleNamespace(end=lambda step, stopped: done.append(("tracking", step, stopped))),
         "owner/name" if saver.args.push_to_hub else None,
@@ -255,7 +265,7 @@ def ended(saver, monkeypatch, **how):
 
 def test_a_complete_run_leaves_checkpoint_pictures_model_and_card(saver, tmp_path, monkeypatch, capsys):
     done = ended(saver, monkeypatch, ema_steps=7)
-    assert done == ["no more signals", "pictures", "export", "report", ("tracking", 4, False)]
+    assert done == ["no more signals", "export", "pictures", "report", ("tracking", 4, False)]
     assert json.loads((tmp_path / "checkpoint-4" / "state.json").read_text())["ema_steps"] == 7
     assert Image.open(tmp_path / "samples.png").size == (8, 8)
     card = (tmp_path / "README.md").read_text()
@@ -288,13 +298,12 @@ def test_the_hub_gets_the_model_and_what_shows_it(saver, monkeypatch):
     assert pushed == ("owner/name", files, "Distilled model")
 
 
-@pytest.mark.parametrize(("all_processes", "taking_part"), [(False, []), (True, ["pictures", "export", "report"])])
-def test_other_processes_take_part_where_networks_are_split(all_processes, taking_part, saver, tmp_path, monkeypatch):
+def test_other_processes_take_part_and_leave_nothing(saver, tmp_path, monkeypatch):
     other = SimpleNamespace(
         is_main_process=False, num_processes=1, scaler=None, print=lambda *_: None, wait_for_everyone=lambda: None
     )
     monkeypatch.setattr(saver, "accelerator", other)
     monkeypatch.setattr(run, "save_checkpoint", lambda *given: "a folder")
-    done = ended(saver, monkeypatch, all_processes=all_processes)
-    assert done == ["no more signals", *taking_part, ("tracking", 4, False)]
+    done = ended(saver, monkeypatch)
+    assert done == ["no more signals", "export", "pictures", "report", ("tracking", 4, False)]
     assert list(tmp_path.iterdir()) == []

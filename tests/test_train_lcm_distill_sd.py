@@ -20,13 +20,16 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_lcm_distill_sd as script
-from common.networks import adapters_off
+from common.networks import active_adapter, adapter_layers
 from common.optim import update_ema
 from common.report import ClipScore
 from common.solvers import DDIMSolver, boundary_scalings
-from tests.helpers import teacher_like, tiny_autoencoder
-from tests.lcm import TWO_STEPS, Runner, check_weights, lcm_in_float64, perturb, randomize_adapters
+from tests.compiled import REAL_SD
+from tests.helpers import teacher_like, tiny_autoencoder, tiny_pipeline
+from tests.lcm import TWO_STEPS, Runner, check_graphs, check_weights, lcm_in_float64, perturb, randomize_adapters
 from tests.waits import PLAYED, played_device, steps_without_waits
+
+ROLLOUTS = "--scheduled_sampling_probability 1 --scheduled_sampling_max_step_offset 10"
 
 
 @pytest.fixture
@@ -227,7 +230,7 @@ def test_without_adapters_the_network_is_the_teacher_bit_for_bit(flags, lcm):
     x, cond = x.to(dtype), cond.to(dtype)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         expected = base(x, t, cond).sample
-        with adapters_off(student):
+        with active_adapter(adapter_layers(student), "none"):
             assert torch.equal(student(x, t, cond).sample, expected)
         assert (student(x, t, cond).sample - expected).abs().mean() > 1e-2
 
@@ -288,6 +291,57 @@ def test_a_lora_s_target_can_be_its_average(lcm, watch):
     torch.testing.assert_close(sums, sorted(p.abs().sum().item() for p in averages))
 
 
+@pytest.mark.parametrize("rollouts", ["", ROLLOUTS])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_lora_s_target_has_the_values_of_its_average(precision, rollouts, lcm, monkeypatch, watch):
+    """autocast does not notice that weights which it has cast, for the rollout, have other values since."""
+    original, calls = script.weights_copy, watch(script, "consistency_loss")
+
+    def broken(*given):
+        average = original(*given)
+        for p in average.parameters():
+            p.fill_(torch.nan)
+        return average
+
+    monkeypatch.setattr(script, "weights_copy", broken)
+    with pytest.raises(SystemExit, match="the loss is not finite"):
+        lcm.run(f"--lora_rank 2 --ema_decay 0.9 --mixed_precision {precision} {rollouts}")
+    ((f_student, f_target, *_), _), *_ = calls
+    assert f_student.isfinite().all() and f_target.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        "--lora_rank 2 --lora_dropout 0.5 --ema_decay 0.9 --mixed_precision bf16",
+        pytest.param(
+            "--use_dora --lora_rank 2 --lora_dropout 0.5 --ema_decay 0.9 --mixed_precision bf16", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "--lora_rank 2 --base_model_precision int8-torchao --mixed_precision bf16", marks=pytest.mark.slow
+        ),
+        pytest.param("--model_type full --mixed_precision bf16", marks=pytest.mark.slow),
+        pytest.param("--lora_rank 2 --lora_dropout 0.5", marks=pytest.mark.slow),
+    ],
+)
+def test_checkpointing_changes_no_gradient(student, lcm, monkeypatch):
+    """What is computed again has the adapters, dropout and casts that the forward had, though others came between."""
+    perturb(monkeypatch, script, lambda network, *_: randomize_adapters(network, std=0.1))
+    seen, original = [], script.clip_gradients
+
+    def look(accelerator, trained, *given):
+        seen.append([p.grad.clone() for p in trained])
+        original(accelerator, trained, *given)
+
+    monkeypatch.setattr(script, "clip_gradients", look)
+    for checkpointing in ("", "--gradient_checkpointing"):
+        lcm.run(f"{student} {ROLLOUTS} {checkpointing} --max_train_steps 2 --learning_rate 1e-2")
+    plain, again = seen[:2], seen[2:]
+    for before, after in zip(plain, again, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert sum(bool(grad.any()) for grad in again[1]) > 0.95 * len(again[1])
+
+
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "shape"])
 def test_a_teacher_whose_weights_do_not_fit_is_refused(damage, tmp_path, lcm, sd_teacher):
     teacher = shutil.copytree(sd_teacher, tmp_path / "teacher")
@@ -313,8 +367,8 @@ def test_a_student_that_does_not_fit_is_refused(lcm, monkeypatch):
 
 
 def test_an_attention_mechanism_that_is_not_there_is_one_sentence(lcm):
-    with pytest.raises(SystemExit, match="--attention_mechanism sage: "):
-        load(lcm.args("--attention_mechanism sage"))
+    with pytest.raises(SystemExit, match="--attention_mechanism flash: "):
+        load(lcm.args("--attention_mechanism flash"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -633,6 +687,30 @@ def test_embeddings_of_another_precision_are_not_taken_from_the_cache(lcm, tmp_p
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Compilation
+# ---------------------------------------------------------------------------------------------------------------------
+
+ONE_LEVEL = {
+    "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "block_out_channels": (8,)
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("blocks", "flags"),
+    [
+        (ONE_LEVEL, f"--lora_rank 2 --lora_dropout 0.1 --ema_decay 0.9 --gradient_checkpointing {ROLLOUTS}"),
+        (ONE_LEVEL, "--use_dora --lora_rank 2 --mixed_precision bf16"),
+        (REAL_SD, "--model_type full --gradient_checkpointing"),
+    ],
+)
+def test_compile_makes_graphs_where_a_shape_is_new_alone(blocks, flags, lcm, two_shapes, graphs, monkeypatch, tmp_path):
+    """Ten steps on two shapes, with pictures between: no later step waits for the compiler, and none is without it."""
+    teacher = tiny_pipeline(tmp_path / "teacher", unet=blocks)
+    check_graphs(script, lcm, teacher, f"{flags} {two_shapes}", graphs, monkeypatch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Rollouts and flow velocities
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -805,7 +883,7 @@ def test_held_out_samples_are_not_trained_on(lcm, monkeypatch, watch, capsys):
     lcm.run(
         "--lora_rank 2 --eval_steps 2 --eval_samples 3 --max_train_steps 4 --train_batch_size 8 --vae_cache_disable"
     )
-    held_out = {sample.key for sample in evaluated[0][0][3]}
+    held_out = {sample.key for sample in evaluated[0][0][2]}
     assert len(held_out) == 3 and len(trained) == 13 and not held_out & trained
     assert "held out for --eval_steps" in capsys.readouterr().out
 

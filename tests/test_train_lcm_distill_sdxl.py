@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import train_lcm_distill_sdxl as script
-from common.networks import adapters_off
-from tests.helpers import ROOT, teacher_like, tiny_autoencoder, write_shard
-from tests.lcm import SHORT, TWO_STEPS, Runner, check_weights, lcm_in_float64, perturb, randomize_adapters
+from common.networks import active_adapter, adapter_layers
+from tests.compiled import REAL_SDXL
+from tests.helpers import ROOT, teacher_like, tiny_autoencoder, tiny_sdxl_pipeline, write_shard
+from tests.lcm import SHORT, TWO_STEPS, Runner, check_graphs, check_weights, lcm_in_float64, perturb, randomize_adapters
 from tests.waits import steps_without_waits
 
 ODD_SIZE = (257, 515)  # height and width of an original; bf16 has neither
@@ -200,7 +201,7 @@ def test_without_adapters_the_network_is_the_teacher_bit_for_bit(flags, lcm):
     cond = {name: v if name == "time_ids" else v.to(dtype) for name, v in tiny_conditions().items()}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         expected = script.predict(base, x, t, cond)
-        with adapters_off(student):
+        with active_adapter(adapter_layers(student), "none"):
             assert torch.equal(script.predict(student, x, t, cond), expected)
         assert (script.predict(student, x, t, cond) - expected).abs().mean() > 1e-2
 
@@ -763,3 +764,15 @@ def test_every_key_of_the_documents_is_seen_by_a_test():
     assert set().union(*(keys_of(json.loads(path.read_text())) for path in files)) == SEEN_BY.keys()
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name in set(SEEN_BY.values()) if f"\ndef {name}(" not in tests] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compilation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_compile_makes_graphs_where_a_shape_is_new_alone(lcm, two_shapes, graphs, monkeypatch, tmp_path):
+    """SDXL's blocks: their classes have more pairs of channels than torch's own limit of graphs."""
+    teacher = tiny_sdxl_pipeline(tmp_path / "teacher", **REAL_SDXL)
+    check_graphs(script, lcm, teacher, f"--lora_rank 2 {two_shapes}", graphs, monkeypatch)

@@ -4,7 +4,8 @@ The encoders are loaded when they are first needed: a run with full caches never
 """
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,8 @@ from common.data.stream import ShardPass, load, open_batches
 from common.draws import to_device
 
 CAPTIONS_AT_ONCE = 32  # that go to the text encoder while caches are filled
+
+ROUND = 60.0  # seconds of filling after which processes meet
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class SampleEncoder:
             stacked[name] = to_device(torch.stack(values), self.device)
         return stacked
 
-    def fill(self, accelerator, datasets: tuple[Dataset, ...], readers, workers: int):
+    def fill(self, accelerator, datasets: tuple[Dataset, ...], readers, workers: int) -> Iterator[None]:
         """Encodes all that the caches lack, each process of its share of the parts. Marked parts are not read."""
         todo = [
             (i, part) for i, dataset in enumerate(datasets) if "vae" not in dataset.skip for part in dataset.parts
@@ -144,8 +147,9 @@ class SampleEncoder:
                     self.flush()
                     dataset, part = todo[item]
                     self.store_of(dataset).mark(self.done_name(datasets[dataset], part))
+                yield
 
-    def fill_for(self, accelerator, batches, count: int):
+    def fill_for(self, accelerator, batches, count: int) -> Iterator[None]:
         """Encodes what the caches lack of the first `count` batches, for a run that takes no more."""
         with self.progress(accelerator) as bar:
             for _ in range(count):
@@ -153,6 +157,7 @@ class SampleEncoder:
                 bar.update(len(samples))
                 for sample in samples:
                     self.encode_soon(sample)
+                yield
         self.encode_waiting()
 
     def progress(self, accelerator) -> tqdm:
@@ -232,11 +237,25 @@ def open_encoder(
         visits = batches * args.train_batch_size * accelerator.num_processes // sharing
         if visits < data.samples and (data.held_out or not args.eval_steps):  # whose held-out samples are further ones
             streamed = open_batches(args, data, accelerator, filling, state["stream"], sharing, say=lambda text: None)
-            encoder.fill_for(accelerator, streamed, batches)
+            work = encoder.fill_for(accelerator, streamed, batches)
         else:
-            encoder.fill(accelerator, data.datasets, filling, args.dataloader_num_workers)
+            work = encoder.fill(accelerator, data.datasets, filling, args.dataloader_num_workers)
+        do_in_rounds(accelerator, work)
         encoder.share_caches(accelerator)
     return encoder, readers
+
+
+def do_in_rounds(accelerator, work: Iterator[None]):
+    """Does all of this process's work. One that is done waits for others no longer than a round, as often as needed.
+
+    A single wait for them would end the run where it is longer than the process group's patience.
+    """
+    all_done = False
+    while not all_done:
+        end = time.monotonic() + ROUND
+        done = next((False for _ in work if time.monotonic() > end), True)
+        mine = torch.tensor(float(done), device=accelerator.device)
+        all_done = done if accelerator.num_processes == 1 else accelerator.reduce(mine, "mean").item() == 1.0
 
 
 def open_text_store(args, data: Data, encoders: Encoders) -> TensorStore:

@@ -9,18 +9,19 @@ CausVid (Yin et al. 2024, arXiv 2412.07772), Self-Forcing (Huang et al. 2025, ar
 """
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
+from common.networks import Kernels
 from common.wan.parallel import heads_to_tokens, own_tokens, token_group, tokens_to_heads
 
-Piece = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer, [B, tokens, heads, D]
+Piece = Sequence[Sequence[torch.Tensor]]  # keys and values of each layer, [B, tokens, heads, D]
 Cache = tuple[Piece, ...]  # in the order of time
 
 
@@ -28,49 +29,63 @@ class Context(NamedTuple):
     """Arguments of self-attention besides its input. They travel with the rotary embedding, an argument of each layer,
     so that activation checkpointing computes again with the values of the first time."""
 
-    past: Cache | None  # of earlier blocks
+    past: Cache | None  # of earlier blocks; a layer gets its own keys and values alone, [(k, v), ...]
     ends: tuple[int, ...] | None  # last token + 1 of each block, where the input is many blocks
-    kept: list | None  # a list that collects each layer's keys and values
+    kept: list | None  # a list that collects each layer's keys and values; a layer gets a list for its own
     computed_again: bool  # whether activation checkpointing repeats the call in backward()
 
 
-class BlockCausalAttention(WanAttnProcessor):
-    """Self-attention of one layer; without a Context it is the stock one.
+WHOLE = Context((), None, None, False)  # all of a clip
+
+
+class BlockCausalAttention(Kernels, WanAttnProcessor):
+    """Self-attention of any layer; without a Context it computes what the stock one does, bit for bit.
 
     Where processes share a clip's tokens, each of them attends from all tokens to all, in its share of the heads.
     """
 
-    def __init__(self, layer: int):
-        super().__init__()
-        self.layer = layer
-
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        if len(rotary_emb) == 2:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        cos, sin, context = rotary_emb
+        cos, sin, context = rotary_emb if len(rotary_emb) == 3 else (*rotary_emb, WHOLE)
         q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
         q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in (q, k, v))  # [B, L, C] -> [B, L, heads, D]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         group = token_group(self)
         q, k, v = (tokens_to_heads(part, group) for part in (q, k, v))
         if context.kept is not None:
-            context.kept.append((k.detach(), v.detach()))
-        past = [piece[self.layer] for piece in context.past or ()]
+            context.kept.extend((k.detach(), v.detach()))
+        past = context.past
         pieces = [k for k, _ in past] + [k], [v for _, v in past] + [v]
         k, v = (torch.cat(each, 1) if past else each[0] for each in pieces)
         earlier = k.shape[1] - q.shape[1]  # tokens
         save_joined = not past or context.computed_again or torch.compiler.is_compiling()
         with contextlib.nullcontext() if save_joined else saved_in_pieces((k, v), pieces):
             out = [
-                dispatch_attention_fn(
-                    q[:, start:end], k[:, : earlier + end], v[:, : earlier + end], backend=self._attention_backend
-                )
+                self.attend(q[:, start:end], k[:, : earlier + end], v[:, : earlier + end])
                 for start, end in pairwise((0, *(context.ends or (q.shape[1],))))
             ]
         out = heads_to_tokens(torch.cat(out, 1), group).flatten(2).type_as(q)
         for layer in attn.to_out:
             out = layer(out)
         return out
+
+
+@torch.compiler.disable
+def own_part(layer: int, block, inputs):
+    """Inputs of a layer, with its own part of the Context. Compiled, all layers then have the same code: it neither
+    counts layers nor pieces of the cache, which are joined before it, and takes a past of any length."""
+    *others, rotary_emb = inputs
+    if len(rotary_emb) == 2:
+        return None
+    *angles, context = rotary_emb
+    past = [piece[layer] for piece in context.past or ()]
+    if past and block._compiled_call_impl is not None:
+        past = [tuple(torch.cat(each, 1) for each in zip(*past, strict=True))]
+        for joined in past[0]:
+            torch._dynamo.maybe_mark_dynamic(joined, 1)
+    kept = None if context.kept is None else []
+    if kept is not None:
+        context.kept.append(kept)
+    return *others, (*angles, context._replace(past=past, kept=kept))
 
 
 def saved_in_pieces(joined, pieces):
@@ -100,14 +115,22 @@ def rotate(x, cos, sin):
     return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).type_as(x)
 
 
+def own_attention(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
+    """The transformer itself, with this file's self-attention in place of the stock one."""
+    for block in transformer.blocks:
+        block.attn1.set_processor(BlockCausalAttention())
+    return transformer
+
+
 class BlockCausal:
     """Calls a transformer inside `block(...)` as for a block of a longer clip; other calls stay as they are."""
 
     def __init__(self, transformer: WanTransformer3DModel):
         self.call = None  # inside block(): its first frame, and a Context
         self.transformer = transformer
+        own_attention(transformer)
         for layer, block in enumerate(transformer.blocks):
-            block.attn1.set_processor(BlockCausalAttention(layer))
+            block.register_forward_pre_hook(functools.partial(own_part, layer))
         transformer.rope.register_forward_pre_hook(self.lengthen)
         transformer.rope.register_forward_hook(self.cut)
 
@@ -153,8 +176,10 @@ class BlockCausal:
         if self.call is not None:
             start, context = self.call
             tokens = angles[0].shape[1] * start // inputs[0].shape[2]  # [1, L, 1, D] from frame 0 on
-            # Copies, since a view would keep the angles of all frames in memory
-            return *(own_tokens(part[:, tokens:], self.transformer).clone() for part in angles), context
+            # Copies, since a view would keep the angles of all frames in memory, and its strides tell of their number
+            whole = torch.contiguous_format
+            own = (own_tokens(part[:, tokens:], self.transformer).clone(memory_format=whole) for part in angles)
+            return *own, context
         return tuple(own_tokens(part, self.transformer) for part in angles)
 
 

@@ -1,20 +1,26 @@
 """Networks that several processes split between them: their weights, gradients and moments (FSDP), or a clip's tokens.
 
 FSDP is torch's fully_shard, switched on by accelerate's --use_fsdp; accelerator.prepare() is not used, since it takes a
-single network with its optimizer and splits nothing on a CPU. A block's weights are gathered when its turn comes.
+single network with its optimizer and splits nothing on a CPU. A block's weights are gathered when its turn comes. Of a
+LoRA the frozen base is split; its adapters, which are added to the split base, are whole in each process.
 
 Tokens are split by diffusers' context parallelism (Ulysses, Jacobs et al. 2023, arXiv 2309.14509): a process has a part
 of the sequence, and in self-attention all of the sequence in a part of the heads. The processes' gradients add up.
 """
 
+import functools
+
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate import init_empty_weights
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from diffusers import ContextParallelConfig, ParallelConfig
 from diffusers.hooks.context_parallel import apply_context_parallel
 from torch.distributed._functional_collectives import all_to_all_single_autograd
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from common.optim import optimizer_name
 
 
 def wants_fsdp(accelerator) -> bool:
@@ -25,8 +31,14 @@ def wants_fsdp(accelerator) -> bool:
 def check_processes(args, accelerator) -> int:
     """Checks the flags against the number of processes. Returns how many processes work on the same samples."""
     fsdp, sharing = wants_fsdp(accelerator), args.context_parallel_degree
-    if fsdp and (args.model_type == "lora" or args.ema_device == "cpu" or args.base_model_precision != "no_change"):
-        raise SystemExit("accelerate's --use_fsdp: goes with --model_type full, --ema_device accelerator and no 8 bits")
+    if fsdp and args.base_model_precision != "no_change":
+        raise SystemExit(
+            f"accelerate's --use_fsdp and --base_model_precision {args.base_model_precision}: one or the other"
+        )
+    if fsdp and args.model_type == "full" and (args.ema_device == "cpu" or optimizer_name(args) == "adamw8bit"):
+        raise SystemExit(
+            "accelerate's --use_fsdp: goes with --model_type lora, or with --ema_device accelerator and no 8-bit AdamW"
+        )
     if accelerator.num_processes % sharing or fsdp and sharing > 1:
         raise SystemExit(
             f"--context_parallel_degree {sharing}: must divide {accelerator.num_processes} processes, and goes without "
@@ -35,15 +47,42 @@ def check_processes(args, accelerator) -> int:
     return sharing
 
 
-def shard(network: torch.nn.Module, blocks: tuple[str, ...], accelerator):
+def shard(network: torch.nn.Module, blocks: tuple[str, ...], accelerator, dtype: torch.dtype):
     """Splits a network in place; its `blocks`, names of classes, are gathered one at a time.
 
-    Weights are gathered in the precision in which they are stored, so that autocast works as in one process.
+    Of fp32 weights, those of the blocks' Linear layers are gathered in `dtype`, to which autocast would bring them,
+    layer by layer; all others, as of norms, as they are stored. Gradients are added up in fp32.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for module in [*(module for module in network.modules() if type(module).__name__ in blocks), network]:
-        # Also the network itself is split again after a forward, since validation then changes its weights
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # Also the network itself is split again after a forward, since validation then changes its weights
+    split = functools.partial(fully_shard, mesh=mesh, reshard_after_forward=True)
+    for block in (module for module in network.modules() if type(module).__name__ in blocks):
+        if dtype != torch.float32:
+            for layer in (module for module in block.modules() if isinstance(module, torch.nn.Linear)):
+                split(layer, mp_policy=policy)
+        split(block)
+    split(network)
+
+
+def load_split(load, blocks: tuple[str, ...], accelerator, dtype: torch.dtype) -> torch.nn.Module:
+    """The frozen network that load() reads, split between the processes, and gathered in `dtype` where it is in fp32.
+
+    The main process alone reads it, into the machine's memory; others build it without weights, and each gets its part
+    of one weight after another. What is drawn next, as adapters are, is alike in all, and as without splitting.
+    """
+    whole, made_of = None, None
+    if accelerator.is_main_process:
+        whole = load()
+        made_of = type(whole), dict(whole.config), whole.dtype, torch.get_rng_state()
+    network_class, config, stored, rng_state = broadcast_object_list([made_of])[0]
+    with init_empty_weights(include_buffers=False):
+        network = network_class.from_config(config).requires_grad_(False).eval()
+    shard(network, blocks, accelerator, dtype if stored == torch.float32 else torch.float32)
+    torch.set_rng_state(rng_state)
+    weights = whole.state_dict() if accelerator.is_main_process else {}
+    set_model_state_dict(network, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return network
 
 
 def gathered(network: torch.nn.Module) -> torch.nn.Module | None:

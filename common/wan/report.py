@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from common.data.clips import save_clip, save_frames
-from common.pictures import below_each_other, frame_strip, labelled_grid, to_bytes, validation_prompts
+from common.pictures import below_each_other, frame_strip, labelled_grid, validation_prompts
 from common.report import FULL_STEPS, features, measure, toy_judge, write_rows
 
 SHOWN = 4  # prompts whose clips are shown side by side
@@ -28,26 +28,27 @@ def clip_features(clips: list[np.ndarray]) -> torch.Tensor:
     return features(frames).reshape(len(clips), -1) / math.sqrt(3)
 
 
-def write_clips_report(args, clips, student_steps: int, folder: Path, fps: int) -> str:
+def write_clips_report(args, clips, student_steps: int, folder: Path, fps: int, processes: int = 1) -> str:
     """Writes report.json and report.png, side_by_side.mp4 and .png, and returns a table as Markdown.
 
     `clips(which, prompts, steps, seed)` generates, and `clips.evaluations(which, steps)` counts evaluations of the
-    network. The toy's world judges clips of the toy. Distribution matching does not promise the teacher's own clip from
-    the same noise; the distance between two clips of the teacher's from different noise gives the scale.
+    network; so many `processes` share the prompts. The toy's world judges clips of the toy. Distribution matching does
+    not promise the teacher's own clip from the same noise; the distance between two clips of the teacher's from
+    different noise gives the scale.
     """
     if not args.report_steps:
         return ""
     show = functools.partial(save_side_by_side, folder, fps=fps)
     if args.pretrained_teacher_model is None:
         judged = toy_judge().report_clips(
-            in_bytes(clips), clips.evaluations, args.report_steps, student_steps, folder, show, args.max_train_steps
+            clips, clips.evaluations, args.report_steps, student_steps, folder, show, args.max_train_steps, processes
         )
         return judged + SIDE_BY_SIDE
     prompts, seed = validation_prompts(args), args.validation_seed
     samplers = [("teacher", "teacher", FULL_STEPS, seed), ("teacher, other noise", "teacher", FULL_STEPS, seed + 10**6)]
     samplers += [("teacher", "teacher", steps, seed) for steps in args.report_steps]
     samplers += [("student", "student", student_steps, seed)]
-    rows = measure(in_bytes(clips), prompts, samplers, clip_features)
+    rows = measure(clips, prompts, samplers, clip_features, processes)
     generated = {}
     for row, (name, which, steps, _) in zip(rows, samplers, strict=True):
         generated[f"{name}, {steps} steps"] = row.pop("generated")
@@ -56,11 +57,6 @@ def write_clips_report(args, clips, student_steps: int, folder: Path, fps: int) 
     show(generated, prompts)
     columns = {"evaluations": ("evaluations", ""), "s per clip": ("seconds", ".3f")}
     return write_rows(folder, rows, f"on {len(prompts)} prompts, clips", columns) + SIDE_BY_SIDE
-
-
-def in_bytes(clips):
-    """A function that generates the same clips in bytes: a quarter as large, as all are held at a time."""
-    return lambda *request: [to_bytes(clip) for clip in clips(*request)]
 
 
 def save_side_by_side(folder: Path, clips: dict[str, list[np.ndarray]], prompts: list[str], fps: int):
@@ -81,8 +77,8 @@ def save_side_by_side(folder: Path, clips: dict[str, list[np.ndarray]], prompts:
 
 
 def clip_statistics(clips: list[np.ndarray]) -> dict[str, float]:
-    """Diversity, saturation and motion of clips [F, H, W, 3] in [0, 1] by one prompt and several seeds."""
-    stacked = np.stack(clips)
+    """Diversity, saturation and motion, 0 to 1, of clips [F, H, W, 3] in bytes by one prompt and several seeds."""
+    stacked = np.stack(clips) / np.float32(255.0)
     pairs = [(i, j) for i in range(len(clips)) for j in range(i)]
     return {
         "diversity": float(np.mean([np.abs(stacked[i] - stacked[j]).mean() for i, j in pairs])),

@@ -88,13 +88,13 @@ class Bench:
         x, t = images["mean"].float(), torch.full((count,), 500, device=device)
         lora = self.args.model_type == "lora"
         w = None if lora else torch.zeros(count, device=device)
-        predict = self.script.predict
+        predict, layers = self.script.predict, self.script.adapter_layers(student)
         enabled, dtype = self.args.mixed_precision in ("fp16", "bf16"), both["prompt_embeds"].dtype
         autocast = lambda: torch.autocast(device.type, dtype=dtype, enabled=enabled)  # noqa: E731
 
         @torch.no_grad()
         def teacher_forward():
-            with autocast(), self.script.adapters_off(teacher, lora):
+            with autocast(), self.script.active_adapter(layers, "none"):
                 predict(teacher, torch.cat([x, x]), torch.cat([t, t]), both)
 
         @torch.no_grad()

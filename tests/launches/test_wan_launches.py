@@ -1,11 +1,14 @@
 """The Wan script as a user starts it: by accelerate, in one process and in two that share weights or tokens."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import train_dmd_distill_wan as script
 from tests.helpers import launch, short_wan_run, without
@@ -15,6 +18,20 @@ pytestmark = pytest.mark.slow
 SCRIPT = "train_dmd_distill_wan.py"
 FULL, CAUSAL = "--model_type full", "--lora_rank 4 --num_frame_per_block 1"
 LCM = "--distillation_method lcm"
+
+
+def saved(checkpoint, name: str) -> dict[str, torch.Tensor]:
+    """Weights of a network in a checkpoint, and of a split one its moments, too."""
+    if not (checkpoint / name).is_dir():
+        return load_file(checkpoint / f"{name}.safetensors")
+    reader = HuggingFaceStorageReader(str(checkpoint / name))
+    found = {key: torch.empty(data.size) for key, data in reader.read_metadata().state_dict_metadata.items()}
+    distributed_checkpoint.load(found, storage_reader=reader)
+    return found
+
+
+def saved_weights(checkpoint, name: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in saved(checkpoint, name).items() if not key.startswith("state.")}
 
 
 def user_flags(teacher, tmp_path, output) -> list[str]:
@@ -54,11 +71,36 @@ def test_two_processes_with_half_the_batch_equal_one(flags, fsdp, wan_teacher, t
     usual = ["--adam_epsilon", "1e-3", *flags.split()]
     script.main(*script.parse_args([*one, *usual, "--train_batch_size", "2"]))
     launch(SCRIPT, *two, *usual, "--train_batch_size", 1, processes=2, fsdp=fsdp)
-    one, two = (load_file(tmp_path / output / "checkpoint-2" / "student.safetensors") for output in ("one", "two"))
+    one, two = (saved_weights(tmp_path / output / "checkpoint-2", "student") for output in ("one", "two"))
     start = load_file(wan_teacher / "transformer" / "diffusion_pytorch_model.safetensors")
     assert max((one[key] - start[key]).abs().max() for key in one) > 1e-3
     for key in one:
         torch.testing.assert_close(two[key], one[key], atol=2e-5, rtol=0)
+
+
+def test_gathering_in_bf16_changes_nothing_of_bf16():
+    assert "all are alike" in launch("tests/launches/gathering.py", processes=2, fsdp=True).stdout
+
+
+def test_a_lora_on_a_split_base_is_that_on_a_whole_one(wan_teacher, tmp_path):
+    """Self-forcing with checkpointing, so that adapters change while blocks are gathered; stopped and resumed.
+
+    To rounding: gradients of the two samples are added up in another order, as where nothing is split.
+    """
+    usual = f"{CAUSAL} --gradient_checkpointing --use_ema --ema_decay 0.5 --ema_device cpu --adam_epsilon 1e-3"
+    usual += " --fake_score_eps 1e-3 --lora_dropout 0.0 --validation_steps 1"
+    one, two = (user_flags(wan_teacher, tmp_path, output) + usual.split() for output in ("one", "two"))
+    script.main(*script.parse_args([*one, "--train_batch_size", "2"]))
+    launch(SCRIPT, *two, "--max_train_steps", 1, processes=2, fsdp=True)
+    launch(SCRIPT, *two, "--resume_from_checkpoint", "latest", processes=2, fsdp=True)
+    for name in ("student", "fake_score", "ema"):
+        whole, split = (load_file(tmp_path / each / "checkpoint-2" / f"{name}.safetensors") for each in ("one", "two"))
+        assert whole.keys() == split.keys() and max(whole[key].abs().max() for key in whole if "lora_B" in key) > 1e-3
+        for key in whole:
+            torch.testing.assert_close(split[key], whole[key], atol=2e-5, rtol=0)
+    files = [tmp_path / each / "pytorch_lora_weights.safetensors" for each in ("one", "two")]
+    exported = [load_file(file) for file in files]
+    assert exported[0].keys() == exported[1].keys()
 
 
 def assert_same_report(one, two):
@@ -69,6 +111,28 @@ def assert_same_report(one, two):
         assert other | {"seconds": 0, "distance": 0} == row | {"seconds": 0, "distance": 0}
         assert other["distance"] == pytest.approx(row["distance"], rel=1e-3, abs=1e-6)
     assert (two / "side_by_side.png").stat().st_size > 500
+
+
+def test_a_split_checkpoint_resumes_bit_for_bit_and_in_one_process(wan_teacher, tmp_path):
+    """Nothing in it is a pickle. What goes on in one process is what goes on in two, to rounding."""
+    usual = f"{FULL} --use_ema --optimizer lion --fake_score_eps 1e-3 --learning_rate 1e-3 --lr_scheduler cosine"
+    usual += " --max_train_steps 4 --checkpointing_steps 2"  # the fake score has AdamW
+    first, second, alone = (tmp_path / each for each in ("first", "second", "alone"))
+    flags = {folder: [*user_flags(wan_teacher, tmp_path, folder.name), *usual.split()] for folder in (first, second)}
+    again = ["--resume_from_checkpoint", "latest"]
+    launch(SCRIPT, *flags[first], processes=2, fsdp=True)
+    for folder in (second, alone):
+        shutil.copytree(first / "checkpoint-2", folder / "checkpoint-2")
+    launch(SCRIPT, *flags[second], *again, processes=2, fsdp=True)
+    files = [path for path in (second / "checkpoint-4").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    own = [*user_flags(wan_teacher, tmp_path, alone.name), *usual.split(), *again, "--train_batch_size", "2"]
+    script.main(*script.parse_args(own))
+    for name in ("student", "fake_score", "ema"):
+        one, two = (saved(folder / "checkpoint-4", name) for folder in (first, second))
+        assert one.keys() == two.keys() and all(torch.equal(value, two[key]) for key, value in one.items())
+        for key, value in saved(alone / "checkpoint-4", name).items():
+            torch.testing.assert_close(value, one[key], atol=2e-5, rtol=0)
 
 
 def test_fsdp_equals_one_process_through_a_resume_and_exports_all_of_it(wan_teacher, tmp_path):
@@ -85,7 +149,7 @@ def test_fsdp_equals_one_process_through_a_resume_and_exports_all_of_it(wan_teac
     assert "resumed from" in told and "checkpoint-2" in told
     start = load_file(wan_teacher / "transformer" / "diffusion_pytorch_model.safetensors")
     for name in ("student", "fake_score", "ema"):
-        whole, split = (load_file(tmp_path / each / "checkpoint-4" / f"{name}.safetensors") for each in ("one", "two"))
+        whole, split = (saved_weights(tmp_path / each / "checkpoint-4", name) for each in ("one", "two"))
         assert whole.keys() == split.keys()
         assert max((whole[key] - start[key.replace("/", ".")]).abs().max() for key in whole) > 1e-3
         for key in whole:
@@ -121,3 +185,27 @@ def test_two_processes_that_share_the_tokens_equal_one(flags, wan_teacher, tmp_p
     assert next(states)["stream"] == next(states)["stream"]
     if "report" in flags:
         assert_same_report(tmp_path / "one", tmp_path / "two")
+
+
+def test_no_process_holds_a_network_that_it_has_a_part_of(wan_teacher, tmp_path):
+    """In units of a network, of which two processes split three, and four moments of the same size; or a LoRA's base.
+
+    The first process reads each network from its file, whose pages are not counted; one in bf16 it would hold whole.
+    """
+    teacher = shutil.copytree(wan_teacher, tmp_path / "teacher")
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 2048, "num_layers": 12}
+    network = WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=16, freq_dim=16, **sizes)
+    network.save_pretrained(teacher / "transformer")
+    whole = sum(p.numel() for p in network.parameters()) * 4 / 2**20
+    found = []
+    for kind in (FULL, "--lora_rank 2"):
+        flags = [*user_flags(teacher, tmp_path, "out"), *kind.split()]
+        told = launch("tests/launches/held.py", *flags, processes=2, fsdp=True, MALLOC_MMAP_THRESHOLD_="65536").stdout
+        rows = [line.split()[1:] for line in told.splitlines() if line.startswith("held ")]
+        assert sorted(row[0] for row in rows) == ["0", "1"]
+        found += [max(float(row[column]) / whole for row in rows) for column in range(1, len(rows[0]))]
+    loading, parts, saving, resuming, loading_lora, parts_lora = found
+    assert 1.5 <= parts < 1.55 and loading < 1.9, found
+    assert 0.5 <= parts_lora < 0.55 and loading_lora < 0.9, found
+    assert saving < 0.8, found  # files of a third of a network, or 0.16 for each process
+    assert resuming < 2.9, found  # the moments are 2, and a network's gradients 0.5

@@ -1,6 +1,7 @@
 """Measures teacher and student on the toy world's own prompts, and draws the proof."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -18,11 +19,14 @@ CHUNK = 64
 TEACHER_STEPS = (FULL_STEPS, 4, 2)
 
 
-def report(pictures, clip, folder: Path, student_steps: list[int], sizes=((64, 64),), train_steps: int = 1000) -> str:
+def report(
+    pictures, clip, folder: Path, student_steps: list[int], sizes=((64, 64),), train_steps: int = 1000,
+    processes: int = 1,
+) -> str:  # fmt: skip
     """Tables of adherence, and of distance to the teacher's 50-step samples with other seeds, as Markdown.
 
     `pictures(which, prompts, steps, seed, size=(height, width))` generates, and `clip(pictures, prompts)` scores, or is
-    None. report.json holds the rows by sampler; with several sizes, by size and sampler.
+    None. report.json holds the rows by sampler; with several sizes, by size and sampler. `processes` share the prompts.
     """
     rng, samples = np.random.default_rng(99), samples_for(train_steps)
     sizes = sizes if samples == SAMPLES else sizes[:1]
@@ -31,7 +35,7 @@ def report(pictures, clip, folder: Path, student_steps: list[int], sizes=((64, 6
     results, text = {}, ""
     for size in sizes:
         name = f"{size[0]}x{size[1]}"
-        rows, generated = measure(pictures, world, prompts, samplers, size=size)
+        rows, generated = measure(pictures, world, prompts, samplers, processes, size=size)
         # 4, or 2 where the teacher is too good at 4 steps for the gap to be measured
         few_steps = 4 if rows["teacher 4"]["distance"] >= 2 * rows["teacher 50"]["distance"] else 2
         close(rows, few_steps)
@@ -54,15 +58,16 @@ def samples_for(train_steps: int) -> int:
 
 
 def report_clips(
-    clips, evaluations, teacher_steps, student_steps: int, folder: Path, show, train_steps: int = 1000
-) -> str:
+    clips, evaluations, teacher_steps, student_steps: int, folder: Path, show, train_steps: int = 1000,
+    processes: int = 1,
+) -> str:  # fmt: skip
     """The same of clips. `clips(which, prompts, steps, seed)` generates them in bytes, `evaluations(which, steps)`
     counts the network's, and `show(clips by label, prompts)` puts them side by side."""
     rng, samples = np.random.default_rng(99), samples_for(train_steps)
     prompts = [world_video.caption(world_video.sample_clip(rng)) for _ in range(samples)]
     samplers = [("teacher", steps) for steps in dict.fromkeys([FULL_STEPS, *teacher_steps])]
     samplers += [("student", student_steps)]
-    rows, generated = measure(clips, world_video, prompts, samplers)
+    rows, generated = measure(clips, world_video, prompts, samplers, processes)
     for (which, steps), row in zip(samplers, rows.values(), strict=True):
         row["evaluations"] = evaluations(which, steps)
     few_steps = min(teacher_steps)
@@ -76,14 +81,17 @@ def report_clips(
     return table + "![steps against quality](report.png)\n\n"
 
 
-def measure(pictures, judge, prompts: list[str], samplers: list[tuple[str, int]], **size) -> tuple[dict, dict]:
+def measure(
+    pictures, judge, prompts: list[str], samplers: list[tuple[str, int]], processes: int, **size
+) -> tuple[dict, dict]:
     """Rows by sampler, and the samples by label. `judge` is a world's module: its oracle and its features."""
 
     def sample(which: str, steps: int, seed: int = 1_000_000):
         start, generated = time.time(), []
         for i in range(0, len(prompts), CHUNK):
             generated += pictures(which, prompts[i : i + CHUNK], steps, seed + i, **size)
-        return np.stack([np.asarray(picture) for picture in generated]), (time.time() - start) / len(prompts)
+        seconds = (time.time() - start) / math.ceil(len(prompts) / processes)
+        return np.stack([np.asarray(picture) for picture in generated]), seconds
 
     reference = judge.features(sample("teacher", FULL_STEPS, seed=2_000_000)[0])
     rows, generated = {}, {}

@@ -5,9 +5,9 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
+from common import networks
 from common.plan.memory import Meter
 from common.solvers import roll_out
-from common.wan import causal as module
 from common.wan.causal import BlockCausal, block_ends, extend, first_tokens
 from tests.helpers import tiny_wan
 
@@ -253,11 +253,26 @@ def test_every_attention_backend_is_asked(monkeypatch):
     causal = BlockCausal(network)
     with attention_backend("native"):  # what is set inside is set for all networks, and put back at the end
         network.set_attention_backend("_native_math")
-    asked, original = [], module.dispatch_attention_fn
+    asked, original = [], networks.dispatch_attention_fn
     monkeypatch.setattr(
-        module, "dispatch_attention_fn", lambda *a, **k: asked.append(k["backend"].value) or original(*a, **k)
+        networks, "dispatch_attention_fn", lambda *a, **k: asked.append(k["backend"].value) or original(*a, **k)
     )
     x, t, text = inputs()
     with causal.block(0):
         call(network, x, t, text)
     assert set(asked) == {"_native_math"} and len(asked) == 2
+
+
+def test_compiled_all_layers_have_one_code_for_a_past_of_any_length(graphs):
+    """Without a past, and with one; torch's own limit is 8 graphs."""
+    x, t, text = inputs(frames=4)
+    plain, network = tiny_wan(), tiny_wan()
+    expected = rolled(plain, BlockCausal(plain), x, t, text, [1, 1, 1, 1])
+    causal = BlockCausal(network)
+    for block in network.blocks:
+        block.compile(dynamic=False)
+    with torch.no_grad():
+        found = rolled(network, causal, x, t, text, [1, 1, 1, 1])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert graphs.count == 2
+    graphs.check()

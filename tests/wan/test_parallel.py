@@ -1,11 +1,13 @@
 """What several processes split: their rules, and the exchange of tokens for heads, between threads."""
 
+import contextlib
 import threading
 from argparse import Namespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from common.wan import parallel
 from common.wan.parallel import (
@@ -13,11 +15,13 @@ from common.wan.parallel import (
     gathered,
     heads_to_tokens,
     own_tokens,
+    shard,
     share_tokens,
     tokens_to_heads,
     wants_fsdp,
 )
 from tests.helpers import tiny_wan
+from train_dmd_distill_wan import BLOCKS
 
 
 class Group:
@@ -89,7 +93,8 @@ def test_each_process_has_its_own_tokens(monkeypatch):
 
 def settings(**changes) -> Namespace:
     usual = {"context_parallel_degree": 1, "model_type": "full", "ema_device": "accelerator"}
-    return Namespace(**usual | {"base_model_precision": "no_change"} | changes)
+    usual |= {"base_model_precision": "no_change", "optimizer": "adamw", "use_8bit_adam": False}
+    return Namespace(**usual | changes)
 
 
 def test_processes_share_tokens_only_where_that_comes_out_even():
@@ -108,9 +113,44 @@ def test_what_does_not_go_with_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert wants_fsdp(four) and not wants_fsdp(one)
     assert check_processes(settings(), four) == 1
-    for changes in ({"model_type": "lora"}, {"ema_device": "cpu"}, {"base_model_precision": "int8-torchao"}):
-        with pytest.raises(SystemExit, match="goes with --model_type full, --ema_device accelerator and no 8 bits"):
+    for changes, rule in (
+        ({"base_model_precision": "int8-torchao"}, "--base_model_precision int8-torchao: one or the other"),
+        ({"ema_device": "cpu"}, "--ema_device accelerator"), ({"use_8bit_adam": True}, "no 8-bit AdamW"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit, match=rule):
             check_processes(settings(**changes), four)
         assert check_processes(settings(**changes), one) == 1  # a single process splits nothing
+    assert check_processes(settings(model_type="lora", ema_device="cpu", use_8bit_adam=True), four) == 1
     with pytest.raises(SystemExit, match="goes without FSDP"):
         check_processes(settings(context_parallel_degree=2), four)
+
+
+@contextlib.contextmanager
+def two_processes():
+    """Inside, this process is one of two, and the other one, which is not there, sends nothing of worth."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_autocast_casts_is_gathered_in_that_and_nothing_else(dtype):
+    """Wan's norms, tables and time embedding stay in fp32 where it has them so."""
+    network, seen, autocast = tiny_wan(), {}, dtype != torch.float32
+
+    def note(module, inputs, name):
+        seen.update({f"{name}.{key}": p.dtype for key, p in module.named_parameters(recurse=False)})
+
+    inputs = {"hidden_states": torch.zeros(1, 4, 1, 4, 4), "timestep": torch.zeros(1)}
+    with two_processes(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        shard(network, BLOCKS, Namespace(device=torch.device("cpu"), num_processes=2), dtype)
+        for name, module in network.named_modules():  # after those that gather
+            module.register_forward_pre_hook(lambda module, inputs, name=name: note(module, inputs, name))
+        network(**inputs, encoder_hidden_states=torch.zeros(1, 3, 16))
+    linear = {name for name, module in network.blocks.named_modules() if isinstance(module, torch.nn.Linear)}
+    cast = {f"blocks.{name}.{key}" for name in linear for key in ("weight", "bias")}
+    assert len(cast) == 2 * 2 * 10 and {seen[name] for name in cast} == {dtype}
+    others = {"blocks.0.scale_shift_table", "blocks.0.norm2.weight", "condition_embedder.time_embedder.linear_1.weight"}
+    assert others < seen.keys() and {seen[name] for name in seen.keys() - cast} == {torch.float32}

@@ -24,9 +24,9 @@ class FakeClips:
 
     def __call__(self, which, prompts, steps, seed):
         rng = np.random.default_rng(seed)
-        drawn = [world_video.draw_clip(world_video.read_caption(prompt), rng) / 255 for prompt in prompts]
+        drawn = [world_video.draw_clip(world_video.read_caption(prompt), rng) for prompt in prompts]
         grey = self.grey.get((which, steps), 0.0)
-        return [(1 - grey) * clip + grey * 0.5 for clip in drawn]
+        return [((1 - grey) * clip + grey * 127.5).astype(np.uint8) for clip in drawn]
 
     def evaluations(self, which, steps):
         return 2 * steps if which == "teacher" else steps
@@ -102,7 +102,7 @@ def test_of_the_toy_the_prompts_followed_are_told(tmp_path, monkeypatch):
 
 
 def noise(seed: int, frames: int = 6) -> np.ndarray:
-    return np.random.default_rng(seed).random((frames, 16, 16, 3), np.float32)
+    return np.random.default_rng(seed).integers(0, 256, (frames, 16, 16, 3), np.uint8)
 
 
 def test_statistics_of_clips():
@@ -112,7 +112,7 @@ def test_statistics_of_clips():
     assert found["saturation"] == pytest.approx(1 / 2, abs=0.02)  # of three: the largest minus the smallest
     assert clip_statistics([noise(0), noise(0)])["diversity"] == 0.0
     still = np.repeat(noise(0, 1), 6, 0)
-    assert clip_statistics([still, still + 0.1])["motion"] == 0.0
+    assert clip_statistics([still, still // 2])["motion"] == 0.0
     grey = np.repeat(noise(0)[..., :1], 3, -1)
     assert clip_statistics([grey, grey])["saturation"] == 0.0
     assert clip_statistics([noise(0, 1), noise(1, 1)])["motion"] == 0.0  # a picture
