@@ -377,8 +377,9 @@ def encode_prompts(text_encoder, prompts: list[str]) -> dict[str, torch.Tensor]:
     tokens = tokenizer(
         prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
-    mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
-    return {"prompt_embeds": encoder(to_device(tokens.input_ids, encoder.device), attention_mask=mask)[0]}
+    ids, mask = (to_device(each, encoder.device) for each in (tokens.input_ids, tokens.attention_mask))
+    masked = getattr(encoder.config, "use_attention_mask", False)
+    return {"prompt_embeds": encoder(ids, attention_mask=mask if masked else None)[0]}
 
 
 def encode_empty_prompt(args, encoder: SampleEncoder) -> dict[str, torch.Tensor]:

@@ -28,16 +28,16 @@ def identity(**parts) -> str:
 
 def weights_identity(model: str, subfolder: str | None, revision: str | None, variant: str | None = None) -> str:
     """Hash of the files of a local network or tokenizer, or name, revision and variant of one on the hub."""
-    folder = Path(model, subfolder or "")
+    folder, suffix = Path(model, subfolder or ""), f" {variant}" if variant else ""
     if not folder.is_dir():
-        return f"{model}/{subfolder} @ {revision}" + f" {variant}" * (variant is not None)
+        return f"{model}/{subfolder} @ {revision}{suffix}"
     digest = hashlib.blake2b(digest_size=16)
     kinds = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")  # a tokenizer's files too
     for path in sorted(path for kind in kinds for path in folder.glob(kind)):
         with open(path, "rb") as file:
             while chunk := file.read(1 << 24):
                 digest.update(chunk)
-    return digest.hexdigest()
+    return digest.hexdigest() + suffix
 
 
 def text_key(text: str) -> str:

@@ -22,7 +22,7 @@ from common.tracking import tracker_names
 # upload by the main process takes longer. Where one of them has died, accelerate's launcher ends the others at once.
 PATIENCE = timedelta(hours=3)
 MOST_READERS = 8  # reader processes of a training process
-# Pictures that the VAE encodes at a time; SDXL's takes 2.7 GB for each of 1024x1024 in fp32, and is as fast with two
+# Pictures that the VAE encodes at a time; SDXL's takes 2.7 GB for each of 1024x1024 in fp32
 MOST_ENCODED, PIXELS_ENCODED = 32, 2 * 1024**2
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import cache
-from common.cache import TensorStore, identity, text_key
+from common.cache import TensorStore, identity, text_key, weights_identity
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -43,3 +43,11 @@ def test_a_record_that_was_made_again_is_the_one_that_counts(tmp_path, monkeypat
         capsys.readouterr()
         assert TensorStore(tmp_path / first).get("key")["x"].sum() == 100
         assert "damaged" not in capsys.readouterr().out
+
+
+def test_a_variant_has_a_name_of_its_own(tmp_path):
+    """In one folder may be the files of several, which differ by rounding."""
+    (tmp_path / "vae").mkdir()
+    for model in (str(tmp_path), "somebody/model"):
+        names = [weights_identity(model, "vae", None, variant) for variant in (None, "fp16")]
+        assert names[0] != names[1] and names[0] == weights_identity(model, "vae", None)

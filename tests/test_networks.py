@@ -298,7 +298,7 @@ def test_named_blocks_alone_are_compiled_once_and_frozen_weights_are_not_exchang
     assert ignored == {name for name, p in network.named_parameters() if not p.requires_grad}
 
 
-@pytest.mark.parametrize(("dynamic", "more"), [(True, 0), (False, 1)])
+@pytest.mark.parametrize(("dynamic", "more"), [(True, 0), pytest.param(False, 1, marks=pytest.mark.slow)])
 def test_a_compiled_block_has_one_graph_for_all_shapes_or_one_for_each(dynamic, more, graphs):
     network, plain = fast(unet(base=one_block), compile=True, dynamic=dynamic), unet(base=one_block)
     counts = []
@@ -311,6 +311,7 @@ def test_a_compiled_block_has_one_graph_for_all_shapes_or_one_for_each(dynamic, 
     graphs.check()
 
 
+@pytest.mark.slow
 def test_what_checkpointing_computes_again_makes_no_graph(graphs):
     """On a GPU backward() has a thread of its own, to which this one's settings of torch.compile mean nothing."""
     network = fast(unet("default", base=one_block, dropout=0.5).train(), compile=True, dynamic=True)

@@ -913,6 +913,14 @@ def test_kept_trajectories_need_no_teacher_and_give_the_same_weights(student, ru
         run(f"{student} {REGRESSION.replace('trajectories 2', 'trajectories 0')}")
 
 
+def test_a_teacher_that_takes_all_processes_is_asked_by_all_or_by_none():
+    kept = object.__new__(script.Trajectories)
+    for together, others_have, all_have in ((True, 1.0, True), (True, 0.5, False), (False, 0.5, True)):
+        kept.together = together
+        kept.accelerator = SimpleNamespace(device="cpu", reduce=lambda found, how, share=others_have: found * share)
+        assert kept.all_have(True) == all_have and not kept.all_have(False)
+
+
 @pytest.fixture
 def kept(run, monkeypatch, tmp_path):
     """`kept(flags)`: how many trajectories a run adds to those of before."""

@@ -27,7 +27,7 @@ from common.solvers import DDIMSolver, boundary_scalings
 from tests.compiled import REAL_SD
 from tests.helpers import teacher_like, tiny_autoencoder, tiny_pipeline
 from tests.lcm import TWO_STEPS, Runner, check_graphs, check_weights, lcm_in_float64, perturb, randomize_adapters
-from tests.waits import steps_without_waits
+from tests.waits import PLAYED, played_device, steps_without_waits
 
 ROLLOUTS = "--scheduled_sampling_probability 1 --scheduled_sampling_max_step_offset 10"
 
@@ -771,6 +771,21 @@ STREAMED += " --scheduled_sampling_probability 0.5 --scheduled_sampling_max_step
 @pytest.mark.parametrize("flags", ["--loss_type huber --diff2flow_loss", STREAMED])
 def test_the_loop_does_not_wait_for_the_device(flags, lcm):
     assert steps_without_waits(script, *lcm.parse(f"{flags} --max_train_steps 2")) == 2
+
+
+def test_the_mask_of_a_text_encoder_is_where_its_tokens_are(lcm, sd_teacher, tmp_path):
+    teacher = teacher_like(sd_teacher, tmp_path / "masked")
+    config = teacher / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_attention_mask": True}))
+    args, tokens = lcm.args("", teacher), []
+    with played_device():
+        encoder = script.load_text_encoder(args, PLAYED, torch.float32)
+        watch = {"with_kwargs": True}
+        encoder[1].register_forward_pre_hook(
+            lambda _, ids, more: tokens.extend([*ids, more["attention_mask"]]), **watch
+        )
+        script.encode_prompts(encoder, ["a red ball"])
+        assert [each.device.type for each in tokens] == [PLAYED.type] * 2
 
 
 def test_a_wait_that_somebody_adds_is_found(lcm, monkeypatch):
