@@ -32,7 +32,7 @@ UNPLANNED = {
     "report_to": "none", "webhook_config": None, "push_to_hub": False, "push_checkpoints_to_hub": False,
     "eval_steps": 0, "evaluation_type": "none", "validation_preview": False, "resume_from_checkpoint": None,
     "compile": False, "attention_mechanism": "diffusers", "attention_without_gradient": None, "export_pipeline": False,
-    "enable_xformers_memory_efficient_attention": False, "last_step_only": True,
+    "enable_xformers_memory_efficient_attention": False, "last_step_only": True, "causal_init_trajectories": 0,
 }  # fmt: skip
 
 
