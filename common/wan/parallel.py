@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from common.optim import optimizer_name
+from common.plan.meter import Meter
 
 
 def wants_fsdp(accelerator) -> bool:
@@ -71,6 +72,10 @@ def load_split(load, blocks: tuple[str, ...], accelerator, dtype: torch.dtype) -
     The main process alone reads it, into the machine's memory; others build it without weights, and each gets its part
     of one weight after another. What is drawn next, as adapters are, is alike in all, and as without splitting.
     """
+    if Meter.running:  # a plan reads nothing and sends nothing
+        network = load()
+        shard(network, blocks, accelerator, dtype if network.dtype == torch.float32 else torch.float32)
+        return network
     whole, made_of = None, None
     if accelerator.is_main_process:
         whole = load()
