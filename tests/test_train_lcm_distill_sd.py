@@ -709,7 +709,7 @@ ONE_LEVEL = {
     ("blocks", "flags"),
     [
         (ONE_LEVEL, f"--lora_rank 2 --lora_dropout 0.1 --ema_decay 0.9 --gradient_checkpointing {ROLLOUTS}"),
-        (ONE_LEVEL, "--use_dora --lora_rank 2 --mixed_precision bf16"),
+        (ONE_LEVEL, "--lora_rank 2 --mixed_precision bf16"),
         (REAL_SD, "--model_type full --gradient_checkpointing"),
     ],
 )
