@@ -120,8 +120,8 @@ from common.optim import (
     update_ema,
 )
 from common.pictures import share_prompts, to_bytes, validation_prompts
-from common.plan.meter import HOST, Meter
-from common.plan.phases import Phase, largest_samples, planned, run_phases, weights_of
+from common.planning.meter import HOST, Meter
+from common.planning.phases import Phase, largest_samples, planned, run_phases, weights_of
 from common.run import (
     Saver,
     check_finite,

@@ -90,8 +90,8 @@ from common.networks import (
 )
 from common.optim import betas_and_decay, clip_gradients, make_optimizer, make_schedule, optimizer_name, update_ema
 from common.pictures import Comparison, open_preview, share_prompts, validation_prompts
-from common.plan.meter import Meter
-from common.plan.phases import largest_samples, planned, run_phases, weights_of
+from common.planning.meter import Meter
+from common.planning.phases import largest_samples, planned, run_phases, weights_of
 from common.report import hold_out, open_clip, write_report
 from common.run import (
     Saver,

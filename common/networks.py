@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from common.plan.meter import Meter
+from common.planning.meter import Meter
 
 ATTENTION = ("diffusers", *(backend.value for backend in AttentionBackendName))  # diffusers: PyTorch's SDPA
 # Backends of diffusers through which no gradient goes: with sage the layers before attention would silently get none

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.distributed.tensor import DTensor
 
-from common.plan.meter import Meter
+from common.planning.meter import Meter
 
 BUCKET = 2**26  # bytes of gradients that are averaged at a time
 

@@ -15,7 +15,7 @@ from common.checkpoint import find_checkpoint, save_checkpoint
 from common.data.buckets import target_size
 from common.data.stream import gather_states
 from common.export import create_hub_repository, push_to_hub, write_model_card
-from common.plan.meter import Meter
+from common.planning.meter import Meter
 from common.tracking import tracker_names
 
 # How long processes wait for each other, in place of NCCL's ten minutes: a clip of a large teacher, an export or an

@@ -13,7 +13,7 @@ import train_lcm_distill_sd
 import train_lcm_distill_sdxl
 from common import networks
 from common.networks import BackendAttention, checkpoint_activations
-from common.plan.meter import Meter
+from common.planning.meter import Meter
 from common.wan.causal import own_attention
 from tests.helpers import short_wan_run, tiny_unet, tiny_wan, without
 from tests.lcm import Runner

@@ -40,7 +40,7 @@ from common.data.sources import (
     split_prompts,
     split_table,
 )
-from common.plan.meter import Meter
+from common.planning.meter import Meter
 from common.schema import Key, check_settings, not_supported, read_json
 
 SOURCES = ("train_shards_path_or_url", "data_backend_config", "train_data_dir", "dataset_name", "train_prompts")

@@ -18,7 +18,7 @@ from common.data.shards import is_local
 from common.data.sources import part_fingerprint
 from common.data.stream import ShardPass, load, open_batches
 from common.draws import to_device
-from common.plan.meter import Meter, Unwritten
+from common.planning.meter import Meter, Unwritten
 
 CAPTIONS_AT_ONCE = 32  # that go to the text encoder while caches are filled
 

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from common.data.samples import BadSample, ImageReader, NoGoodSamples, Sample
 from common.data.sources import read_part
-from common.plan.meter import Meter
+from common.planning.meter import Meter
 
 LANES = 8  # streams open at a time, where processes x workers do not ask for more
 PATIENCE = 128  # reads; a sample waits no longer for its bucket to have a batch

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from common.optim import optimizer_name
-from common.plan.meter import Meter
+from common.planning.meter import Meter
 
 
 def wants_fsdp(accelerator) -> bool:

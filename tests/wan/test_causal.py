@@ -6,7 +6,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from common import networks
-from common.plan.meter import Meter
+from common.planning.meter import Meter
 from common.solvers import roll_out
 from common.wan.causal import BlockCausal, block_ends, extend, first_tokens
 from tests.helpers import tiny_wan

@@ -8,9 +8,9 @@ import pytest
 import train_dmd_distill_wan as wan
 import train_lcm_distill_sd as sd
 import train_lcm_distill_sdxl as sdxl
-from common.plan import phases
-from common.plan.meter import Meter
-from common.plan.phases import RESERVE, measure
+from common.planning import phases
+from common.planning.meter import Meter
+from common.planning.phases import RESERVE, measure
 from tests.helpers import short_wan_run
 from tests.lcm import SHORT
 

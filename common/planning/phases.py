@@ -20,7 +20,7 @@ from common.data.datasets import Data
 from common.data.samples import Sample
 from common.flags import Flags
 from common.optim import optimizer_name
-from common.plan.meter import GRADIENTS, HOST, Meter, as_on_cuda, fake_tensors_suffice
+from common.planning.meter import GRADIENTS, HOST, Meter, as_on_cuda, fake_tensors_suffice
 
 GB = 1e9
 RESERVE = 1.0 * GB  # CUDA's own: context, workspaces, gaps between tensors

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch.nn.functional import group_norm, layer_norm, linear, rms_norm, scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
-from common.plan.meter import HOST, Meter, Unwritten, as_on_cuda, fake_tensors_suffice
+from common.planning.meter import HOST, Meter, Unwritten, as_on_cuda, fake_tensors_suffice
 from tests.helpers import tiny_unet, tiny_wan
 
 

@@ -1,4 +1,4 @@
-"""A plan beside what a GPU holds: `python -m tests.plan.on_gpu sdxl [flags of the script]`, on a CUDA GPU.
+"""A plan beside what a GPU holds: `python -m tests.planning.on_gpu sdxl [flags of the script]`, on a CUDA GPU.
 
 The script runs two steps, or --max_train_steps, with random weights of real size, made on the GPU from the teacher's
 configs alone: SD 1.5 (sd), SDXL (sdxl), Wan 1.3B (wan) or 14B (wan14b). Caches are filled first. What is printed is the
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from common.networks import network_of_config
-from common.plan.phases import GB, measure
+from common.planning.phases import GB, measure
 from tests.helpers import toy_shards
-from tests.plan.real import TOY, real_configs
+from tests.planning.real import TOY, real_configs
 
 SCRIPTS = {"sd": "train_lcm_distill_sd", "sdxl": "train_lcm_distill_sdxl"}
 SIDES = {"sd": 512, "sdxl": 1024}
