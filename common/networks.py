@@ -19,9 +19,9 @@ from diffusers.utils import is_xformers_available
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts, noop_context_fn
 
-from common.planning.meter import Meter
+from common.planning.meter import HOST, Meter
 
 ATTENTION = ("diffusers", *(backend.value for backend in AttentionBackendName))  # diffusers: PyTorch's SDPA
 # Backends of diffusers through which no gradient goes: with sage the layers before attention would silently get none
@@ -161,8 +161,10 @@ def checkpoint_activations(args, network, compiled_blocks: tuple[str, ...]):
 
     That is one more tensor [B, L, C] for each layer.
     """
-    if args.checkpoint_attention or not args.compile:
-        network.enable_gradient_checkpointing(None if args.checkpoint_attention else checkpoint)
+    if args.checkpoint_attention or args.offload_activations or not args.compile:
+        contexts = noop_context_fn if args.checkpoint_attention or args.compile else keeping_attention
+        run = offloaded if args.offload_activations else checkpoint
+        network.enable_gradient_checkpointing(functools.partial(run, contexts))
         return
     keeping = functools.partial(create_selective_checkpoint_contexts, keeps)  # which torch.compile knows
     for block in network.modules():
@@ -170,8 +172,28 @@ def checkpoint_activations(args, network, compiled_blocks: tuple[str, ...]):
             block.forward = functools.partial(checkpoint_inside, block.forward, keeping)
 
 
-def checkpoint(block, *inputs):
-    return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, context_fn=keeping_attention)
+def checkpoint(contexts, block, *inputs):
+    return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def offloaded(contexts, block, x, *inputs):
+    """The same, with the block's first input in the machine's memory until backward() comes to the block."""
+    first, host = [x], to_host(x)
+    device, needs_gradient = x.device, x.requires_grad
+
+    def run(*inputs):
+        x = first.pop() if first else host.to(device, non_blocking=True, copy=True).requires_grad_(needs_gradient)
+        return block(x, *inputs)
+
+    return checkpoint(contexts, run, *inputs)
+
+
+def to_host(x: torch.Tensor) -> torch.Tensor:
+    """A copy in the machine's memory, for which the host does not wait."""
+    with Meter.running.weights(HOST) if Meter.running else contextlib.nullcontext():
+        host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda, requires_grad=False)
+    with torch.no_grad():
+        return host.copy_(x, non_blocking=True)
 
 
 def checkpoint_inside(forward, contexts, *inputs, **options):

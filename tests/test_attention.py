@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_dmd_distill_wan
@@ -61,6 +62,7 @@ def network_and_call(name: str, lora: bool, dropout: float = 0.0, rows: int = TE
 
 def flags(**given):
     usual = {"gradient_checkpointing": True, "checkpoint_attention": False, "compile": False}
+    usual |= {"offload_activations": False}
     return SimpleNamespace(**usual | given)
 
 
@@ -94,6 +96,28 @@ def test_checkpointing_computes_attention_once_and_gives_the_same_gradients(name
     again, *calls = gradients(network, call, autocast)
     assert calls == [2 * layers, 2 * to_text]
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", ["unet", "wan"])
+def test_what_checkpointed_blocks_begin_with_can_wait_elsewhere(name, lora, attention):
+    network, call = network_and_call(name, lora, dropout=0.3)
+    plain, _, _ = gradients(network, call)
+    given, alive = [], {}
+    for block in network.modules():
+        if type(block).__name__ in BLOCKS:
+            block.register_forward_pre_hook(lambda _, inputs: given.append(StorageWeakRef(inputs[0].untyped_storage())))
+    for offload in (False, True):
+        given.clear()
+        checkpoint_activations(flags(offload_activations=offload, checkpoint_attention=attention), network, BLOCKS)
+        torch.manual_seed(1)
+        out = call()
+        alive[offload] = sum(not storage.expired() for storage in given)
+        del out
+        found, _, _ = gradients(network, call)
+        assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+    assert alive[True] < alive[False] and (name == "unet" or alive[True] == 0), alive
 
 
 @pytest.mark.parametrize("name", ["unet", "wan"])

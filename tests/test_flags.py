@@ -430,6 +430,8 @@ def test_a_bad_flag_is_named_with_its_value(parse_script, capsys, flag, value):
         ("--lr_end 1e-6", "--lr_end 1e-06 and --lr_scheduler constant: it has no decay"),
         ("--evaluation_type clip", "--evaluation_type clip: needs --evaluation_clip_model"),
         ("--push_checkpoints_to_hub", "--push_checkpoints_to_hub: needs --push_to_hub"),
+        ("--checkpoint_attention", "--checkpoint_attention: needs --gradient_checkpointing"),
+        ("--offload_activations", "--offload_activations: needs --gradient_checkpointing"),
         ("--export_formats kohya", "--export_formats kohya: is a layout of LoRA files"),
     ],
 )

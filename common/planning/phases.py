@@ -226,6 +226,8 @@ REMEDIES: list[tuple[str, object, Callable]] = [
     ("vae_encode_batch_size", 1, encodes),
     ("text_encoder_1_precision", "int8-torchao", encodes),
     ("gradient_checkpointing", True, lambda args, phase: not encodes(args, phase)),
+    ("offload_activations", True, lambda args, phase: args.gradient_checkpointing and not encodes(args, phase)),
+    ("checkpoint_attention", True, lambda args, phase: args.gradient_checkpointing and not encodes(args, phase)),
     ("ema_device", "cpu", lambda args, phase: getattr(args, "use_ema", False)),
     ("optimizer", "adamw8bit", lambda args, phase: optimizer_name(args) != "adamw8bit"),
     ("train_batch_size", 1, lambda args, phase: True),
