@@ -156,20 +156,25 @@ def exchange(params, others):
         other.copy_(before)
 
 
-def checkpoint_activations(args, network, compiled_blocks: tuple[str, ...]):
+def modules_of(network: torch.nn.Module, names: tuple[str, ...]) -> list[torch.nn.Module]:
+    """Modules of these classes; what FSDP splits has a class of its own, made of them."""
+    return [module for module in network.modules() if any(kind.__name__ in names for kind in type(module).__mro__)]
+
+
+def checkpoint_activations(args, network, compiled_blocks: tuple[str, ...], inputs_too: bool = False):
     """Makes backward() compute a network's blocks again, of attention what is around it: its result is kept.
 
-    That is one more tensor [B, L, C] for each layer.
+    That is one more tensor [B, L, C] for each layer. `inputs_too` says that hooks of the blocks join large
+    inputs, which are then joined again, too; a compiled block is for that computed again as a whole, with its attention.
     """
-    if args.checkpoint_attention or args.offload_activations or not args.compile:
+    if inputs_too or args.checkpoint_attention or args.offload_activations or not args.compile:
         contexts = noop_context_fn if args.checkpoint_attention or args.compile else keeping_attention
         run = offloaded if args.offload_activations else checkpoint
         network.enable_gradient_checkpointing(functools.partial(run, contexts))
         return
     keeping = functools.partial(create_selective_checkpoint_contexts, keeps)  # which torch.compile knows
-    for block in network.modules():
-        if type(block).__name__ in compiled_blocks:
-            block.forward = functools.partial(checkpoint_inside, block.forward, keeping)
+    for block in modules_of(network, compiled_blocks):
+        block.forward = functools.partial(checkpoint_inside, block.forward, keeping)
 
 
 def checkpoint(contexts, block, *inputs):
@@ -343,9 +348,8 @@ def speed_up(args, networks, compiled_blocks: tuple[str, ...], say, dynamic: boo
         frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, frozen)
         if args.compile:  # in place and block by block: names of weights stay, and equal blocks share their code
-            for block in network.modules():
-                if type(block).__name__ in compiled_blocks:
-                    block.compile(dynamic=dynamic)
+            for block in modules_of(network, compiled_blocks):
+                block.compile(dynamic=dynamic)
     if args.compile:
         allow_graphs(say)
 

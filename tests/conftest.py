@@ -102,6 +102,14 @@ def watch(monkeypatch):
 
 
 @pytest.fixture
+def alone():
+    """Makes this process the only one of a group, as FSDP needs one."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def graphs(monkeypatch):
     """The graphs that --compile makes from now on, counted in place of their compilation."""
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):  # torch's own

@@ -13,9 +13,10 @@ import train_dmd_distill_wan
 import train_lcm_distill_sd
 import train_lcm_distill_sdxl
 from common import networks
-from common.networks import BackendAttention, checkpoint_activations
+from common.networks import BackendAttention, checkpoint_activations, speed_up
 from common.planning.meter import Meter
 from common.wan.causal import own_attention
+from common.wan.parallel import shard
 from tests.helpers import short_wan_run, tiny_unet, tiny_wan, without
 from tests.lcm import Runner
 
@@ -136,6 +137,28 @@ def test_compiled_blocks_compute_attention_once_too(name):
     assert kept_bytes(network, call) < 0.7 * before
     for a, b in zip(plain, kept, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_blocks_of_a_split_network_compute_attention_once_too(alone, monkeypatch):
+    """Blocks that FSDP has split are of another class."""
+    network, call = network_and_call("wan", lora=False)
+    plain, layers, to_text = gradients(network, call)
+    compiled, backend = torch.nn.Module.compile, "aot_eager_decomp_partition"
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **given: compiled(block, backend=backend, **given))
+    shard(network, BLOCKS, SimpleNamespace(device=torch.device("cpu"), num_processes=1), torch.float32)
+    usual = {"attention_mechanism": "diffusers", "enable_xformers_memory_efficient_attention": False}
+    args = flags(compile=True, attention_without_gradient=None, **usual)
+    speed_up(args, [network], BLOCKS, print)
+    checkpoint_activations(args, network, BLOCKS)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    call().square().sum().backward()  # nothing is compiled while calls are counted
+    kept, *calls = gradients(network, call)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert calls == [layers, 2 * to_text]
+    for a, b in zip(plain, kept, strict=True):
+        torch.testing.assert_close(a, b.full_tensor(), rtol=1e-4, atol=1e-5)
 
 
 def held_by(network, meter) -> int:

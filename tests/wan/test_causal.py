@@ -1,5 +1,7 @@
 """Block-wise causal attention on the stock transformer: against one masked pass, with its cache, and its gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
@@ -197,12 +199,17 @@ def test_a_cache_is_never_written_into():
     assert torch.equal(v, longer[0][1][1][:, :4]) and k.shape[1] == 4 and first_tokens(longer[0], 0) is None
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_a_rollout_keeps_grows_as_the_clip_does(checkpointing):
+@pytest.mark.parametrize("checkpointing, compiled", [(False, False), (True, False), (True, True)])
+def test_what_a_rollout_keeps_grows_as_the_clip_does(checkpointing, compiled, graphs):
     """All bytes alive: four more blocks add as much as the four before them, though each sees all before it."""
     network, causal = trainable()
+    if compiled:
+        for block in network.blocks:
+            block.compile(dynamic=False)
+        clip(network, causal, [1] * 3, [0] * 3)  # nothing is compiled while bytes are counted
     if checkpointing:
-        network.enable_gradient_checkpointing()
+        args = SimpleNamespace(compile=compiled, checkpoint_attention=not compiled, offload_activations=False)
+        networks.checkpoint_activations(args, network, ("WanTransformerBlock",), True)
     kept = []
     for count in (4, 8, 12):
         with Meter(fake=False, block=1) as meter:
