@@ -496,8 +496,8 @@ def check_blocks(parser, args, data: Data) -> tuple[Data, int, list[str]]:
 # What the rest of the script asks for:
 #   constants  FAMILY, LORA_TARGETS, BLOCKS, FRAMES_PER_LATENT, FRAMES_PER_SECOND, SIDE_FACTOR
 #   flags      add_model_flags, check_model_flags, toy_recipe, teacher_of
-#   networks   load_scheduler, schedule_shift, load_transformer, teacher_identity, add_adapters, make_causal,
-#              share_tokens
+#   networks   load_scheduler, schedule_shift, load_transformer, own_attention, teacher_identity, add_adapters,
+#              make_causal, share_tokens
 #   data       encoders, latent_shape, vae_factor, tokens_of_frame
 #   use        predict, generate_by_teacher, decode, export
 # make_causal's result has calls(velocity) and caches_before(velocity, clip, t, blocks), or it refuses. Transformers
@@ -588,8 +588,7 @@ def schedule_shift(scheduler) -> float:
 def load_transformer(args, dtype: torch.dtype) -> WanTransformer3DModel:
     if dtype == torch.float16:
         raise SystemExit("mixed_precision fp16 of accelerate's config: Wan's activations overflow it; bf16 or no")
-    transformer = load_network(WanTransformer3DModel, teacher_of(args), "transformer", dtype, **weights_options(args))
-    return own_attention(transformer)
+    return load_network(WanTransformer3DModel, teacher_of(args), "transformer", dtype, **weights_options(args))
 
 
 def teacher_identity(args) -> str:
@@ -1090,8 +1089,11 @@ def load_networks(args, accelerator, weight_dtype) -> Networks:
 
     def load(dtype: torch.dtype) -> torch.nn.Module:
         read = functools.partial(load_transformer, args, dtype)
-        gathered_in = torch.float32 if args.compile else weight_dtype  # a graph is of a block, and gathers no layer
-        return load_split(read, BLOCKS, accelerator, gathered_in) if wants_fsdp(accelerator) else read()
+        # A compiled block gathers no layer, and gradients of several forwards, as of a clip's blocks, are added up in
+        # the precision of what is gathered
+        in_fp32 = args.compile or args.num_frame_per_block
+        gathered_in, split = torch.float32 if in_fp32 else weight_dtype, wants_fsdp(accelerator)
+        return own_attention(load_split(read, BLOCKS, accelerator, gathered_in) if split else read())
 
     teacher = load(weight_dtype)
     quantize(teacher, args.base_model_precision, "cpu" if args.quantize_via == "cpu" else accelerator.device)
@@ -1109,7 +1111,8 @@ def load_networks(args, accelerator, weight_dtype) -> Networks:
     speed_up(args, by_role.values(), BLOCKS, accelerator.print)  # all blocks of a clip have one shape
     if args.gradient_checkpointing:
         for network in dict.fromkeys(by_role[role] for role in roles):  # each once
-            checkpoint_activations(args, network, BLOCKS)
+            joins_past = causal is not None and network is by_role["student"]  # before each block
+            checkpoint_activations(args, network, BLOCKS, joins_past)
     return Networks(by_role, causal, accelerator, has_many_tokens(args, by_role["student"]))
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -105,6 +106,7 @@ def write_parts(folder: Path, network, optimizer, main: bool):
 def read_parts(folder: Path, network, optimizer):
     """Reads what write_parts has written, each process its part, or an unsplit network all of it."""
     tensors, _ = parts_of(network, optimizer)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process may read parts, too
     distributed_checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
     weights = {key: value for key, value in tensors.items() if not key.startswith(MOMENTS)}
     set_model_state_dict(network, weights, options=part_options(optimizer))

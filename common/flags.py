@@ -174,7 +174,7 @@ def add_shared_flags(parser: argparse.ArgumentParser):
     add = parser.add_argument_group("precision and speed").add_argument
     add("--mixed_precision", type=str, choices=["no", "fp16", "bf16"], help="default: what accelerate's config says")
     add("--allow_tf32", action=Switch, help="TF32 for fp32 matmuls on Ampere GPUs and later")
-    add("--gradient_checkpointing", action=Switch, help="recompute activations in backward: less memory, about 30%% slower; of attention the result is kept")
+    add("--gradient_checkpointing", action=Switch, help="recompute activations in backward: less memory, about 30%% slower; of attention the result is kept, but in a self-forcing student with --compile")
     add("--checkpoint_attention", action=Switch, help="with --gradient_checkpointing: recompute attention, too; a little less memory for SD and SDXL, and for Wan 3 of 11 GB of activations less at 81 frames, but slower by a fifth")
     add("--offload_activations", action=Switch, help="with --gradient_checkpointing: what blocks begin with waits in the machine's memory, 13 GB of a clip of 81 frames of Wan 14B, 3 GB of Wan 1.3B; with --compile attention is then recomputed, too")
     add("--base_model_precision", type=str, default="no_change", choices=PRECISIONS, help="8-bit weights for the Linear layers of the frozen network, a LoRA's base or else the teacher; int8-quanto is int8-torchao")

@@ -2,12 +2,13 @@
 
 import functools
 import signal
+import warnings
 
 import pytest
 import torch
 
 from common import run
-from common.checkpoint import find_checkpoint, list_checkpoints
+from common.checkpoint import find_checkpoint, list_checkpoints, read_parts, write_parts
 from tests.helpers import toy_shards
 from tests.launches.helpers import short_flags, train, weights
 
@@ -23,6 +24,18 @@ def shards(tmp_path_factory):
 def flags(sd_teacher, shards):
     """`flags(folder, *more)` of a short run."""
     return functools.partial(short_flags, sd_teacher, shards)
+
+
+def test_a_single_process_reads_parts_without_a_warning(tmp_path):
+    network = torch.nn.Linear(2, 3)
+    weights = {name: p.detach().clone() for name, p in network.named_parameters()}
+    write_parts(tmp_path, network, None, True)
+    torch.nn.init.zeros_(network.weight)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        read_parts(tmp_path, network, None)
+    assert all(torch.equal(p, weights[name]) for name, p in network.named_parameters())
+    assert not [str(each.message) for each in told]
 
 
 def test_lion_trains(flags, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import re
+import warnings
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
@@ -23,6 +24,7 @@ from diffusers import (
 )
 from safetensors import safe_open
 from safetensors.torch import load, load_file
+from torch.distributed.fsdp import FSDPModule
 
 import train_dmd_distill_wan as script
 from common import pictures
@@ -33,7 +35,7 @@ from common.draws import Draws, sample_generator, tied_noise
 from common.networks import active_adapter, adapter_layers, precision_name
 from common.solvers import flow_grid, roll_out
 from common.tracking import Means
-from common.wan.causal import block_ends, first_tokens
+from common.wan.causal import BlockCausalAttention, block_ends, first_tokens
 from tests.helpers import ROOT, folder_of_clips, short_wan_run, without
 from tests.waits import steps_without_waits
 
@@ -670,6 +672,28 @@ def test_a_batch_far_from_the_recipe_s_is_warned_about(batch, word, parse, capsy
 def test_a_teacher_that_is_not_there_is_one_sentence(parse, tmp_path):
     with pytest.raises(SystemExit, match=r"--pretrained_teacher_model .*nothing: cannot be loaded \("):
         script.main(*parse(f"{LORA} --pretrained_teacher_model {tmp_path / 'nothing'}"))
+
+
+@pytest.mark.parametrize(
+    "flags, gathered_in",
+    [(f"{FULL} --num_frame_per_block 1", {None}), (FULL, {None, torch.bfloat16}), (CAUSAL, {None})],
+)
+def test_split_networks_attend_as_whole_ones_and_add_up_in_fp32(flags, gathered_in, parse, alone, monkeypatch):
+    """A self-forcing student is called for each block of a clip before one backward()."""
+    monkeypatch.setattr(script, "wants_fsdp", lambda accelerator: True)
+    args, *_ = parse(f"{flags} --attention_without_gradient _native_math --mixed_precision bf16")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        networks = script.load_networks(args, Accelerator(mixed_precision="bf16"), torch.bfloat16).by_role
+        for network in networks.values():
+            assert all(type(block.attn1.processor) is BlockCausalAttention for block in network.blocks)
+            assert {block.attn1.processor.without_gradient for block in network.blocks} == {"_native_math"}
+        student = networks["student"]
+        split = [module for module in student.modules() if isinstance(module, FSDPModule)]
+        assert {module._get_fsdp_state()._mp_policy.param_dtype for module in split} == gathered_in
+        with torch.autocast("cpu", torch.bfloat16):
+            student(torch.randn(1, 4, 1, 4, 4), torch.zeros(1), torch.zeros(1, 3, 16)).sample.sum().backward()
+    assert not [str(each.message) for each in told if "view tensor" in str(each.message) or "_pg_" in str(each.message)]
 
 
 def test_processes_share_tokens_only_where_that_comes_out_even(run):

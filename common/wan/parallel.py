@@ -9,6 +9,7 @@ of the sequence, and in self-attention all of the sequence in a part of the head
 """
 
 import functools
+import warnings
 
 import torch
 from accelerate import init_empty_weights
@@ -18,8 +19,10 @@ from diffusers.hooks.context_parallel import apply_context_parallel
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from common.networks import modules_of
 from common.optim import optimizer_name
 from common.planning.meter import Meter
 
@@ -52,13 +55,17 @@ def shard(network: torch.nn.Module, blocks: tuple[str, ...], accelerator, dtype:
     """Splits a network in place; its `blocks`, names of classes, are gathered one at a time.
 
     Of fp32 weights, those of the blocks' Linear layers are gathered in `dtype`, to which autocast would bring them,
-    layer by layer; all others, as of norms, as they are stored. Gradients are added up in fp32.
+    layer by layer; all others, as of norms, as they are stored. The processes' gradients are added up in fp32;
+    those of several forwards before one backward() are first added up in `dtype`, in each process.
     """
+    # Of results, which nothing here changes in place; and of calls of torch itself, as parts are read and written
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
+    warnings.filterwarnings("ignore", message="`_get_pg_default_device` will be deprecated")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # Also the network itself is split again after a forward, since validation then changes its weights
     split = functools.partial(fully_shard, mesh=mesh, reshard_after_forward=True)
-    for block in (module for module in network.modules() if type(module).__name__ in blocks):
+    for block in modules_of(network, blocks):
         if dtype != torch.float32:
             for layer in (module for module in block.modules() if isinstance(module, torch.nn.Linear)):
                 split(layer, mp_policy=policy)
@@ -116,6 +123,9 @@ def share_tokens(network: torch.nn.Module, degree: int, accelerator, splits_angl
     mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("data", "ring", "ulysses"))
     config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=degree, mesh=mesh))
     config.setup(accelerator.process_index, accelerator.num_processes, accelerator.device, mesh=mesh)
+    for shared in (mesh, config.context_parallel_config._flattened_mesh):
+        for group in shared.get_all_groups():  # torch gives them ten minutes, whatever all processes together have
+            _set_pg_timeout(accelerator.init_handler.timeout, group)
     network._parallel_config = config
     for block in network.blocks:
         block.attn1.processor._parallel_config = config

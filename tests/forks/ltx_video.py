@@ -78,6 +78,10 @@ def load_transformer(args, dtype: torch.dtype) -> LTXVideoTransformer3DModel:
     return transformer.requires_grad_(False).eval()
 
 
+def own_attention(transformer: LTXVideoTransformer3DModel) -> LTXVideoTransformer3DModel:
+    return transformer
+
+
 def teacher_identity(args) -> str:
     return weights_identity(teacher_of(args), "transformer", args.teacher_revision)
 

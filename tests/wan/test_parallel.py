@@ -7,9 +7,12 @@ from argparse import Namespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from common.run import PATIENCE
 from common.wan import parallel
+from common.wan.causal import own_attention
 from common.wan.parallel import (
     check_processes,
     gathered,
@@ -17,6 +20,7 @@ from common.wan.parallel import (
     own_tokens,
     shard,
     share_tokens,
+    token_group,
     tokens_to_heads,
     wants_fsdp,
 )
@@ -126,9 +130,9 @@ def test_what_does_not_go_with_fsdp_is_refused(monkeypatch):
 
 
 @contextlib.contextmanager
-def two_processes():
-    """Inside, this process is one of two, and the other one, which is not there, sends nothing of worth."""
-    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+def processes(count: int):
+    """Inside, this process is one of so many, and others, which are not there, send nothing of worth."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
     try:
         yield
     finally:
@@ -144,7 +148,7 @@ def test_what_autocast_casts_is_gathered_in_that_and_nothing_else(dtype):
         seen.update({f"{name}.{key}": p.dtype for key, p in module.named_parameters(recurse=False)})
 
     inputs = {"hidden_states": torch.zeros(1, 4, 1, 4, 4), "timestep": torch.zeros(1)}
-    with two_processes(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with processes(2), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         shard(network, BLOCKS, Namespace(device=torch.device("cpu"), num_processes=2), dtype)
         for name, module in network.named_modules():  # after those that gather
             module.register_forward_pre_hook(lambda module, inputs, name=name: note(module, inputs, name))
@@ -154,3 +158,17 @@ def test_what_autocast_casts_is_gathered_in_that_and_nothing_else(dtype):
     assert len(cast) == 2 * 2 * 10 and {seen[name] for name in cast} == {dtype}
     others = {"blocks.0.scale_shift_table", "blocks.0.norm2.weight", "condition_embedder.time_embedder.linear_1.weight"}
     assert others < seen.keys() and {seen[name] for name in seen.keys() - cast} == {torch.float32}
+
+
+def test_groups_that_share_tokens_wait_as_long_as_all_processes_do(monkeypatch):
+    """Four processes, of which two share a clip's tokens: torch's own groups of them would wait for ten minutes."""
+    waits, network, three_hours = {}, tiny_wan(), Namespace(timeout=PATIENCE)
+    monkeypatch.setattr(parallel, "_set_pg_timeout", lambda timeout, group: waits.update({group.group_name: timeout}))
+    device = torch.device("cpu")
+    with processes(4):
+        accelerator = Namespace(device=device, num_processes=4, process_index=0, init_handler=three_hours)
+        share_tokens(own_attention(network), 2, accelerator, True)
+        whole = network._parallel_config.context_parallel_config._flattened_mesh.get_group()  # where parts are joined
+        for group in (token_group(network), whole):
+            assert group.size() == 2 and waits[group.group_name] == PATIENCE
+        assert Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]).init_handler.timeout == PATIENCE
