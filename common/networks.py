@@ -165,7 +165,7 @@ def checkpoint_activations(args, network, compiled_blocks: tuple[str, ...], inpu
     """Makes backward() compute a network's blocks again, of attention what is around it: its result is kept.
 
     That is one more tensor [B, L, C] for each layer. `inputs_too` says that hooks of the blocks join large
-    inputs, which are then joined again, too; a compiled block is for that computed again as a whole, with its attention.
+    inputs, which are then joined again, too: a compiled block is computed again as a whole, with its attention.
     """
     if inputs_too or args.checkpoint_attention or args.offload_activations or not args.compile:
         contexts = noop_context_fn if args.checkpoint_attention or args.compile else keeping_attention
