@@ -311,11 +311,10 @@ def fastest_attention(network) -> tuple[str, str]:
     PyTorch's SDPA chooses among its kernels itself, for each call: cuDNN's where that is the fastest (Hopper and
     Blackwell, if cuDNN is new enough), and another one where a mask, a head's width or the precision does not suit it.
     """
-    weight = next(network.parameters())
-    q = torch.empty(1, 8, 256, 64, dtype=weight.dtype, device=weight.device)  # [B, heads, L, D]
+    q = torch.empty(1, 8, 256, 64, dtype=network.dtype, device=network.device)  # [B, heads, L, D]
     kernel = SDPBackend(torch._fused_sdp_choice(q, q, q))
-    hopper = weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] == 9
-    half, installed = weight.dtype != torch.float32, importlib.util.find_spec("flash_attn_interface") is not None
+    hopper = network.device.type == "cuda" and torch.cuda.get_device_capability(network.device)[0] == 9
+    half, installed = network.dtype != torch.float32, importlib.util.find_spec("flash_attn_interface") is not None
     if hopper and half and installed and kernel != SDPBackend.CUDNN_ATTENTION:
         return "_flash_varlen_3", "FlashAttention 3"
     return "diffusers", f"PyTorch's SDPA, by its kernel {kernel.name}"

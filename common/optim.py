@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 
 from common.planning.meter import Meter
@@ -58,7 +59,7 @@ def make_optimizer(
         return Lion(params, lr, betas, weight_decay)
     if name == "adamw8bit":
         if device.type != "cuda" and not Meter.running:
-            print("8-bit AdamW needs a CUDA GPU: AdamW with fp32 moments is in use")
+            PartialState().print("8-bit AdamW needs a CUDA GPU: AdamW with fp32 moments is in use")
         elif importlib.util.find_spec("torchao"):
             from torchao.optim import AdamW8bit
 

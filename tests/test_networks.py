@@ -246,9 +246,13 @@ def test_auto_is_the_fastest_attention_that_is_here_and_trains(
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found" if installed else None)
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda q, k, v: int(kernel.value))
-    weight = SimpleNamespace(dtype=dtype, device="cpu", is_cuda=capability is not None)
-    backend, words = fastest_attention(SimpleNamespace(parameters=lambda: iter([weight])))
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda q, k, v: int(kernel.value) if q.dtype == dtype else -1)
+    network = tiny_wan().to(dtype)
+    network.scale_shift_table.data = network.scale_shift_table.data.float()  # the first weight, which stays in fp32
+    if capability is not None:
+        monkeypatch.setattr(type(network), "device", torch.device("cuda"))
+        monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: torch.zeros(shape, dtype=dtype))
+    backend, words = fastest_attention(network)
     assert backend == expected and (kernel.name in words) == (expected == "diffusers")
 
 

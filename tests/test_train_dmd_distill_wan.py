@@ -818,7 +818,6 @@ def latents_generated(flags: str, run, monkeypatch) -> list[torch.Tensor]:
     return seen
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_batch_at_a_time_is_generated_by_one_process_or_by_all(shared, monkeypatch):
     """What the second of two processes makes of five prompts."""
@@ -832,6 +831,7 @@ def test_a_batch_at_a_time_is_generated_by_one_process_or_by_all(shared, monkeyp
     assert asked == ([(["c", "d"], 9)] if shared else [(["a", "b"], 7), (["c", "d"], 9), (["e"], 11)])
 
 
+@pytest.mark.slow
 def test_clips_follow_from_the_validation_seed(run, monkeypatch):
     first = latents_generated("--validation_seed 5", run, monkeypatch)
     other = latents_generated("--validation_seed 6", run, monkeypatch)
