@@ -37,8 +37,10 @@ CONTEXTS: ContextVar = ContextVar("contexts of attention", default=None)
 def load_network(cls, source: str, folder: str | None, dtype: torch.dtype, **options) -> torch.nn.Module:
     """A frozen network of a pipeline's folder, of the libraries' class `cls`; `options` are from_pretrained's."""
     if Meter.running:
-        with Meter.running.weights(f"weights: {folder or source}"):
-            return network_of_config(cls, source, folder, dtype, **options)
+        with Meter.running.weights(HOST):  # where it is built; what it takes to build it is not the GPU's
+            network = network_of_config(cls, source, folder, dtype, **options)
+        Meter.running.name(f"weights: {folder or source}", [*network.parameters(), *network.buffers()])
+        return network
     network, loading = cls.from_pretrained(source, subfolder=folder, dtype=dtype, output_loading_info=True, **options)
     missing, unexpected = (sorted(loading[name]) for name in ("missing_keys", "unexpected_keys"))
     if not issubclass(cls, ModelMixin):  # old files of text encoders also hold buffers, which are computed now

@@ -7,7 +7,9 @@ import torch
 from peft import LoraConfig
 from torch.nn.functional import group_norm, layer_norm, linear, rms_norm, scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
+from transformers import UMT5EncoderModel
 
+from common.networks import load_network
 from common.planning.meter import HOST, Meter, Unwritten, as_on_cuda, fake_tensors_suffice
 from tests.helpers import tiny_unet, tiny_wan
 
@@ -172,3 +174,13 @@ def test_a_cache_that_is_written_nowhere_takes_nothing_of_a_gpu(monkeypatch):
         cache.put("key", {"latents": x})
         assert meter.total == 40448 and meter.now[HOST] == 40448
         assert cache.get("key")["latents"].shape == x.shape and "other" not in cache
+
+
+def test_a_network_takes_its_weights_and_nothing_of_what_builds_it(wan_teacher, monkeypatch):
+    """umT5 makes its embeddings twice, and then shares them."""
+    with Meter(block=1) as meter:
+        monkeypatch.setattr(Meter, "running", meter)
+        encoder = load_network(UMT5EncoderModel, str(wan_teacher), "text_encoder", torch.bfloat16)
+        size = sum(p.numel() for p in encoder.parameters()) * 2
+        assert meter.now["weights: text_encoder"] == size
+        assert meter.peak == size
