@@ -52,7 +52,7 @@ def fast_device() -> torch.device:
 def text_config(tokenizer, width: int, layers: int, heads: int) -> CLIPTextConfig:
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return CLIPTextConfig(
-        vocab_size=49408, max_position_embeddings=tokenizer.model_max_length, hidden_size=width, projection_dim=width,
+        vocab_size=49408, max_position_embeddings=77, hidden_size=width, projection_dim=width,
         intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads, **ids,
     )  # fmt: skip
 
