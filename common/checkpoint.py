@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -122,7 +123,10 @@ def stored_shapes(folder: Path, name: str) -> dict[str, torch.Size] | None:
     if (folder / name).is_dir():
         found = HuggingFaceStorageReader(str(folder / name)).read_metadata().state_dict_metadata
         return {key: of.size for key, of in found.items() if not key.startswith(MOMENTS)}
-    return {key: value.shape for key, value in load_file(file).items()} if file.exists() else None
+    if not file.exists():
+        return None
+    with safe_open(file, "pt") as stored:  # whose shapes are in its head; weights are read once, afterwards
+        return {key: torch.Size(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
 
 
 def flush_to_disk(path: Path):

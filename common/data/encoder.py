@@ -21,7 +21,6 @@ from common.draws import to_device
 from common.planning.meter import Meter, Unwritten
 
 CAPTIONS_AT_ONCE = 32  # that go to the text encoder while caches are filled
-
 ROUND = 60.0  # seconds of filling after which processes meet
 
 
